@@ -1,0 +1,13 @@
+"""qgalore_compile: a torch.compile backend that trains at full rank in little memory.
+
+``import qgalore_compile as qg``: ``qg.quantize_`` turns a model's linear weights into INT8, ``qg.param_groups`` and
+``qg.QGaLoreAdamW`` make the optimizer, and ``torch.compile(step, backend="qgalore", fullgraph=True)`` compiles the
+whole training step.
+"""
+
+from qgalore_compile.groups import param_groups
+from qgalore_compile.optim import QGaLoreAdamW
+from qgalore_compile.weights import Int8Weight, quantize_
+
+__all__ = ["Int8Weight", "QGaLoreAdamW", "param_groups", "quantize_"]
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""Registration of the project's operators: what stays one node in a traced program.
+
+Bulky elementary pieces (Philox, the dynamic 8-bit code) are one op each, since spelled out they multiply the nodes that
+Dynamo, AOTAutograd and Inductor walk over; the refresh is one because it decides at run time.  All of them are
+implemented by plain PyTorch functions, the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("qgalore", "FRAGMENT")
+
+
+def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None, *tags: torch.Tag
+) -> torch._ops.OpOverload[..., Any]:
+    """Register ``torch.ops.qgalore.<name>`` and return its overload.
+
+    Args:
+        schema: PyTorch's notation; mutated arguments carry an alias annotation.
+        implementation: called below autograd, for every device.
+        fake: returns empty tensors of the results' metadata, for tracing; None where ``implementation`` can be traced
+            itself, being plain PyTorch without a look at values.
+        tags: of the op.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=tags)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"qgalore::{name}", fake, lib=_library)
+    return getattr(torch.ops.qgalore, name).default  # type: ignore[no-any-return]

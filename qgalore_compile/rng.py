@@ -1,0 +1,138 @@
+"""Philox4x32-10, and the random bits of stochastic rounding.
+
+Random bits are a pure function of (seed, step, parameter, row, column): the same in eager PyTorch, in generated C++
+and Triton, on every rank, and after a resume.  Layout, for a tensor seen as rows × columns (rows: all leading
+dimensions flattened):
+
+    key     = (seed & 0xffffffff, seed >> 32)
+    counter = (column // 8, row, step, parameter)
+    draw    = half of word (column % 8) // 2 of the four, the low half where column is even: 16 bits an element
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); test vectors of Random123.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from qgalore_compile._ops import define
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+_DRAWS = 8  # 16-bit draws in one counter's four words
+_CHUNK = 1 << 16  # counters computed at a time: about 1 MiB of int64 temporaries, which stay in the cache
+
+Word: TypeAlias = Tensor | int
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 × 32-bit product.  int64 wraps around, which keeps all 64 bits of it."""
+    product = b * a
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def philox4x32(counter: Sequence[Word], key: Sequence[Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four integer tensors or ints with uint32 values, of shapes that broadcast.
+        key: two of the same.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, holding uint32 values.
+
+    Raises:
+        ValueError: another number of words.
+    """
+    if len(counter) != 4 or len(key) != 2:
+        raise ValueError(f"Philox4x32 takes 4 counter words and 2 key words, got {len(counter)} and {len(key)}")
+    devices = [word.device for word in (*counter, *key) if isinstance(word, Tensor)]
+    device = next(iter(devices), torch.device("cpu"))
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in (*counter, *key)]
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*words)
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _random_bits(step: Tensor, shape: Sequence[int], seed: int, param: int) -> Tensor:
+    *leading, columns = shape
+    rows = 1
+    for size in leading:
+        rows *= size
+    out = torch.empty((rows, columns), dtype=torch.int32, device=step.device)
+    blocks = -(-columns // _DRAWS)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    column = torch.arange(blocks, dtype=torch.int64, device=step.device)
+    at = step.to(torch.int64) & _WORD
+    rows_at_a_time = max(1, _CHUNK // max(1, blocks))
+    for first in range(0, rows, rows_at_a_time):
+        row = torch.arange(first, min(first + rows_at_a_time, rows), dtype=torch.int64, device=step.device)
+        words = philox4x32((column, row[:, None], at, param), key)
+        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        draws = torch.stack(halves, dim=-1).reshape(len(row), blocks * _DRAWS)
+        out[first : first + len(row)] = draws[:, :columns]
+    return out.reshape(list(shape))
+
+
+def _random_bits_fake(step: Tensor, shape: Sequence[int], seed: int, param: int) -> Tensor:
+    return torch.empty(list(shape), dtype=torch.int32, device=step.device)
+
+
+_random_bits_op = define(
+    "random_bits(Tensor step, SymInt[] shape, int seed, int param) -> Tensor", _random_bits, _random_bits_fake
+)
+
+
+def random_bits(shape: Sequence[int], *, seed: int, step: Tensor | int, param: int) -> Tensor:
+    """16 random bits an element.
+
+    Args:
+        shape: shape of the result; at least one dimension.
+        seed: 64 bits; negative values count from 2**64 down.
+        step: the step's number, a 0-d tensor of any dtype (its device is the result's) or an int.
+        param: position of the parameter over the optimizer's groups in order.
+
+    Returns:
+        int32 tensor with values in 0..65535, laid out as in the module's docstring.
+
+    Raises:
+        ValueError: an empty ``shape``, or a seed outside of 64 bits.
+    """
+    if len(shape) == 0:
+        raise ValueError("random_bits needs a shape of at least one dimension, got ()")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    if isinstance(step, int):
+        step = torch.tensor(step, dtype=torch.int64)
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed  # an op's int is a signed 64-bit number
+    return _random_bits_op(step, list(shape), signed, param)  # type: ignore[no-any-return]
+
+
+def normal(shape: Sequence[int], *, seed: int, step: int, param: int) -> Tensor:
+    """Standard normal numbers for sketches, float32 on the CPU, from a stream of their own.
+
+    The stream is that of :func:`random_bits` with the top bit of the counter's parameter word set; two words make two
+    numbers by the Box-Muller transform.  Not traced: it runs inside the refresh op.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    blocks = torch.arange(-(-count // 4), dtype=torch.int64)
+    counter = (blocks & _WORD, blocks >> 32, step & _WORD, param | 1 << 31)
+    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
+    uniform = [(word.to(torch.float64) + 0.5) / 2.0**32 for word in words]
+    numbers = []
+    for radius, angle in ((uniform[0], uniform[1]), (uniform[2], uniform[3])):
+        length = (-2 * radius.log()).sqrt()
+        numbers += [length * (2 * torch.pi * angle).cos(), length * (2 * torch.pi * angle).sin()]
+    return torch.stack(numbers, dim=-1).reshape(-1)[:count].reshape(list(shape)).to(torch.float32)
