@@ -1,0 +1,166 @@
+"""Parameter groups: GaLore's keys, their defaults and their checks, and ``param_groups``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qgalore_compile.projection import projector_shape
+from qgalore_compile.refresh import METHODS, SIMILARITIES, ProjectorFormat
+from qgalore_compile.scheduler import Rule
+from qgalore_compile.weights import Targets, select_linears
+
+PROJECTION_DEFAULTS: dict[str, Any] = {
+    # GaLore's and Q-GaLore's own names
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "quant": True,
+    "quant_n_bit": 4,
+    "quant_group_size": 256,
+    "cos_threshold": 0.4,
+    "gamma_proj": 2,
+    "queue_size": 5,
+    # this project's
+    "refresh": "svd",
+    "similarity": "subspace",
+    "similarity_threshold": 0.4,
+    "max_gap": None,
+}
+"""Keys of a projected group beside ``rank``.  ``cos_threshold`` belongs to similarity "official",
+``similarity_threshold`` to "subspace"; ``max_gap`` None means no cap for "official" and 16 × update_proj_gap else."""
+
+ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments")
+_OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRScheduler's own
+
+
+def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
+    """Groups for :class:`~qgalore_compile.QGaLoreAdamW`, with parameter names.
+
+    Args:
+        model: its trainable parameters are taken; shared ones once.
+        rank: of the projected group.
+        targets: the linear layers whose weights are projected, as for ``quantize_``: those of the blocks by default.
+        **keys: any other group key; lr, betas, eps, weight_decay and moments go to every group, the rest to the
+            projected one.
+
+    Returns:
+        The projected group, the group of all others and, where ``weight_decay`` is given, a third group of what is
+        not decayed: biases, norms and other parameters of fewer than two dimensions.
+
+    Raises:
+        ValueError: no layer matches, or a key is unknown.
+    """
+    check_keys({"rank": rank, **keys}, "param_groups")
+    projected_ids = {id(linear.weight) for _, linear in select_linears(model, targets)}
+    common = {key: value for key, value in keys.items() if key in ADAM_KEYS}
+    projected: dict[str, Any] = {"params": [], "param_names": [], "rank": rank, **keys}
+    plain: dict[str, Any] = {"params": [], "param_names": [], **common}
+    undecayed: dict[str, Any] = {"params": [], "param_names": [], **common, "weight_decay": 0.0}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in projected_ids:
+            group = projected
+        elif parameter.dim() < 2 and "weight_decay" in keys:
+            group = undecayed
+        else:
+            group = plain
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [group for group in (projected, plain, undecayed) if group["params"]]
+
+
+def check_keys(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a key that no group knows, or that means nothing without ``rank``."""
+    known = [*_OTHER_KEYS, *ADAM_KEYS, "rank", *PROJECTION_DEFAULTS]
+    for key in group:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; known keys: {', '.join(known[len(_OTHER_KEYS) :])}")
+        if key in PROJECTION_DEFAULTS and "rank" not in group:
+            raise ValueError(
+                f"{where}: {key!r} has a meaning only in a projected group; give it a rank, or drop {key!r}"
+            )
+
+
+def check_adam(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a value of Adam's keys out of its range."""
+    beta1, beta2 = group["betas"]
+    if float(group["lr"]) < 0:
+        raise ValueError(f"{where}: lr must not be negative, got {float(group['lr'])}")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"{where}: both betas must be in [0, 1), got {group['betas']}")
+    if group["eps"] < 0 or group["weight_decay"] < 0:
+        raise ValueError(
+            f"{where}: eps and weight_decay must not be negative, got {group['eps']} and {group['weight_decay']}"
+        )
+    _one_of(group, "moments", ("8bit", "32bit"), where)
+
+
+def check_projection(group: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
+    if not _is_int(group["rank"]) or group["rank"] < 1:
+        raise ValueError(f"{where}: rank must be an integer of at least 1, got {group['rank']!r}")
+    if group["proj_type"] != "std":
+        raise ValueError(
+            f"{where}: proj_type {group['proj_type']!r} is not supported; use 'std', which projects the smaller side"
+        )
+    for key in ("update_proj_gap", "quant_group_size", "queue_size"):
+        if not _is_int(group[key]) or group[key] < 1:
+            raise ValueError(f"{where}: {key} must be an integer of at least 1, got {group[key]!r}")
+    if group["max_gap"] is not None and (not _is_int(group["max_gap"]) or group["max_gap"] < group["update_proj_gap"]):
+        raise ValueError(
+            f"{where}: max_gap must be None or an integer of at least update_proj_gap={group['update_proj_gap']}, "
+            f"got {group['max_gap']!r}"
+        )
+    if group["gamma_proj"] < 1:
+        raise ValueError(f"{where}: gamma_proj must be at least 1, got {group['gamma_proj']}")
+    _one_of(group, "quant_n_bit", (4, 8), where)
+    _one_of(group, "refresh", METHODS, where)
+    _one_of(group, "similarity", SIMILARITIES, where)
+    for name, parameter in zip(names, group["params"], strict=True):
+        if parameter.dim() != 2:
+            raise ValueError(
+                f"{where}: {name} of shape {tuple(parameter.shape)} cannot be projected, for it has {parameter.dim()} "
+                "dimension(s) and not two; move it to a group without rank"
+            )
+        if 0 in parameter.shape:
+            raise ValueError(f"{where}: {name} of shape {tuple(parameter.shape)} is empty; leave it out")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(group: dict[str, Any], key: str, allowed: Sequence[object], where: str) -> None:
+    if group[key] not in allowed:
+        raise ValueError(f"{where}: {key} must be one of {', '.join(map(repr, allowed))}, got {group[key]!r}")
+
+
+# -- what a checked group means -------------------------------------------------------------------------------------
+
+
+def rank_of(group: dict[str, Any], parameter: Tensor) -> int:
+    """The group's rank, clipped to the parameter's smaller side."""
+    rank: int = min(group["rank"], *parameter.shape)
+    return rank
+
+
+def projector_columns(group: dict[str, Any], parameter: Tensor) -> int:
+    """Columns of the parameter's projector: n on the right side, the rank on the left."""
+    return projector_shape(parameter.shape, rank_of(group, parameter))[1]
+
+
+def projector_format(group: dict[str, Any]) -> ProjectorFormat:
+    """How the group's projectors are stored."""
+    return ProjectorFormat(group["quant_n_bit"] if group["quant"] else 0, group["quant_group_size"])
+
+
+def refresh_rule(group: dict[str, Any]) -> Rule:
+    """When the group's gaps grow."""
+    if group["similarity"] == "official":
+        return Rule(True, group["cos_threshold"], group["gamma_proj"], group["max_gap"])
+    max_gap = group["max_gap"] or 16 * group["update_proj_gap"]
+    return Rule(False, group["similarity_threshold"], group["gamma_proj"], max_gap)

@@ -1,0 +1,348 @@
+"""``QGaLoreAdamW`` in plain PyTorch: the specification.  Every fused path is tested against this file.
+
+One step for a projected weight W (m, n) with gradient G, projector P and rank r:
+
+    R = G P^T                    right side, m >= n; on the left R = P^T G                     projection.py
+    refresh                      where the schedule says so: P from G anew, R with the new P   refresh.py
+    m = β1 m + (1 - β1) R        float32, from moments dequantised; likewise v with R²
+    N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v
+    U = α N P                    left side: α P N
+    W = W - lr U;  W = W - lr λ W                              decoupled decay, after the update
+    store m, v, W                8-bit blocks; INT8 groups with stochastic rounding             formats.py
+
+Every other parameter takes the same step with R = G and U = N.  Source: Q-GaLore (arXiv 2407.08296), algorithm 1.
+
+The step has two phases, since the norm and the finiteness of *all* gradients are known before the first update: first
+every R, r × n elements at most, then every update.  It never branches on a tensor's value, so it is one graph: what
+must not happen is a ``torch.where``.  All state exists before the first step, as tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qgalore_compile import checkpoint, formats, groups
+from qgalore_compile.projection import Side, project, project_back, projector_shape, side_of
+from qgalore_compile.refresh import refresh_
+from qgalore_compile.rng import random_bits
+from qgalore_compile.scheduler import Schedule
+from qgalore_compile.weights import Int8Weight, write_back_
+
+MIN_8BIT_ELEMENTS = 4096
+"""Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class ScheduleRecord:
+    """The refresh schedule of one projected parameter; steps count from 0, ``last`` is -1 before the first refresh."""
+
+    name: str
+    shape: tuple[int, ...]
+    side: Side
+    rank: int
+    gap: int
+    last: int
+    next: int
+    refreshes: int
+    similarities: tuple[float, ...]
+
+
+class _Pending(NamedTuple):
+    """A parameter between the two phases: ``low`` is R in float32, or G as it came where it is not projected."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    state: dict[str, Tensor]
+    position: int
+    low: Tensor
+
+
+class QGaLoreAdamW(Optimizer):
+    """AdamW in a low-rank subspace: INT4 projector, 8-bit moments, INT8 weights with stochastic rounding.
+
+    Args:
+        params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
+            its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float of
+            any width or ``Int8Weight``.
+        lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
+        betas, eps, weight_decay: AdamW's.
+        moments: "8bit" or "32bit".
+        max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.
+        nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
+            that was due and finite may be new, and the schedules' clocks count the attempt); "skip_parameter": only
+            the parameter concerned stays as it was.
+        seed: of all random bits.
+
+    State of a parameter, by name in ``state_dict``:
+
+    ==========================================  =======================================================================
+    ``step``                                    float32, 0-d: updates so far
+    ``exp_avg``, ``exp_avg_sq``                 uint8 codes or float32, shaped like R
+    ``exp_avg_absmax``, ``exp_avg_sq_absmax``   float32, one per block of 256; 8-bit moments only
+    ``projector``                               packed INT4, INT8 codes or float32
+    ``projector_scale``, ``projector_offset``   float32, one per group; quantised projectors only
+    ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.scheduler`)
+    ==========================================  =======================================================================
+
+    Raises:
+        ValueError: a setting or a group that cannot be; the message names the parameter, its shape and the remedy.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        moments: str = "8bit",
+        max_grad_norm: float | None = None,
+        nonfinite: str = "skip_step",
+        seed: int = 0,
+    ) -> None:
+        if nonfinite not in ("skip_step", "skip_parameter"):
+            raise ValueError(f"nonfinite must be 'skip_step' or 'skip_parameter', got {nonfinite!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be None or above 0, got {max_grad_norm}")
+        self.max_grad_norm, self.nonfinite = max_grad_norm, nonfinite
+        # betas are no entry of ``defaults``: schedulers that cycle momentum look there, write floats into the group
+        # each step and would recompile each time; so they refuse this optimizer with a message about cycle_momentum
+        self._betas = betas
+        super().__init__(params, dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, seed=seed))
+
+    # -- groups and state --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group, fill in the defaults and create the state of its parameters; a bad group changes nothing."""
+        group = dict(param_group)
+        where = f"parameter group {len(self.param_groups)}"
+        groups.check_keys(group, where)
+        group = {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
+        with checkpoint.undo_on_error(self.param_groups):
+            super().add_param_group(group)
+            groups.check_adam(group, where)
+            names = self._names(group, len(self.param_groups) - 1)
+            if "rank" in group:
+                groups.check_projection(group, names, where)
+            for name, parameter in zip(names, group["params"], strict=True):
+                if not parameter.is_floating_point():
+                    raise ValueError(f"{where}: {name} of dtype {parameter.dtype} is no floating-point parameter")
+        # a clone a group: one shared tensor would be scheduled once a group
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).detach().clone()
+        for parameter in group["params"]:
+            self.state[parameter] = _new_state(parameter, group)
+        if "global" not in self.state and group["params"]:
+            device = group["params"][0].device
+            self.state["global"] = {  # type: ignore[index]  # PyTorch keeps entries that are not parameters as they are
+                "grad_norm": torch.zeros((), device=device),
+                "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
+            }
+
+    def _names(self, group: dict[str, Any], position: int) -> list[str]:
+        default = [f"parameter {index} of group {position}" for index in range(len(group["params"]))]
+        return list(group.get("param_names", default))
+
+    @property
+    def last_grad_norm(self) -> Tensor:
+        """0-d float32: the global norm of the last step before clipping; of the finite gradients alone where
+        ``nonfinite="skip_parameter"``."""
+        return self.state["global"]["grad_norm"]  # type: ignore[index,no-any-return]
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """0-d int64: steps so far in which a gradient was not finite."""
+        return self.state["global"]["skipped_steps"]  # type: ignore[index,no-any-return]
+
+    def schedule(self) -> list[ScheduleRecord]:
+        """When each projected parameter was and will be refreshed, in the order of the groups."""
+        records = []
+        for position, group in enumerate(self.param_groups):
+            if "rank" not in group:
+                continue
+            rule = groups.refresh_rule(group)
+            for name, p in zip(self._names(group, position), group["params"], strict=True):
+                now = Schedule.from_tensor(self.state[p]["schedule"])
+                records.append(
+                    ScheduleRecord(
+                        name, tuple(p.shape), side_of(p.shape), groups.rank_of(group, p),
+                        now.gap, now.last, now.next(rule), now.refreshes, now.similarities,
+                    )
+                )  # fmt: skip
+        return records
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a saved state into this one's tensors; raises ValueError, and changes nothing, where they do not fit."""
+        checkpoint.load_optimizer(self, state_dict)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; traceable, unlike the inherited one."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad = torch.zeros_like(parameter.grad)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what ``closure`` returned."""
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (closure,), {})
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            pending = self._project_all()
+            if pending:
+                self._update_all(pending)
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (closure,), {})
+        return loss
+
+    # LRScheduler asks for it to tell whether a step came before its own first one.  It cannot be set in ``step``: Dynamo
+    # drops assignments to an optimizer's attributes.
+    _opt_called = True
+    # ``hooked``: Optimizer's own wrapper of ``step`` cannot be traced, and ``step`` runs the hooks itself.
+    # ``_wrapped_by_lr_sched``: LRScheduler would replace ``opt.step`` by a wrapper that cannot be traced.
+    step.hooked = True  # type: ignore[attr-defined]
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _project_all(self) -> list[_Pending]:
+        """Phase one: every gradient, as small as it gets."""
+        pending = []
+        position = -1
+        for group in self.param_groups:
+            for p in group["params"]:
+                position += 1
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                low = self._project(p, group, state, position) if "rank" in group else p.grad
+                pending.append(_Pending(p, group, state, position, low))
+        return pending
+
+    def _project(self, p: Tensor, group: dict[str, Any], state: dict[str, Tensor], position: int) -> Tensor:
+        """R in float32, after the refresh if one is due.  The GEMM runs in the gradient's dtype."""
+        assert p.grad is not None
+        form = groups.projector_format(group)
+        stored = _stored_projector(state)
+        projector = form.decode(stored, groups.projector_columns(group, p), p.grad.dtype)
+        low = project(p.grad, projector, side_of(p.shape)).to(torch.float32)
+        refresh_(
+            low, stored, state["schedule"], [p.grad],
+            shape=p.shape, rank=groups.rank_of(group, p), form=form, method=group["refresh"],
+            rule=groups.refresh_rule(group), seed=group["seed"], param=position,
+        )  # fmt: skip
+        return low
+
+    def _update_all(self, pending: list[_Pending]) -> None:
+        """Phase two: clip, decide what may be written, update."""
+        finite = [torch.isfinite(item.low).all() for item in pending]
+        all_finite = torch.stack(finite).all()
+        norms = torch.stack([torch.linalg.vector_norm(item.low, dtype=torch.float32) for item in pending])
+        if self.nonfinite == "skip_parameter":
+            norms = torch.where(torch.stack(finite), norms, 0.0)
+        norm = torch.linalg.vector_norm(norms)
+        self.last_grad_norm.copy_(norm)
+        self.skipped_steps.add_(~all_finite)
+        clip = None
+        if self.max_grad_norm is not None:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for item, finite_here in zip(pending, finite, strict=True):
+            _update(item, clip, finite_here if self.nonfinite == "skip_parameter" else all_finite)
+
+
+def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
+    """Steps 4 to 6 for one parameter; where ``ok`` is False every store writes what was there."""
+    p, group, state, position, low = item
+    grad = low.to(torch.float32)
+    if clip is not None:
+        grad = grad * clip
+    step = state["step"] + 1
+    update = _adam(grad, group, state, step, ok)
+    if "rank" in group:
+        dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
+        projector = groups.projector_format(group).decode(
+            _stored_projector(state), groups.projector_columns(group, p), dtype
+        )
+        update = group["scale"] * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
+    weight = p.dequantize(torch.float32) if isinstance(p, Int8Weight) else p.to(torch.float32)
+    weight = weight - group["lr"] * update
+    if group["weight_decay"] != 0:
+        weight = weight - group["lr"] * group["weight_decay"] * weight
+    if isinstance(p, Int8Weight):
+        write_back_(p, weight, random_bits(p.shape, seed=group["seed"], step=step, param=position), ok)
+    else:
+        p.copy_(torch.where(ok, weight.to(p.dtype), p))
+    state["step"].copy_(torch.where(ok, step, state["step"]))
+
+
+def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:
+    """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
+    beta1, beta2 = group["betas"]
+    exp_avg = beta1 * _load_moment(state, "exp_avg") + (1 - beta1) * grad
+    exp_avg_sq = beta2 * _load_moment(state, "exp_avg_sq") + (1 - beta2) * grad * grad
+    _store_moment(state, "exp_avg", exp_avg, ok)
+    _store_moment(state, "exp_avg_sq", exp_avg_sq, ok)
+    eps: float = group["eps"]
+    update: Tensor = (exp_avg / _bias(beta1, step)) / ((exp_avg_sq / _bias(beta2, step)).sqrt() + eps)
+    return update
+
+
+def _bias(beta: float, step: Tensor) -> Tensor:
+    """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
+    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def _load_moment(state: dict[str, Tensor], name: str) -> Tensor:
+    if f"{name}_absmax" not in state:
+        return state[name]
+    return formats.dequantize_dynamic8(state[name], state[f"{name}_absmax"], name == "exp_avg")
+
+
+def _store_moment(state: dict[str, Tensor], name: str, value: Tensor, ok: Tensor) -> None:
+    if f"{name}_absmax" not in state:
+        state[name].copy_(torch.where(ok, value, state[name]))
+        return
+    codes, absmax, _ = formats.quantize_dynamic8(value, signed=name == "exp_avg")
+    state[name].copy_(torch.where(ok, codes, state[name]))
+    state[f"{name}_absmax"].copy_(torch.where(ok, absmax, state[f"{name}_absmax"]))
+
+
+def _stored_projector(state: dict[str, Tensor]) -> list[Tensor]:
+    if "projector_scale" not in state:
+        return [state["projector"]]
+    return [state["projector"], state["projector_scale"], state["projector_offset"]]
+
+
+def _new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros: moments of zero, a projector of zeros that the first step replaces."""
+    state = {"step": torch.zeros((), device=p.device)}
+    shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
+    if "rank" in group:
+        rank = groups.rank_of(group, p)
+        (m, n), side = p.shape, side_of(p.shape)
+        shape = (m, rank) if side == "right" else (rank, n)
+        zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
+        names = ("projector", "projector_scale", "projector_offset")
+        state.update(zip(names, groups.projector_format(group).encode(zeros), strict=False))
+        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"]).to_tensor()
+    else:
+        eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = torch.zeros(shape, device=p.device)
+        if eight_bit:
+            state[name], state[f"{name}_absmax"], _ = formats.quantize_dynamic8(moment, signed=name == "exp_avg")
+        else:
+            state[name] = moment
+    return state

@@ -1,0 +1,109 @@
+"""When a parameter's subspace is computed anew: a few numbers a parameter, and pure functions on them.
+
+A parameter's schedule is one small float64 tensor on the CPU, so that it travels in ``state_dict`` and ``deepcopy`` as
+it is and a compiled step can hand it to the refresh op: no registry, no handle, nothing to keep in step with a graph.
+
+=========  ==========================================================================================================
+element    meaning
+=========  ==========================================================================================================
+clock      calls of ``step`` in which the parameter had a gradient, those that a non-finite gradient skipped included:
+           counting attempts lets the decision be made without waiting for the device
+gap        calls from one refresh to the next
+last       the clock at the last refresh, -1 before the first
+refreshes  refreshes so far
+4 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
+=========  ==========================================================================================================
+
+Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0``; once the queue is full and its mean
+reaches the threshold, each refresh multiplies the gap by gamma; no cap, the queue is never cleared.  ``"subspace"``
+counts from the last refresh, and caps the gap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FIXED = 4  # elements before the queue
+
+
+class Rule(NamedTuple):
+    """The constants of a parameter group.
+
+    Attributes:
+        official: Q-GaLore's published rule; else the rule of this project.
+        threshold: mean similarity from which on the gap grows.
+        gamma: factor by which it grows.
+        max_gap: the gap never exceeds it; None for no cap.
+    """
+
+    official: bool
+    threshold: float
+    gamma: float
+    max_gap: int | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A parameter's schedule as Python numbers; the module's docstring describes the fields."""
+
+    clock: int
+    gap: int
+    last: int
+    refreshes: int
+    queue: tuple[float, ...]
+
+    @classmethod
+    def first(cls, gap: int, queue_size: int) -> Schedule:
+        """Before the first step."""
+        return cls(clock=0, gap=gap, last=-1, refreshes=0, queue=(math.nan,) * queue_size)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> Schedule:
+        """Read the float64 tensor (4 + queue_size,)."""
+        clock, gap, last, refreshes, *queue = tensor.tolist()
+        return cls(int(clock), int(gap), int(last), int(refreshes), tuple(queue))
+
+    def to_tensor(self) -> Tensor:
+        """float64 tensor (4 + queue_size,) on the CPU."""
+        return torch.tensor(
+            [self.clock, self.gap, self.last, self.refreshes, *self.queue], dtype=torch.float64, device="cpu"
+        )
+
+    @property
+    def similarities(self) -> tuple[float, ...]:
+        """The similarities in the queue, oldest first."""
+        return tuple(value for value in self.queue if not math.isnan(value))
+
+    def due(self, rule: Rule) -> bool:
+        """Whether the step at ``clock`` refreshes the subspace."""
+        if self.last < 0:
+            return True
+        return self.clock % self.gap == 0 if rule.official else self.clock - self.last >= self.gap
+
+    def next(self, rule: Rule) -> int:
+        """The clock of the next refresh."""
+        if self.last < 0:
+            return self.clock
+        if rule.official:
+            return -(-self.clock // self.gap) * self.gap
+        return max(self.clock, self.last + self.gap)
+
+    def refreshed(self, rule: Rule, similarity: float | None) -> Schedule:
+        """After a refresh at ``clock``; ``similarity`` of the new subspace to the old, None at the first refresh."""
+        queue, gap = self.queue, self.gap
+        if similarity is not None:
+            queue = (*queue[1:], similarity)
+            if not any(map(math.isnan, queue)) and sum(queue) / len(queue) >= rule.threshold:
+                gap = int(gap * rule.gamma)
+                if rule.max_gap is not None:
+                    gap = max(self.gap, min(gap, rule.max_gap))
+        return replace(self, gap=gap, last=self.clock, refreshes=self.refreshes + 1, queue=queue)
+
+    def ticked(self) -> Schedule:
+        """After a call of ``step``."""
+        return replace(self, clock=self.clock + 1)
