@@ -1,0 +1,35 @@
+"""A training step compiled by ``backend="qgalore"`` and nothing else, compared with eager; prints one line of JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import torch
+from support import assert_same_step, decoded, tokens, toy, training_step
+from torch._dynamo.utils import counters
+
+
+def main() -> None:
+    model, opt = toy(weight_decay=0.01)
+    eager = training_step(model, opt)
+    step = torch.compile(eager, backend="qgalore", fullgraph=True)
+    losses, errors = [], []
+    for index in range(7):
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        before = decoded(model, opt)
+        step(tokens(seed=index))
+        found = decoded(model, opt)
+        model.load_state_dict(weights)
+        opt.load_state_dict(state)
+        losses.append(eager(tokens(seed=index)).item())
+        try:
+            assert_same_step(before, found, decoded(model, opt), tolerance=0.01)
+        except AssertionError as error:
+            errors.append(f"step {index}: {error}")
+    graphs = counters["stats"]["unique_graphs"]
+    print(json.dumps({"losses": losses, "errors": errors, "graphs": graphs, "inductor": counters["inductor"]}))
+
+
+if __name__ == "__main__":
+    main()

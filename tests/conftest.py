@@ -1,0 +1,107 @@
+"""What every test may rely on: a clean Dynamo, seeded generators, private caches, and Hypothesis' profiles."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read when torch is imported, so set before. Two test processes on two cores: one thread and no pool of compile
+# workers each. In force only under pytest-xdist.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+
+class _TorchGenerator:
+    """torch's default generator, as Hypothesis wants it: each example starts from the same seed, so failures replay."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+# Hypothesis keeps a weak reference only.
+_TORCH_GENERATOR = _TorchGenerator()
+hypothesis.register_random(_TORCH_GENERATOR)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=0,
+        metavar="N",
+        help="property tests draw N times their usual number of examples, new ones each run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the Hypothesis profile; test modules are imported after this.
+
+    A test that needs fewer examples says so relative to the profile, so that ``--fuzz`` reaches it too:
+    ``@settings(max_examples=settings().max_examples // 5)``.
+    """
+    # No deadline: the first example of a test may trace, compile or load a library. 50 examples: the whole suite has
+    # five minutes on two cores.
+    stock = hypothesis.settings.get_profile("default")  # not the active one: Hypothesis has its own for CI
+    default = hypothesis.settings(stock, deadline=None, max_examples=50, print_blob=True)
+    hypothesis.settings.register_profile("default", default)
+    # CI must not fail by chance on a commit that is not the cause; `make fuzz` looks for what it misses.
+    hypothesis.settings.register_profile("ci", default, derandomize=True, database=None)
+    profile = "ci" if os.environ.get("CI") else "default"
+    if times := config.getoption("--fuzz"):
+        hypothesis.settings.register_profile("fuzz", default, max_examples=times * default.max_examples)
+        profile = "fuzz"
+    hypothesis.settings.load_profile(profile)
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The compile cache of this run: it starts empty, and the processes of the run share it.
+
+    A test that counts cache hits or misses takes ``fresh_inductor_cache``.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    path = base / "inductor"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(path))
+        yield path
+
+
+@pytest.fixture
+def fresh_inductor_cache(tmp_path: Path) -> Iterator[Path]:
+    """An empty compile cache of the test's own, on disk and in memory."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache(dir=str(tmp_path)):
+        yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> None:
+    """No test sees the compiled code, the guards or the recompile counts of another."""
+    # torch imports Dynamo when something first compiles: a second that tests of plain functions need not spend.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers whichever tests ran before."""
+    torch.manual_seed(0)

@@ -1,0 +1,158 @@
+"""What several test files share: the backend with an interpreter in place of code generation, and a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._inductor import compile_fx as inductor
+from torch._inductor.virtualized import V
+
+import qgalore_compile as qg
+from qgalore_compile import formats
+from qgalore_compile.backend import qgalore
+
+
+class Interpreted:
+    """The backend "qgalore" with Inductor's real FX passes, whose graph is then interpreted: no C++ compile.
+
+    Attributes:
+        graphs: the final graph of each compilation.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return qgalore(gm, example_inputs, options=self.options, inner_compile=self._interpret)
+
+    def _interpret(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **context: Any) -> Callable[..., Any]:
+        with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
+            inductor.view_to_reshape(gm)
+            inductor._recursive_post_grad_passes(gm, is_inference=bool(context.get("is_inference")))
+        gm.graph.lint()
+        gm.recompile()
+        self.graphs.append(gm)
+        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+
+    @property
+    def count(self) -> int:
+        """Graphs compiled so far."""
+        return len(self.graphs)
+
+
+class Toy(nn.Module):
+    """Embedding, two linear layers in a block (one projected on the right, one on the left), norm and head."""
+
+    def __init__(self, vocabulary: int = 17, width: int = 12, hidden: int = 20) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, width)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        hidden = hidden + self.blocks[1](torch.relu(self.blocks[0](hidden)))
+        logits = self.head(self.norm(hidden))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def toy(
+    *, int8: bool = True, rank: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+) -> tuple[Toy, qg.QGaLoreAdamW]:
+    """A Toy and its optimizer; ``settings`` go to the optimizer where it takes them, else to the groups."""
+    torch.manual_seed(seed)
+    model = Toy().to(dtype)
+    if int8:
+        qg.quantize_(model, group_size=8)
+    of_optimizer = {
+        key: settings.pop(key) for key in ("max_grad_norm", "nonfinite", "seed", "moments") & settings.keys()
+    }
+    lr = settings.pop("lr", 1e-2)
+    groups = qg.param_groups(model, rank=rank, **{"update_proj_gap": 5, "quant_group_size": 8, **settings})
+    return model, qg.QGaLoreAdamW(groups, lr=lr, **of_optimizer)
+
+
+def tokens(batch: int = 4, length: int = 9, *, seed: int = 1) -> Tensor:
+    """A batch of tokens for :class:`Toy`."""
+    return torch.randint(0, 17, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def training_step(model: nn.Module, opt: torch.optim.Optimizer) -> Callable[..., Tensor]:
+    """The whole step: forward, backward and update over one or more micro-batches."""
+
+    def step(*micro_batches: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for batch in micro_batches:
+            loss = model(batch) / len(micro_batches)
+            loss.backward()
+            total = total + loss.detach()
+        opt.step()
+        opt.zero_grad()
+        return total
+
+    return step
+
+
+def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that a step may change, cloned, by a readable name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, qg.Int8Weight):
+            for part in ("codes", "scale", "offset"):
+                tensors[f"{name}.{part}"] = getattr(parameter, part).clone()
+        else:
+            tensors[name] = parameter.detach().clone()
+    for key, state in opt.state.items():
+        owner = key if isinstance(key, str) else names[id(key)]
+        tensors.update({f"{owner}/{part}": value.clone() for part, value in state.items()})
+    return tensors
+
+
+def assert_within_contract(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The contract for one step from equal state on the same GEMM results, as `architecture.md` puts it: float values
+    within 1e-6 of the tensor's largest, integer codes off by at most one in fewer than 0.2 % of places."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        other = found[name]
+        if value.dtype == torch.uint8:
+            halves = [(other & 15, value & 15), (other >> 4, value >> 4)] if "/projector" in name else [(other, value)]
+            for mine, theirs in halves:
+                distance = (mine.to(torch.int16) - theirs.to(torch.int16)).abs()
+                off, allowed = int((distance > 0).sum()), max(1, int(0.002 * value.numel()))
+                assert off <= allowed, f"{name}: {off} of {value.numel()} codes differ, {allowed} may"
+                assert int(distance.max()) <= 1, f"{name}: codes differ by {int(distance.max())}"
+        else:
+            assert torch.equal(other.isnan(), value.isnan()), f"{name}: NaN in other places"
+            other, value = other.double().nan_to_num(), value.double().nan_to_num()  # a schedule's queue has NaN
+            error, allowed_error = float((other - value).abs().max()), 1e-6 * float(value.abs().max())
+            assert error <= allowed_error, f"{name}: off by {error:.3g}, {allowed_error:.3g} is allowed"
+
+
+def decoded(model: nn.Module, opt: qg.QGaLoreAdamW) -> dict[str, Tensor]:
+    """Weights and moments as float tensors, for comparing whole steps, whose gradients differ by rounding."""
+    values: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        values[name] = (parameter.dequantize() if isinstance(parameter, qg.Int8Weight) else parameter).detach().double()
+        state = opt.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            value = state[moment]
+            if value.dtype == torch.uint8:
+                value = formats.dequantize_dynamic8(value, state[f"{moment}_absmax"], moment == "exp_avg")
+            values[f"{name}/{moment}"] = value.double().clone()
+    return {name: value.clone() for name, value in values.items()}
+
+
+def assert_same_step(
+    before: dict[str, Tensor], found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float
+) -> None:
+    """Two steps from equal state moved every tensor alike: ‖found - expected‖ ≤ tolerance · ‖expected - before‖."""
+    for name, value in expected.items():
+        moved, apart = float((value - before[name]).norm()), float((found[name] - value).norm())
+        assert apart <= tolerance * moved + 1e-12, f"{name} moved by {moved:.3g}, the two steps are {apart:.3g} apart"

@@ -1,0 +1,392 @@
+"""The backend: one graph a training step, equal to the eager step within the contract."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    Interpreted,
+    Toy,
+    assert_same_step,
+    assert_within_contract,
+    decoded,
+    snapshot,
+    tokens,
+    toy,
+    training_step,
+)
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+
+import qgalore_compile as qg
+from qgalore_compile.backend import OptionError, Options, qgalore
+from qgalore_compile.passes import PASSES
+
+
+def compiled(step: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Interpreted]:
+    backend = Interpreted(**options)
+    return torch.compile(step, backend=backend, fullgraph=True), backend
+
+
+def warm_up_and_cosine(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    warm_up = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=steps // 10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps - steps // 10)
+    return torch.optim.lr_scheduler.SequentialLR(opt, [warm_up, cosine], [steps // 10])
+
+
+# -- one graph --------------------------------------------------------------------------------------------------------
+
+
+def model_with_two_gaps() -> tuple[Toy, qg.QGaLoreAdamW]:
+    """Layers that refresh at different steps: gaps 3 and 7, growing from the second similarity on."""
+    torch.manual_seed(0)
+    model = qg.quantize_(Toy(), group_size=8)
+    first, second = (linear.weight for linear in model.blocks)
+    projected = {id(first), id(second)}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in projected]
+    keys = {"rank": 4, "queue_size": 2, "similarity_threshold": 0.1}
+    groups = [
+        {"params": [first], "update_proj_gap": 3, **keys},
+        {"params": [second], "update_proj_gap": 7, "refresh": "randomized", **keys},
+        {"params": rest},
+    ]
+    return model, qg.QGaLoreAdamW(groups, lr=1e-2, weight_decay=0.01, max_grad_norm=1.0)
+
+
+def test_forty_steps_with_schedule_refreshes_and_accumulation_are_one_graph() -> None:
+    model, opt = model_with_two_gaps()
+    schedule = warm_up_and_cosine(opt, 40)
+    step, backend = compiled(training_step(model, opt))
+    compiling_steps, refreshed_together = set(), set()
+    for index in range(40):
+        before = backend.count
+        step(tokens(seed=2 * index), tokens(seed=2 * index + 1))
+        schedule.step()
+        if backend.count > before:
+            compiling_steps.add(index)
+        refreshed_together.add(tuple(record.last == index for record in opt.schedule()))
+    assert compiling_steps == {0}
+    assert not counters["graph_break"]
+    assert refreshed_together == {(True, True), (True, False), (False, True), (False, False)}
+    assert float(opt.param_groups[0]["lr"]) < 1e-3
+
+
+def test_a_last_smaller_batch_costs_at_most_one_more_compile() -> None:
+    model, opt = toy()
+    step, backend = compiled(training_step(model, opt))
+    for size in (4, 4, 3, 2, 4, 3):
+        step(tokens(size), tokens(size))
+    assert backend.count <= 2
+
+
+def test_the_compiled_step_refreshes_when_the_eager_one_does() -> None:
+    logs = []
+    for compile_it in (False, True):
+        model, opt = model_with_two_gaps()
+        step: Any = training_step(model, opt)
+        if compile_it:
+            step, _ = compiled(step)
+        log = []
+        for index in range(25):
+            step(tokens(seed=index))
+            log.append([(record.last, record.next, record.refreshes) for record in opt.schedule()])
+        logs.append(log)
+    assert logs[0] == logs[1]
+
+
+def test_lr_schedules_and_resumed_states_recompile_nothing() -> None:
+    model, opt = toy()
+    schedules = [
+        torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda epoch: 0.9),
+        torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0),
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 1 / (epoch + 1)),
+    ]
+    step, backend = compiled(training_step(model, opt))
+    for index in range(6):
+        loss = step(tokens(seed=index))
+        for schedule in schedules:
+            schedule.step(*([float(loss)] if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        if index == 3:
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert backend.count == 1
+
+
+def test_evaluation_and_saving_between_steps_recompile_nothing() -> None:
+    model, opt = toy()
+    step, backend = compiled(training_step(model, opt))
+    for index in range(4):
+        step(tokens(seed=index))
+        model.eval()
+        with torch.no_grad():
+            model(tokens(seed=99))
+        model.train()
+        copy.deepcopy(model.state_dict())
+    assert backend.count == 1
+
+
+# -- equal to eager ---------------------------------------------------------------------------------------------------
+
+
+class TiedToy(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 17, bias=False)
+        self.head.weight = self.embed.weight
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "decay and clipping": {"weight_decay": 0.1, "max_grad_norm": 0.5},
+    "randomized": {"refresh": "randomized"},
+    "official similarity": {"similarity": "official"},
+    "int8 projector": {"quant_n_bit": 8},
+    "skip_parameter": {"nonfinite": "skip_parameter"},
+    "float weights": {"int8": False},
+    "plain galore": {"int8": False, "quant": False, "moments": "32bit"},
+    "rank above the smaller side": {"rank": 100},
+    "another seed": {"seed": 2**63 + 5},
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_compiled_update_equals_the_eager_one_on_equal_gradients(settings: dict[str, Any]) -> None:
+    """`opt.step` alone: the GEMMs have equal operands, so the contract holds in full, refreshes (0, 5) included."""
+    model, opt = toy(**settings)
+    step, backend = compiled(opt.step)
+    for index in range(7):
+        model(tokens(seed=index)).backward()
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        step()
+        found = snapshot(model, opt)
+        model.load_state_dict(weights)
+        opt.load_state_dict(state)
+        opt.step()
+        assert_within_contract(found, snapshot(model, opt))
+        opt.zero_grad()
+    assert backend.count == 1
+
+
+def test_a_compiled_step_equals_an_eager_step() -> None:
+    compare_along_a_run(*toy(weight_decay=0.1, max_grad_norm=0.5), tolerance=0.01)
+
+
+def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:
+    compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=0.3)
+
+
+def test_a_compiled_step_equals_an_eager_step_with_a_tied_head() -> None:
+    torch.manual_seed(0)
+    model = TiedToy()
+    qg.quantize_(model, group_size=8)
+    opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=4, update_proj_gap=5, quant_group_size=8), lr=1e-2)
+    compare_along_a_run(model, opt, tolerance=0.01)
+
+
+def test_a_compiled_step_equals_an_eager_step_under_autocast() -> None:
+    model, opt = toy()
+
+    def autocast(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    compare_along_a_run(model, opt, forward=autocast, tolerance=0.3)
+
+
+def compare_along_a_run(
+    model: nn.Module,
+    opt: qg.QGaLoreAdamW,
+    *,
+    tolerance: float,
+    forward: Callable[..., Tensor] | None = None,
+) -> None:
+    """At each of 12 points of a run (refreshes at 0, 5 and 10): one step from equal state, eager and compiled.
+
+    Gradients differ by rounding here, since the compiler decomposes norms and folds additions into GEMMs.  What differs
+    compounds from step to step, so the run goes on from the eager result.
+    """
+    step = training_step(forward or model, opt)
+    fast, backend = compiled(step)
+    for index in range(12):
+        batches = tokens(seed=2 * index), tokens(seed=2 * index + 1)
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        before = decoded(model, opt)
+        fast_loss = fast(*batches)
+        found = decoded(model, opt)
+        model.load_state_dict(weights)
+        opt.load_state_dict(state)
+        loss = step(*batches)
+        torch.testing.assert_close(fast_loss, loss, rtol=tolerance, atol=0)
+        assert_same_step(before, found, decoded(model, opt), tolerance=tolerance)
+    assert backend.count == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["skip_step", "skip_parameter"])
+def test_a_nan_does_in_the_compiled_step_what_it_does_in_eager(nonfinite: str) -> None:
+    results = []
+    for compile_it in (False, True):
+        model, opt = toy(nonfinite=nonfinite)
+
+        def step(batch: Tensor, poison: Tensor, model: Toy = model, opt: qg.QGaLoreAdamW = opt) -> Tensor:
+            loss = model(batch)
+            (loss + (model.head.weight * poison).sum()).backward()
+            opt.step()
+            opt.zero_grad()
+            return loss.detach()
+
+        run: Any = step
+        if compile_it:
+            run, backend = compiled(step)
+        for index in range(6):
+            before = snapshot(model, opt)
+            run(tokens(seed=index), torch.tensor(torch.nan if index == 3 else 0.0))
+            if index == 3:
+                after = snapshot(model, opt)
+                changed = {name for name in after if not torch.equal(after[name], before[name])}
+        results.append((changed, int(opt.skipped_steps)))
+    assert backend.count == 1
+    assert results[0] == results[1]
+    assert results[0][1] == 1
+    weights_changed = {name for name in results[0][0] if "/" not in name}
+    assert bool(weights_changed) == (nonfinite == "skip_parameter")
+    assert "head.weight" not in weights_changed
+
+
+def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> None:
+    model, opt = toy()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = model(batch)
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    fast, _ = compiled(step)
+    fast(tokens())
+    gradient = model.head.weight.grad
+    assert gradient is not None
+    twin, _ = toy()
+    twin(tokens()).backward()
+    torch.testing.assert_close(gradient, twin.head.weight.grad)
+
+
+# -- options, passes and configuration --------------------------------------------------------------------------------
+
+
+def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
+    model, opt = toy()
+    step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
+    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: disable, exact"):
+        step(tokens())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: dead_allocations"),
+        ({"exact": 1}, "must be True or"),
+    ],
+)
+def test_an_option_with_a_wrong_value_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Options.parse(options)
+
+
+def test_disable_and_exact_choose_the_passes() -> None:
+    assert [each.name for each in Options.parse({}).passes().passes] == [each.name for each in PASSES]
+    assert all(each.tier == "exact" for each in Options.parse({"exact": True}).passes().passes)
+    assert (
+        Options.parse({"disable": "dead_allocations"}).passes().passes
+        == Options.parse({"disable": ["dead_allocations"]}).passes().passes
+    )
+    assert "dead_allocations" not in {
+        each.name for each in Options.parse({"disable": "dead_allocations"}).passes().passes
+    }
+
+
+def test_no_dead_full_size_allocation_is_left_and_disabling_the_pass_leaves_it() -> None:
+    def dead(graph: fx.Graph) -> int:
+        empties = graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)
+        return sum(1 for node in empties if not node.users)
+
+    counts = []
+    for options in ({}, {"disable": ["dead_allocations"]}):
+        model, opt = toy()
+        step, backend = compiled(training_step(model, opt), **options)
+        step(tokens(), tokens())
+        counts.append(dead(backend.graphs[0].graph))
+        torch._dynamo.reset()
+    assert counts[0] == 0
+    assert counts[1] > 0
+
+
+def test_random_bits_and_the_refresh_are_one_node_a_parameter() -> None:
+    model, opt = toy()
+    step, backend = compiled(training_step(model, opt))
+    step(tokens())
+    ops = [str(node.target) for node in backend.graphs[0].graph.nodes if node.op == "call_function"]
+    assert ops.count("qgalore.random_bits.default") == 2
+    assert ops.count("qgalore.refresh_.default") == 2
+
+
+def test_compiling_leaves_inductors_configuration_and_the_users_own_pass_alone() -> None:
+    seen: list[int] = []
+
+    def users_pass(graph: fx.Graph) -> None:
+        seen.append(len(graph.nodes))
+
+    model, opt = toy()
+    with inductor_config.patch(post_grad_custom_post_pass=users_pass):
+        before = inductor_config.save_config_portable()
+        step, _ = compiled(training_step(model, opt))
+        step(tokens())
+        assert inductor_config.save_config_portable() == before
+        assert inductor_config.post_grad_custom_post_pass is users_pass
+    assert len(seen) == 1
+
+
+def test_mode_is_handed_on_to_inductor() -> None:
+    modes: list[bool] = []
+
+    def spy(gm: fx.GraphModule, example_inputs: Any, **context: Any) -> Any:
+        modes.append(inductor_config.max_autotune)
+        return gm.forward
+
+    gm = fx.symbolic_trace(lambda x: (x + 1,))
+    run = qgalore(gm, [torch.ones(2)], mode="max-autotune", inner_compile=spy)
+    run(torch.ones(2))
+    assert modes == [True]
+
+
+# -- the real thing: by the string alone, generated C++, and a warm cache in a second process -------------------------
+
+SCRIPT = Path(__file__).parent / "by_the_string_alone.py"
+
+
+@pytest.mark.compiles
+def test_by_the_string_alone_in_generated_code_and_from_a_warm_cache_in_a_second_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent)}
+    cold, warm = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", SCRIPT], env=environment, check=True, capture_output=True, text=True
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    assert cold["errors"] == warm["errors"] == []
+    assert cold["graphs"] == warm["graphs"] == 1
+    assert cold["losses"] == warm["losses"]
+    assert cold["inductor"].get("fxgraph_cache_miss") == 1
+    assert warm["inductor"].get("fxgraph_cache_miss") is None
+    assert warm["inductor"].get("fxgraph_cache_hit") == 1
