@@ -308,8 +308,9 @@ def dequantize_dynamic8(codes: Tensor, absmax: Tensor, signed: bool, *, dtype: t
 def _dequantize_dynamic8(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     if codes.numel() == 0:
         return _dequantize_dynamic8_fake(codes, absmax, signed)
-    values = _dynamic_values(_to_groups(codes.reshape(-1), BLOCK_SIZE), signed) * absmax.unsqueeze(-1)
-    return _from_groups(values, codes.numel()).reshape(codes.shape).contiguous()
+    entries = dynamic_map(signed, codes.device)  # 256 closed forms and a look-up, rather than a closed form an element
+    values = entries.index_select(0, codes.reshape(-1).to(torch.int32))
+    return _from_groups(_to_groups(values, BLOCK_SIZE) * absmax.unsqueeze(-1), codes.numel()).reshape(codes.shape)
 
 
 def _dequantize_dynamic8_fake(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
@@ -323,8 +324,9 @@ _dequantize_dynamic8_op = define(
 )
 
 
-def _dynamic_values(codes: Tensor, signed: bool) -> Tensor:
-    code = codes.to(torch.float32)
+def dynamic_map(signed: bool, device: torch.device | None = None) -> Tensor:
+    """The 256 entries of the dynamic map in ascending order, float32: entry ``code`` is what that code means."""
+    code = torch.arange(256, dtype=torch.float32, device=device)
     entry = (code - 127).abs() if signed else code + 1
     # + 1/2 keeps log2 away from whole numbers, where a vectorised log2 may fall on either side
     decade = ((entry + 0.5).log2().floor() - (0 if signed else 1)).clamp(0.0, _DECADES)
@@ -333,8 +335,3 @@ def _dynamic_values(codes: Tensor, signed: bool) -> Tensor:
     largest = 128 if signed else 256
     size = torch.where(entry == largest, 1.0, torch.where(entry == (0 if signed else 1), 0.0, size))
     return torch.where(code < 127, -size, size) if signed else size
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 entries of the dynamic map in ascending order, float32: entry ``code`` is what that code means."""
-    return _dynamic_values(torch.arange(256, dtype=torch.uint8), signed)

@@ -209,8 +209,8 @@ class QGaLoreAdamW(Optimizer):
             hook(self, (closure,), {})
         return loss
 
-    # LRScheduler asks for it to tell whether a step came before its own first one.  It cannot be set in ``step``: Dynamo
-    # drops assignments to an optimizer's attributes.
+    # LRScheduler asks for it to tell whether a step came before its own first one.  It cannot be set in ``step``, since
+    # Dynamo drops assignments to an optimizer's attributes.
     _opt_called = True
     # ``hooked``: Optimizer's own wrapper of ``step`` cannot be traced, and ``step`` runs the hooks itself.
     # ``_wrapped_by_lr_sched``: LRScheduler would replace ``opt.step`` by a wrapper that cannot be traced.
