@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,22 +86,32 @@ def check_keys(group: dict[str, Any], where: str) -> None:
             )
 
 
-def check_adam(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a value of Adam's keys out of its range."""
-    beta1, beta2 = group["betas"]
-    if float(group["lr"]) < 0:
-        raise ValueError(f"{where}: lr must not be negative, got {float(group['lr'])}")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Raise ValueError for a value of Adam's keys out of its range, or a parameter that is no float tensor."""
+    if len(names) != len(group["params"]):
+        raise ValueError(f"{where}: {len(names)} param_names for {len(group['params'])} parameters; give one each")
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{where}: lr must be one number, got a tensor of shape {tuple(lr.shape)}")
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {group['betas']!r}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"{where}: both betas must be in [0, 1), got {group['betas']}")
-    if group["eps"] < 0 or group["weight_decay"] < 0:
-        raise ValueError(
-            f"{where}: eps and weight_decay must not be negative, got {group['eps']} and {group['weight_decay']}"
-        )
+    for key in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(f"{where}: {key} must not be negative, NaN or infinite, got {float(group[key])}")
+    if not _is_int(group["seed"]) or not -(1 << 63) <= group["seed"] < 1 << 64:
+        raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
     _one_of(group, "moments", ("8bit", "32bit"), where)
+    for name, parameter in zip(names, group["params"], strict=True):
+        if not parameter.is_floating_point():
+            raise ValueError(f"{where}: {name} of dtype {parameter.dtype} is no floating-point parameter")
 
 
 def check_projection(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
+    shapes = [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)]
+    where = f"{where} ({', '.join(shapes[:3])}{', …' if len(shapes) > 3 else ''})"
     if not _is_int(group["rank"]) or group["rank"] < 1:
         raise ValueError(f"{where}: rank must be an integer of at least 1, got {group['rank']!r}")
     if group["proj_type"] != "std":
@@ -115,8 +126,14 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
             f"{where}: max_gap must be None or an integer of at least update_proj_gap={group['update_proj_gap']}, "
             f"got {group['max_gap']!r}"
         )
-    if group["gamma_proj"] < 1:
-        raise ValueError(f"{where}: gamma_proj must be at least 1, got {group['gamma_proj']}")
+    for key, least in (("scale", -math.inf), ("gamma_proj", 1), ("cos_threshold", -math.inf),
+                       ("similarity_threshold", -math.inf)):  # fmt: skip
+        value = group[key]
+        if not isinstance(value, (int, float)) or not least <= value < math.inf:
+            bound = "" if least == -math.inf else f" of at least {least}"
+            raise ValueError(f"{where}: {key} must be a finite number{bound}, got {value!r}")
+    if not _is_int(group["quant_n_bit"]):
+        raise ValueError(f"{where}: quant_n_bit must be one of 4, 8, got {group['quant_n_bit']!r}")
     _one_of(group, "quant_n_bit", (4, 8), where)
     _one_of(group, "refresh", METHODS, where)
     _one_of(group, "similarity", SIMILARITIES, where)

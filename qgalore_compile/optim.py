@@ -118,6 +118,11 @@ class QGaLoreAdamW(Optimizer):
         self._betas = betas
         super().__init__(params, dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, seed=seed))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: Optimizer's own keeps only defaults, state and groups."""
+        own = {name: self.__dict__[name] for name in ("max_grad_norm", "nonfinite", "_betas")}
+        return {**super().__getstate__(), **own}
+
     # -- groups and state --------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,13 +133,10 @@ class QGaLoreAdamW(Optimizer):
         group = {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
         with checkpoint.undo_on_error(self.param_groups):
             super().add_param_group(group)
-            groups.check_adam(group, where)
             names = self._names(group, len(self.param_groups) - 1)
+            groups.check_adam(group, names, where)
             if "rank" in group:
                 groups.check_projection(group, names, where)
-            for name, parameter in zip(names, group["params"], strict=True):
-                if not parameter.is_floating_point():
-                    raise ValueError(f"{where}: {name} of dtype {parameter.dtype} is no floating-point parameter")
         # a clone a group: one shared tensor would be scheduled once a group
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).detach().clone()
         for parameter in group["params"]:
@@ -247,18 +249,19 @@ class QGaLoreAdamW(Optimizer):
 
     def _update_all(self, pending: list[_Pending]) -> None:
         """Phase two: clip, decide what may be written, update."""
-        finite = [torch.isfinite(item.low).all() for item in pending]
-        all_finite = torch.stack(finite).all()
         norms = torch.stack([torch.linalg.vector_norm(item.low, dtype=torch.float32) for item in pending])
+        # of the norm, not of the elements: where a square overflows, the second moment would
+        finite = torch.isfinite(norms)
+        all_finite = finite.all()
         if self.nonfinite == "skip_parameter":
-            norms = torch.where(torch.stack(finite), norms, 0.0)
+            norms = torch.where(finite, norms, 0.0)
         norm = torch.linalg.vector_norm(norms)
         self.last_grad_norm.copy_(norm)
         self.skipped_steps.add_(~all_finite)
         clip = None
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for item, finite_here in zip(pending, finite, strict=True):
+        for item, finite_here in zip(pending, finite.unbind(), strict=True):
             _update(item, clip, finite_here if self.nonfinite == "skip_parameter" else all_finite)
 
 

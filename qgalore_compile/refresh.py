@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore_compile import formats
+from qgalore_compile import formats, rng
 from qgalore_compile._ops import define
 from qgalore_compile.projection import (
     full_gradient,
@@ -74,13 +74,22 @@ def _refresh(
     now = Schedule.from_tensor(schedule)
     rule = Rule(official, threshold, gamma, max_gap)
     if now.due(rule):
-        if all(bool(torch.isfinite(factor).all()) for factor in factors):
+        if _finite(factors):
             now = _compute_anew(
                 low, projector, now, factors, shape, rank, ProjectorFormat(bits, group_size), method, rule, seed, param
             )
         else:
             low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
     schedule.copy_(now.ticked().to_tensor())
+
+
+def _finite(factors: Sequence[Tensor]) -> bool:
+    """Whether the gradient is finite, told from its factors where those are given: a product may overflow."""
+    if len(factors) == 1:
+        return bool(torch.isfinite(factors[0]).all())
+    norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors]
+    bound = sum(grad_output * inputs for grad_output, inputs in zip(norms[::2], norms[1::2], strict=True))
+    return bound <= torch.finfo(torch.float32).max  # NaN is not
 
 
 def _compute_anew(
@@ -162,6 +171,6 @@ def refresh_(
         threshold=rule.threshold,
         gamma=rule.gamma,
         max_gap=rule.max_gap,
-        seed=seed,
+        seed=rng.signed_seed(seed),
         param=param,
     )

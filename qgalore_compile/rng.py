@@ -101,6 +101,13 @@ _random_bits_op = define(
 )
 
 
+def signed_seed(seed: int) -> int:
+    """``seed`` as the signed 64-bit number that an operator takes; ValueError where 64 bits do not hold it."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
 def random_bits(shape: Sequence[int], *, seed: int, step: Tensor | int, param: int) -> Tensor:
     """16 random bits an element.
 
@@ -118,12 +125,9 @@ def random_bits(shape: Sequence[int], *, seed: int, step: Tensor | int, param: i
     """
     if len(shape) == 0:
         raise ValueError("random_bits needs a shape of at least one dimension, got ()")
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
     if isinstance(step, int):
         step = torch.tensor(step, dtype=torch.int64)
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed  # an op's int is a signed 64-bit number
-    return _random_bits_op(step, list(shape), signed, param)  # type: ignore[no-any-return]
+    return _random_bits_op(step, list(shape), signed_seed(seed), param)  # type: ignore[no-any-return]
 
 
 def normal(shape: Sequence[int], *, seed: int, step: int, param: int) -> Tensor:

@@ -14,9 +14,9 @@ refreshes  refreshes so far
 4 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
 =========  ==========================================================================================================
 
-Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0``; once the queue is full and its mean
-reaches the threshold, each refresh multiplies the gap by gamma; no cap, the queue is never cleared.  ``"subspace"``
-counts from the last refresh, and caps the gap.
+Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0`` (or later, where that refresh failed on a
+gradient that was not finite); once the queue is full and its mean reaches the threshold, each refresh multiplies the
+gap by gamma; no cap, the queue is never cleared.  ``"subspace"`` counts from the last refresh, and caps the gap.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ class Schedule:
         """Whether the step at ``clock`` refreshes the subspace."""
         if self.last < 0:
             return True
-        return self.clock % self.gap == 0 if rule.official else self.clock - self.last >= self.gap
+        if rule.official:  # a multiple of the gap has come since: the published clock % gap == 0, but for failed ones
+            return self.clock // self.gap > self.last // self.gap
+        return self.clock - self.last >= self.gap
 
     def next(self, rule: Rule) -> int:
         """The clock of the next refresh."""
         if self.last < 0:
             return self.clock
         if rule.official:
-            return -(-self.clock // self.gap) * self.gap
+            return max(self.clock, (self.last // self.gap + 1) * self.gap)
         return max(self.clock, self.last + self.gap)
 
     def refreshed(self, rule: Rule, similarity: float | None) -> Schedule:

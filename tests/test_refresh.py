@@ -1,0 +1,250 @@
+"""The refresh op: what it overwrites when a parameter is due, and what it leaves alone when not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qgalore_compile.projection import project, projector_shape, side_of, subspace_similarity
+from qgalore_compile.refresh import ProjectorFormat, refresh_
+from qgalore_compile.scheduler import Rule, Schedule
+
+RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
+FLOAT = ProjectorFormat(0, 256)
+INT4 = ProjectorFormat(4, 16)
+FORMATS = {"float": FLOAT, "int8": ProjectorFormat(8, 16), "int4": INT4}
+
+
+@dataclass
+class Layer:
+    """One projected parameter as the refresh op sees it."""
+
+    shape: tuple[int, int]
+    rank: int
+    form: ProjectorFormat = FLOAT
+    method: str = "svd"
+    rule: Rule = RULE
+    seed: int = 0
+    gap: int = 10
+
+    def __post_init__(self) -> None:
+        self.side = side_of(self.shape)
+        self.rank = min(self.rank, *self.shape)
+        m, n = self.shape
+        self.low = torch.zeros((m, self.rank) if self.side == "right" else (self.rank, n))
+        self.stored = self.form.encode(torch.zeros(projector_shape(self.shape, self.rank)))
+        self.schedule = Schedule.first(self.gap, 5).to_tensor()
+
+    def call(self, *factors: Tensor) -> None:
+        settings: dict[str, Any] = dict(
+            shape=self.shape,
+            rank=self.rank,
+            form=self.form,
+            method=self.method,
+            rule=self.rule,
+            seed=self.seed,
+            param=3,
+        )
+        refresh_(self.low, self.stored, self.schedule, factors, **settings)
+
+    @property
+    def projector(self) -> Tensor:
+        return self.form.decode(self.stored, projector_shape(self.shape, self.rank)[1])
+
+    @property
+    def now(self) -> Schedule:
+        return Schedule.from_tensor(self.schedule)
+
+    def matrix(self) -> np.ndarray:
+        p = self.projector.double().numpy()
+        return p.T @ p if self.side == "right" else p @ p.T
+
+
+both_sides = pytest.mark.parametrize("shape", [(23, 12), (12, 23)], ids=["right", "left"])
+
+
+@both_sides
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
+def test_the_first_call_computes_projector_and_r(shape: tuple[int, int], form: ProjectorFormat) -> None:
+    layer, grad = Layer(shape, 4, form), torch.randn(shape)
+    layer.call(grad)
+    quantum = {0: 1e-5, 8: 0.02, 4: 0.2}[form.bits]
+    np.testing.assert_allclose(layer.matrix(), oracle.projection_matrix(grad.numpy(), 4), atol=quantum)
+    torch.testing.assert_close(layer.low, project(grad, layer.projector, layer.side))
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.similarities) == (1, 0, 1, ())
+
+
+@both_sides
+def test_a_call_that_is_not_due_counts_and_changes_nothing_else(shape: tuple[int, int]) -> None:
+    layer = Layer(shape, 4, INT4)
+    layer.call(torch.randn(shape))
+    before = [tensor.clone() for tensor in (*layer.stored, layer.low)]
+    schedule = layer.now
+    layer.call(torch.full(shape, torch.nan))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*layer.stored, layer.low), strict=True))
+    assert repr(layer.now) == repr(replace(schedule, clock=2))
+
+
+@both_sides
+def test_r_comes_from_the_quantised_projector(shape: tuple[int, int]) -> None:
+    layer, grad = Layer(shape, 4, INT4), torch.randn(shape)
+    exact = Layer(shape, 4, FLOAT)
+    layer.call(grad)
+    exact.call(grad)
+    assert torch.equal(layer.low, project(grad, layer.projector, layer.side))
+    assert not torch.allclose(layer.low, exact.low, atol=1e-3)
+
+
+@both_sides
+@pytest.mark.parametrize("official", [True, False])
+def test_similarity_is_reported_from_the_second_refresh_on(shape: tuple[int, int], official: bool) -> None:
+    layer = Layer(shape, 4, INT4, gap=1, rule=RULE._replace(official=official))
+    first, second = torch.randn(shape), torch.randn(shape)
+    layer.call(first)
+    old = layer.projector
+    layer.call(second)
+    exact = Layer(shape, 4, FLOAT)
+    exact.call(second)
+    if official:
+        a, b = (old[0], exact.projector[0]) if layer.side == "right" else (old[:, 0], exact.projector[:, 0])
+        expected = float(a @ b / a.norm() / b.norm())
+    else:
+        expected = subspace_similarity(old, exact.projector, layer.side)
+    assert layer.now.similarities == (pytest.approx(expected, abs=1e-5),)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
+def test_the_same_gradient_again_is_fully_similar(form: ProjectorFormat) -> None:
+    layer, grad = Layer((60, 40), 4, form, gap=1), torch.randn(60, 40)
+    for _ in range(3):
+        layer.call(grad)
+    assert min(layer.now.similarities) > 0.95
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
+def test_a_non_finite_gradient_keeps_the_projector_keeps_it_due_and_shows_in_r(
+    poison: float, form: ProjectorFormat
+) -> None:
+    layer = Layer((23, 12), 4, form, gap=2)
+    grad = torch.randn(23, 12)
+    bad = grad.clone()
+    bad[5, 6] = poison
+    layer.call(bad)  # the first call of all
+    assert layer.low.isnan().all()
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes) == (1, -1, 0)
+    layer.call(grad)
+    assert layer.low.isfinite().all()
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes) == (2, 1, 1)
+    layer.call(grad)
+    before = [tensor.clone() for tensor in layer.stored]
+    for _ in range(2):  # due again at clock 3
+        layer.call(bad)
+        assert layer.low.isnan().all()
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.stored, strict=True))
+    layer.call(grad)
+    assert layer.low.isfinite().all()
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes) == (6, 5, 2)
+
+
+def test_under_the_official_rule_a_refresh_that_failed_is_made_up_for_at_the_next_call() -> None:
+    layer = Layer((23, 12), 4, gap=4, rule=RULE._replace(official=True, max_gap=None))
+    grad = torch.randn(23, 12)
+    for clock in range(7):
+        layer.call(grad * torch.nan if clock == 4 else grad)
+    assert (layer.now.last, layer.now.refreshes) == (5, 2)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_one_non_finite_factor_is_enough(which: int) -> None:
+    layer = Layer((23, 12), 4)
+    factors = [torch.randn(7, 23), torch.randn(7, 12), torch.randn(7, 23), torch.randn(7, 12)]
+    factors[which][0, 0] = torch.nan
+    layer.call(*factors)
+    assert layer.low.isnan().all()
+    assert layer.now.refreshes == 0
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_finite_factors_whose_product_overflows_count_as_non_finite(tokens: int) -> None:
+    layer = Layer((23, 12), 4)
+    layer.call(torch.randn(tokens, 23) * 1e25, torch.randn(tokens, 12) * 1e25)
+    assert layer.low.isnan().all()
+    assert layer.now.refreshes == 0
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    tokens=st.lists(st.integers(1, 12), min_size=1, max_size=2),
+    rank=st.integers(1, 30),
+    method=st.sampled_from(["svd", "randomized"]),
+    seed=st.integers(0, 2**20),
+)
+def test_factors_refresh_as_their_product_does(
+    shape: tuple[int, int], tokens: list[int], rank: int, method: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    factors = [factor for t in tokens for factor in (torch.randn(t, shape[0]), torch.randn(t, shape[1]))]
+    grad = sum(y.t() @ x for y, x in zip(factors[::2], factors[1::2], strict=True))
+    by_factors, by_gradient = Layer(shape, rank, method=method), Layer(shape, rank, method=method)
+    by_factors.call(*factors)
+    by_gradient.call(grad)
+    energy = float(by_gradient.low.square().sum())
+    assert float(by_factors.low.square().sum()) == pytest.approx(energy, rel=1e-4 if method == "svd" else 0.05)
+    torch.testing.assert_close(by_factors.low, project(grad, by_factors.projector, by_factors.side), rtol=0, atol=1e-3)
+    if sum(tokens) <= by_factors.rank:  # nothing of G is lost
+        assert energy == pytest.approx(float(grad.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+@both_sides
+def test_bf16_gradients_project_in_bf16_and_are_analysed_in_fp32(shape: tuple[int, int], method: str) -> None:
+    layer, grad = Layer(shape, 4, INT4, method), torch.randn(shape).bfloat16()
+    layer.call(grad)
+    widened = Layer(shape, 4, INT4, method)
+    widened.call(grad.float())
+    assert all(torch.equal(a, b) for a, b in zip(layer.stored, widened.stored, strict=True))
+    assert layer.low.dtype == torch.float32
+    assert torch.equal(layer.low, project(grad, layer.projector.bfloat16(), layer.side).float())
+
+
+def test_randomized_refreshes_draw_anew_each_time() -> None:
+    """Seed and clock both select the sketch."""
+    grad = torch.randn(80, 60)
+    layers = [Layer((80, 60), 8, method="randomized", seed=seed, gap=1) for seed in (0, 0, 1)]
+    for layer in layers:
+        layer.call(grad)
+    assert torch.equal(layers[0].projector, layers[1].projector)
+    assert not torch.equal(layers[0].projector, layers[2].projector)
+    layers[0].call(grad)
+    assert not torch.equal(layers[0].projector, layers[1].projector)
+
+
+def test_every_seed_that_random_bits_takes_is_taken() -> None:
+    for seed in (-1, 2**62, 2**63, 2**64 - 1):
+        layer = Layer((80, 60), 8, method="randomized", seed=seed)
+        layer.call(torch.randn(80, 60))
+        assert layer.now.refreshes == 1
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("columns", [1, 6, 15, 16, 17, 431])
+def test_a_projector_survives_its_format(form: ProjectorFormat, columns: int) -> None:
+    p = torch.randn(5, columns) / columns**0.5
+    stored = form.encode(p)
+    back = form.decode(stored, columns)
+    assert back.shape == p.shape
+    quanta = {0: 1, 8: 255, 4: 15}[form.bits]
+    step = 0.0 if form.bits == 0 else float(p.max() - p.min()) / quanta / 2 + 1e-6
+    assert float((back - p).abs().max()) <= step
+    if form.bits == 4:
+        assert stored[0].numel() == 5 * -(-columns // 2)  # two codes a byte
