@@ -156,7 +156,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain galore": {"int8": False, "quant": False, "moments": "32bit"},
     "rank above the smaller side": {"rank": 100},
     "another seed": {"seed": 2**63 + 5},
+    "bfloat16": {"dtype": torch.bfloat16},
 }
+
+
+# A bfloat16 gradient is rounded to 1/256 of its size, so a few per cent of N, which is close to ±1 in the first steps,
+# change sign: 2 · sqrt(0.03) of the update's norm.  What the update does with equal gradients is held to the contract.
+BFLOAT16 = 0.5
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
@@ -182,7 +188,7 @@ def test_a_compiled_step_equals_an_eager_step() -> None:
 
 
 def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:
-    compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=0.3)
+    compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=BFLOAT16)
 
 
 def test_a_compiled_step_equals_an_eager_step_with_a_tied_head() -> None:
@@ -200,7 +206,7 @@ def test_a_compiled_step_equals_an_eager_step_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(batch)
 
-    compare_along_a_run(model, opt, forward=autocast, tolerance=0.3)
+    compare_along_a_run(model, opt, forward=autocast, tolerance=BFLOAT16)
 
 
 def compare_along_a_run(
