@@ -66,9 +66,10 @@ class Int8Weight(Tensor):
     ) -> Int8Weight:
         """Wrap inner tensors as they are; :meth:`from_float` quantises."""
         shape = codes.shape[::-1] if transposed else codes.shape
-        self: Int8Weight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
-        )
+        with torch.inference_mode(False):  # an inference tensor has no version counter for its views to share
+            self: Int8Weight = Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
+            )
         self.codes, self.scale, self.offset = codes, scale, offset
         self.group_size, self.transposed, self.label = group_size, transposed, None
         return self
@@ -85,10 +86,8 @@ class Int8Weight(Tensor):
             raise ValueError(
                 f"an Int8Weight has two dimensions, got shape {tuple(value.shape)}; reshape it, or leave it in float"
             )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"a weight of shape {tuple(value.shape)} holds NaN or Inf and has no INT8 form; repair it first"
-            )
+        if not _has_int8_form(value):
+            raise ValueError(f"a weight of shape {tuple(value.shape)} {_NO_INT8_FORM}")
         return cls(*formats.quantize_int8(value.detach(), group_size), dtype=value.dtype)
 
     # -- what tracing and serialisation need --------------------------------------------------------------------
@@ -155,9 +154,22 @@ class Int8Weight(Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():  # composite operations arrive whole there
+            return func.decompose(*args, **kwargs)
         _refuse_what_would_be_lost(func, args, kwargs)
         args, kwargs = tree_map_only(Int8Weight, _float, (args, kwargs))
         return func(*args, **kwargs)
+
+
+_NO_INT8_FORM = "holds NaN or Inf, or spans more than float32 does, and has no INT8 form; repair it first"
+
+
+def _has_int8_form(value: Tensor) -> bool:
+    """Whether max - min is a finite float32; a meta tensor holds no values to ask."""
+    if value.is_meta or value.numel() == 0 or isinstance(value, Int8Weight):
+        return True
+    low, high = value.detach().aminmax()
+    return bool(torch.isfinite(high.to(torch.float32) - low.to(torch.float32)))
 
 
 def _float(weight: Int8Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -392,8 +404,8 @@ def quantize_(model: nn.Module, *, group_size: int = 256, targets: Targets | Non
                 f"{name}.weight of shape {tuple(linear.weight.shape)} is shared with {', '.join(others)}; "
                 "leave it out of targets, or untie it"
             )
-        if not bool(torch.isfinite(linear.weight).all()):
-            raise ValueError(f"{name}.weight of shape {tuple(linear.weight.shape)} holds NaN or Inf; repair it first")
+        if not _has_int8_form(linear.weight):
+            raise ValueError(f"{name}.weight of shape {tuple(linear.weight.shape)} {_NO_INT8_FORM}")
     converted: dict[int, nn.Parameter] = {}  # layers may share one weight: they share it afterwards too
     for name, linear in chosen:
         old = linear.weight
