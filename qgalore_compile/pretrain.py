@@ -261,7 +261,7 @@ def _conclude(console: Console, config: TrainConfig, result: TrainResult) -> Non
     table.add_row("steps", f"{result.steps:,} of {config.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")
     table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}")
-    table.add_row("first step", f"{result.compile_seconds:.1f} s, compilation included")
+    table.add_row("first step", f"{result.compile_seconds:.1f} s" + (", compilation included" if result.graphs else ""))
     table.add_row("graphs", f"{result.graphs}, compiled in steps {', '.join(map(str, result.compiling_steps)) or '–'}")
     if config.optimizer != "adamw":
         table.add_row("refreshes", f"{result.refreshes:,}")
