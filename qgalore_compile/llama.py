@@ -71,7 +71,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # Two layers: on two busy cores four compile for 190 s and train 300 steps in 160 s, two for 110 s and in 80 s, and
+    # Two layers: on two busy cores four compile for 190 s and train 300 steps in 160 s, two for 110 s and in 85 s, and
     # reach 1.49 against 1.45 nats per byte. The rank is a quarter of the hidden size, as in 60m and 350m.
     "tiny": Preset(LlamaConfig(192, 512, 4, 2), 48, 0.015, 0.001, 100, steps=300, batch=16, seq=128),
     "60m": Preset(LlamaConfig(512, 1376, 8, 8), 128, 0.015, 0.001, 200, steps=10_000, batch=16, seq=256),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qgalore_compile.data import bigram_loss, check_lengths, load_corpus
-from qgalore_compile.telemetry import Display, MetricsLog, StepRecord, plot_curves
+from qgalore_compile.telemetry import Display, MetricsLog, StepRecord, finite, plot_curves
 from qgalore_compile.train_config import TrainConfig
 from qgalore_compile.training import Run
 
@@ -109,7 +110,7 @@ def pretrain(
     with (
         MetricsLog(out / METRICS, resume_step=run.step) as metrics,
         Display(console, f"{config.preset} {config.optimizer}", config.steps, run.step, config.log_every) as display,
-        _deferred_interrupt(run, display) as interrupted,
+        _deferred_interrupt(run) as interrupted,
     ):
         while run.step < config.steps and not interrupted.is_set():
             record = run.advance()
@@ -121,7 +122,7 @@ def pretrain(
                 save_checkpoint(out / CHECKPOINT, run.state_dict())
         save_checkpoint(out / CHECKPOINT, run.state_dict())
     result = _result(run, bigram)
-    (out / RESULT).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    (out / RESULT).write_text(json.dumps(finite(asdict(result)), indent=2) + "\n", encoding="utf-8")
     plot_curves(
         out / METRICS,
         out / CURVES,
@@ -198,7 +199,7 @@ def _refuse_to_overwrite(path: Path) -> None:
 
 
 @contextmanager
-def _deferred_interrupt(run: Run, display: Display) -> Iterator[threading.Event]:
+def _deferred_interrupt(run: Run) -> Iterator[threading.Event]:
     """Turn the first SIGINT into an event, so that the step in progress ends and is saved. Only in the main thread."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -211,7 +212,8 @@ def _deferred_interrupt(run: Run, display: Display) -> Iterator[threading.Event]
         if not run.started:
             raise KeyboardInterrupt
         interrupted.set()
-        display.say("stopping after this step; Ctrl-C again stops at once, without saving")
+        # Not through the console: the signal may have come while it prints, and it would print its buffer twice.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     signal.signal(signal.SIGINT, handle)
     try:
@@ -254,14 +256,20 @@ def _result(run: Run, bigram: float) -> TrainResult:
     )
 
 
+def _shown(value: float, form: str) -> str:
+    """A dash for NaN: nothing was measured, or a loss that is no number."""
+    return "–" if math.isnan(value) else form.format(value)
+
+
 def _conclude(console: Console, config: TrainConfig, result: TrainResult) -> None:
     table = Table(show_header=False)
-    table.add_row("validation loss", f"{result.val_loss:.4f} nats per byte")
-    table.add_row("bigram model's", f"{result.bigram_loss:.4f} nats per byte")
+    table.add_row("validation loss", _shown(result.val_loss, "{:.4f} nats per byte"))
+    table.add_row("bigram model's", _shown(result.bigram_loss, "{:.4f} nats per byte"))
     table.add_row("steps", f"{result.steps:,} of {config.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")
-    table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}")
-    table.add_row("first step", f"{result.compile_seconds:.1f} s" + (", compilation included" if result.graphs else ""))
+    table.add_row("tokens/s", _shown(result.tokens_per_second, "{:,.0f}"))
+    compiled = ", compilation included" if result.graphs else ""
+    table.add_row("first step", _shown(result.compile_seconds, "{:.1f} s" + compiled))
     table.add_row("graphs", f"{result.graphs}, compiled in steps {', '.join(map(str, result.compiling_steps)) or '–'}")
     if config.optimizer != "adamw":
         table.add_row("refreshes", f"{result.refreshes:,}")

@@ -54,6 +54,11 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with None for NaN and infinity, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, flushed line by line; NaN and infinity are written as null.
 
@@ -71,8 +76,7 @@ class MetricsLog:
         self._write(asdict(record))
 
     def _write(self, record: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsLog:

@@ -199,7 +199,23 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(config: TrainConfi
     assert result.exit_status == 130
     assert result.steps == load_checkpoint(Path(config.out, "checkpoint.pt"))["step"] == 3
     assert f"qgalore train --resume --out {config.out}" in printed
+    assert json.loads(Path(config.out, "result.json").read_text())["val_loss"] is None  # nothing was evaluated yet
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_a_line_is_printed_does_not_print_it_twice(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("step  3/"):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+
+    console = Console(file=Screen(), width=100)
+    result = pretrain(replace(config, log_every=1), console=console)
+    assert result.steps == 3
+    assert console.file.getvalue().count("step  3/") == 1  # type: ignore[attr-defined]
 
 
 def test_second_ctrl_c_stops_at_once(config: TrainConfig) -> None:
