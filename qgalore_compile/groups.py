@@ -1,4 +1,4 @@
-"""Parameter groups: GaLore's keys, their defaults and their checks, and ``param_groups``."""
+"""Parameter groups: GaLore's keys, their defaults and their checks, what they mean, and ``param_groups``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qgalore_compile.projection import projector_shape
+from qgalore_compile import formats
+from qgalore_compile.projection import projector_shape, side_of
 from qgalore_compile.refresh import METHODS, SIMILARITIES, ProjectorFormat
-from qgalore_compile.scheduler import Rule
+from qgalore_compile.scheduler import Rule, Schedule
 from qgalore_compile.weights import Targets, select_linears
 
 PROJECTION_DEFAULTS: dict[str, Any] = {
@@ -32,6 +34,9 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
 }
 """Keys of a projected group beside ``rank``.  ``cos_threshold`` belongs to similarity "official",
 ``similarity_threshold`` to "subspace"; ``max_gap`` None means no cap for "official" and 16 × update_proj_gap else."""
+
+MIN_8BIT_ELEMENTS = 4096
+"""Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
 
 ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments")
 _OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRScheduler's own
@@ -181,3 +186,26 @@ def refresh_rule(group: dict[str, Any]) -> Rule:
         return Rule(True, group["cos_threshold"], group["gamma_proj"], group["max_gap"])
     max_gap = group["max_gap"] or 16 * group["update_proj_gap"]
     return Rule(False, group["similarity_threshold"], group["gamma_proj"], max_gap)
+
+
+def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
+    state = {"step": torch.zeros((), device=p.device)}
+    shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
+    if "rank" in group:
+        rank = rank_of(group, p)
+        (m, n), side = p.shape, side_of(p.shape)
+        shape = (m, rank) if side == "right" else (rank, n)
+        zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
+        names = ("projector", "projector_scale", "projector_offset")
+        state.update(zip(names, projector_format(group).encode(zeros), strict=False))
+        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"]).to_tensor()
+    else:
+        eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = torch.zeros(shape, device=p.device)
+        if eight_bit:
+            state[name], state[f"{name}_absmax"], _ = formats.quantize_dynamic8(moment, signed=name == "exp_avg")
+        else:
+            state[name] = moment
+    return state

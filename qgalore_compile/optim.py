@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,29 +28,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile import checkpoint, formats, groups
-from qgalore_compile.projection import Side, project, project_back, projector_shape, side_of
+from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
 from qgalore_compile.rng import random_bits
-from qgalore_compile.scheduler import Schedule
+from qgalore_compile.scheduler import Schedule, ScheduleRecord
 from qgalore_compile.weights import Int8Weight, write_back_
-
-MIN_8BIT_ELEMENTS = 4096
-"""Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
-
-
-@dataclass(frozen=True)
-class ScheduleRecord:
-    """The refresh schedule of one projected parameter; steps count from 0, ``last`` is -1 before the first refresh."""
-
-    name: str
-    shape: tuple[int, ...]
-    side: Side
-    rank: int
-    gap: int
-    last: int
-    next: int
-    refreshes: int
-    similarities: tuple[float, ...]
 
 
 class _Pending(NamedTuple):
@@ -140,7 +121,7 @@ class QGaLoreAdamW(Optimizer):
         # a clone a group: one shared tensor would be scheduled once a group
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).detach().clone()
         for parameter in group["params"]:
-            self.state[parameter] = _new_state(parameter, group)
+            self.state[parameter] = groups.new_state(parameter, group)
         if "global" not in self.state and group["params"]:
             device = group["params"][0].device
             self.state["global"] = {  # type: ignore[index]  # PyTorch keeps entries that are not parameters as they are
@@ -326,26 +307,3 @@ def _stored_projector(state: dict[str, Tensor]) -> list[Tensor]:
     if "projector_scale" not in state:
         return [state["projector"]]
     return [state["projector"], state["projector_scale"], state["projector_offset"]]
-
-
-def _new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros: moments of zero, a projector of zeros that the first step replaces."""
-    state = {"step": torch.zeros((), device=p.device)}
-    shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
-    if "rank" in group:
-        rank = groups.rank_of(group, p)
-        (m, n), side = p.shape, side_of(p.shape)
-        shape = (m, rank) if side == "right" else (rank, n)
-        zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
-        names = ("projector", "projector_scale", "projector_offset")
-        state.update(zip(names, groups.projector_format(group).encode(zeros), strict=False))
-        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"]).to_tensor()
-    else:
-        eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
-    for name in ("exp_avg", "exp_avg_sq"):
-        moment = torch.zeros(shape, device=p.device)
-        if eight_bit:
-            state[name], state[f"{name}_absmax"], _ = formats.quantize_dynamic8(moment, signed=name == "exp_avg")
-        else:
-            state[name] = moment
-    return state

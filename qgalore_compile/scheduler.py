@@ -109,3 +109,18 @@ class Schedule:
     def ticked(self) -> Schedule:
         """After a call of ``step``."""
         return replace(self, clock=self.clock + 1)
+
+
+@dataclass(frozen=True)
+class ScheduleRecord:
+    """The refresh schedule of one projected parameter; steps count from 0, ``last`` is -1 before the first refresh."""
+
+    name: str
+    shape: tuple[int, ...]
+    side: str
+    rank: int
+    gap: int
+    last: int
+    next: int
+    refreshes: int
+    similarities: tuple[float, ...]
