@@ -27,8 +27,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _DRAWS = 8  # 16-bit draws in one counter's four words
-# Counters at a time on a CPU: below PyTorch's grain of 32,768 elements, so that no thread waits for another.  16 M draws
-# take 0.20 s on two cores; 1 << 16 takes 0.145 s on idle ones, and on busy ones twice as long as this.
+# Counters at a time on a CPU: below PyTorch's grain of 32,768 elements, so that no thread waits for another.  16 M
+# draws take 0.20 s on two cores; 1 << 16 takes 0.145 s on idle ones, and on busy ones twice as long as this.
 _CHUNK = 1 << 14
 
 Word: TypeAlias = Tensor | int
