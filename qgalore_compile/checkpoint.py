@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qgalore_compile.groups import names_of
+
 
 @contextmanager
 def undo_on_error(items: list[Any]) -> Iterator[None]:
@@ -32,16 +34,16 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         ValueError: groups, names of state or shapes differ; the message names the parameter.  Nothing has changed then.
     """
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    groups = optimizer.param_groups
-    sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, saved_groups))
+    own_groups = optimizer.param_groups
+    sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (own_groups, saved_groups))
     if sizes != saved_sizes:
         raise ValueError(
             f"the saved optimizer has groups of {saved_sizes} parameters, this one of {sizes}; "
             "build it with the same groups in the same order"
         )
     copies: list[tuple[Tensor, Tensor]] = []
-    for position, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        names = group.get("param_names", [f"parameter {i} of group {position}" for i in range(len(group["params"]))])
+    for position, (group, saved_group) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        names = names_of(group, position)
         for name, parameter, key in zip(names, group["params"], saved_group["params"], strict=True):
             copies += _pairs(name, tuple(parameter.shape), optimizer.state[parameter], saved_state.get(key, {}))
     if "global" in saved_state and "global" in optimizer.state:
@@ -49,7 +51,7 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     with torch.no_grad():
         for own, saved in copies:
             own.copy_(saved)
-    for group, saved_group in zip(groups, saved_groups, strict=True):
+    for group, saved_group in zip(own_groups, saved_groups, strict=True):
         for key, value in saved_group.items():
             if key in ("params", "param_names"):
                 continue

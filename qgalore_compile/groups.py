@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qgalore_compile import formats
 from qgalore_compile.projection import projector_shape, side_of
 from qgalore_compile.refresh import METHODS, SIMILARITIES, ProjectorFormat
+from qgalore_compile.rng import SEEDS
 from qgalore_compile.scheduler import Rule, Schedule
 from qgalore_compile.weights import Targets, select_linears
 
@@ -105,7 +106,7 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     for key in ("lr", "eps", "weight_decay"):
         if not 0 <= float(group[key]) < math.inf:
             raise ValueError(f"{where}: {key} must not be negative, NaN or infinite, got {float(group[key])}")
-    if not _is_int(group["seed"]) or not -(1 << 63) <= group["seed"] < 1 << 64:
+    if not _is_int(group["seed"]) or group["seed"] not in SEEDS:
         raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
     _one_of(group, "moments", ("8bit", "32bit"), where)
     for name, parameter in zip(names, group["params"], strict=True):
@@ -162,6 +163,12 @@ def _one_of(group: dict[str, Any], key: str, allowed: Sequence[object], where: s
 
 
 # -- what a checked group means -------------------------------------------------------------------------------------
+
+
+def names_of(group: dict[str, Any], position: int) -> list[str]:
+    """Names of the group's parameters for messages and reports: its ``param_names``, or their places."""
+    places = [f"parameter {index} of group {position}" for index in range(len(group["params"]))]
+    return list(group.get("param_names", places))
 
 
 def rank_of(group: dict[str, Any], parameter: Tensor) -> int:

@@ -114,7 +114,7 @@ class QGaLoreAdamW(Optimizer):
         group = {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
         with checkpoint.undo_on_error(self.param_groups):
             super().add_param_group(group)
-            names = self._names(group, len(self.param_groups) - 1)
+            names = groups.names_of(group, len(self.param_groups) - 1)
             groups.check_adam(group, names, where)
             if "rank" in group:
                 groups.check_projection(group, names, where)
@@ -128,10 +128,6 @@ class QGaLoreAdamW(Optimizer):
                 "grad_norm": torch.zeros((), device=device),
                 "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
             }
-
-    def _names(self, group: dict[str, Any], position: int) -> list[str]:
-        default = [f"parameter {index} of group {position}" for index in range(len(group["params"]))]
-        return list(group.get("param_names", default))
 
     @property
     def last_grad_norm(self) -> Tensor:
@@ -151,7 +147,7 @@ class QGaLoreAdamW(Optimizer):
             if "rank" not in group:
                 continue
             rule = groups.refresh_rule(group)
-            for name, p in zip(self._names(group, position), group["params"], strict=True):
+            for name, p in zip(groups.names_of(group, position), group["params"], strict=True):
                 now = Schedule.from_tensor(self.state[p]["schedule"])
                 records.append(
                     ScheduleRecord(
@@ -217,14 +213,12 @@ class QGaLoreAdamW(Optimizer):
     def _project(self, p: Tensor, group: dict[str, Any], state: dict[str, Tensor], position: int) -> Tensor:
         """R in float32, after the refresh if one is due.  The GEMM runs in the gradient's dtype."""
         assert p.grad is not None
-        form = groups.projector_format(group)
-        stored = _stored_projector(state)
-        projector = form.decode(stored, groups.projector_columns(group, p), p.grad.dtype)
+        projector = _projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape)).to(torch.float32)
         refresh_(
-            low, stored, state["schedule"], [p.grad],
-            shape=p.shape, rank=groups.rank_of(group, p), form=form, method=group["refresh"],
-            rule=groups.refresh_rule(group), seed=group["seed"], param=position,
+            low, _stored_projector(state), state["schedule"], [p.grad],
+            shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),
+            method=group["refresh"], rule=groups.refresh_rule(group), seed=group["seed"], param=position,
         )  # fmt: skip
         return low
 
@@ -256,9 +250,7 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     update = _adam(grad, group, state, step, ok)
     if "rank" in group:
         dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
-        projector = groups.projector_format(group).decode(
-            _stored_projector(state), groups.projector_columns(group, p), dtype
-        )
+        projector = _projector(p, group, state, dtype)
         update = group["scale"] * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
     weight = p.dequantize(torch.float32) if isinstance(p, Int8Weight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
@@ -301,6 +293,12 @@ def _store_moment(state: dict[str, Tensor], name: str, value: Tensor, ok: Tensor
     codes, absmax, _ = formats.quantize_dynamic8(value, signed=name == "exp_avg")
     state[name].copy_(torch.where(ok, codes, state[name]))
     state[f"{name}_absmax"].copy_(torch.where(ok, absmax, state[f"{name}_absmax"]))
+
+
+def _projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """P as the two GEMMs take it."""
+    columns = groups.projector_columns(group, p)
+    return groups.projector_format(group).decode(_stored_projector(state), columns, dtype)
 
 
 def _stored_projector(state: dict[str, Tensor]) -> list[Tensor]:

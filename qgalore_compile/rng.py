@@ -26,6 +26,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
+SEEDS = range(-(1 << 63), 1 << 64)  # what 64 bits hold, signed or not
 _DRAWS = 8  # 16-bit draws in one counter's four words
 # Counters at a time on a CPU: below PyTorch's grain of 32,768 elements, so that no thread waits for another.  16 M
 # draws take 0.20 s on two cores; 1 << 16 takes 0.145 s on idle ones, and on busy ones twice as long as this.
@@ -105,7 +106,7 @@ _random_bits_op = define(
 
 def signed_seed(seed: int) -> int:
     """``seed`` as the signed 64-bit number that an operator takes; ValueError where 64 bits do not hold it."""
-    if not -(1 << 63) <= seed < 1 << 64:
+    if seed not in SEEDS:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 

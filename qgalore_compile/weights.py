@@ -180,10 +180,16 @@ def _float(weight: Int8Weight, dtype: torch.dtype | None = None) -> Tensor:
     return value.t() if weight.transposed else value
 
 
-def _like(weight: Int8Weight, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Int8Weight:
-    """The same weight over changed inner tensors."""
+def _like(
+    weight: Int8Weight,
+    change: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+    transposed: bool | None = None,
+) -> Int8Weight:
+    """The same weight over changed inner tensors, with another dtype or orientation where one is given."""
     inner = (change(weight.codes), change(weight.scale), change(weight.offset))
-    result = Int8Weight(*inner, weight.group_size, dtype or weight.dtype, weight.transposed)
+    orientation = weight.transposed if transposed is None else transposed
+    result = Int8Weight(*inner, weight.group_size, dtype or weight.dtype, orientation)
     result.label = weight.label
     return result
 
@@ -256,10 +262,7 @@ def _to_copy(
 
 
 def _transpose(weight: Int8Weight) -> Int8Weight:
-    inner = (weight.codes, weight.scale, weight.offset)
-    result = Int8Weight(*inner, weight.group_size, weight.dtype, not weight.transposed)
-    result.label = weight.label
-    return result
+    return _like(weight, _same, transposed=not weight.transposed)
 
 
 def _view(weight: Int8Weight, shape: Sequence[int]) -> Int8Weight:
