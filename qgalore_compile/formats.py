@@ -99,7 +99,17 @@ def _from_groups(x: Tensor, n: int) -> Tensor:
     """The inverse of :func:`_to_groups`: (..., groups, width) → (..., n)."""
     *leading, groups, width = x.shape
     flat = x.reshape(*leading, groups * width)
-    return flat if groups * width == n else flat[..., :n]
+    return flat if groups * width == n else _drop_tail_op(flat, n)
+
+
+# An op, not a slice: Inductor (torch 2.13) would compute a row of n elements with the scale of element j at j // width,
+# split the loop into n // width runs of width (CppScheduling.try_loop_split, for widths above 8), and never compute
+# the short group: weights of (512, 1376) in groups of 256 held garbage in their last 96 columns.
+_drop_tail_op = define(
+    "drop_tail(Tensor x, SymInt n) -> Tensor",
+    lambda x, n: x[..., :n].contiguous(),
+    lambda x, n: x.new_empty((*x.shape[:-1], n)),
+)
 
 
 def _round_up(fraction: Tensor, noise: Tensor) -> Tensor:
