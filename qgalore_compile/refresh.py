@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qgalore_compile import formats, rng
 from qgalore_compile._ops import define
+from qgalore_compile.gather import gathered, is_carrier
 from qgalore_compile.projection import (
     full_gradient,
     leading_subspace,
@@ -58,6 +59,7 @@ def _refresh(
     projector: Sequence[Tensor],
     schedule: Tensor,
     factors: Sequence[Tensor],
+    scales: Sequence[Tensor] | None = None,
     *,
     shape: Sequence[int],
     rank: int,
@@ -74,6 +76,7 @@ def _refresh(
     now = Schedule.from_tensor(schedule)
     rule = Rule(official, threshold, gamma, max_gap)
     if now.due(rule):
+        factors = _scaled([gathered(factors[0], shape)] if is_carrier(factors[0]) else factors, scales)
         if _finite(factors):
             now = _compute_anew(
                 low, projector, now, factors, shape, rank, ProjectorFormat(bits, group_size), method, rule, seed, param
@@ -81,6 +84,14 @@ def _refresh(
         else:
             low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
     schedule.copy_(now.ticked().to_tensor())
+
+
+def _scaled(factors: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor]:
+    """The factors with each product's scale moved into its first one, in float32: half precision might underflow."""
+    scaled = list(factors)
+    for index, scale in enumerate(scales or ()):
+        scaled[2 * index] = scaled[2 * index].to(torch.float32) * scale
+    return scaled
 
 
 def _finite(factors: Sequence[Tensor]) -> bool:
@@ -115,14 +126,15 @@ def _compute_anew(
         similarity = measure(form.decode(projector, columns), new, side)
     for stored, value in zip(projector, form.encode(new), strict=True):
         stored.copy_(value)
-    dtype = factors[0].dtype
+    dtype = factors[-1].dtype  # the first one has been scaled
     gradient = factors[0] if len(factors) == 1 else full_gradient(factors).to(dtype)
     low.copy_(project(gradient, form.decode(projector, columns, dtype), side))
     return now.refreshed(rule, similarity)
 
 
 _refresh_op = define(
-    "refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor[] factors, *, SymInt[] shape, "
+    "refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor[] factors, "
+    "Tensor[]? scales=None, *, SymInt[] shape, "
     "int rank, int bits, int group_size, str method, bool official, float threshold, float gamma, int? max_gap, "
     "int seed, int param) -> ()",
     _refresh,
@@ -151,7 +163,8 @@ def refresh_(
         low: R, float32, projected with the projector as it was; overwritten in a refresh.
         projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
         schedule: float64 (4 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
-        factors: ``[G]`` or ``[dY1, X1, …]``.  Where they are not finite, the projector stays, the parameter stays due
+        factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
+            0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
             and R becomes NaN, which the optimizer's non-finite check sees.
         shape: (m, n) of the weight.
         rank, form, method, rule: the group's settings.
