@@ -1,22 +1,47 @@
 """The compiler as a list: every pass, in order.
 
-====================  =====  ========================================================================================
-file                  tier   what it does
-====================  =====  ========================================================================================
-manager.py            –      runs the list, keeps a record of each pass, names the graph for Inductor's cache
-dead_allocations.py   exact  erases allocations that nobody reads
-====================  =====  ========================================================================================
+====================  ========  =====================================================================================
+file                  tier      what it does
+====================  ========  =====================================================================================
+update.py             exact     analysis: finds every layer's update, or says why there is none
+refresh.py            rounding  moves what only a refresh needs into the refresh op
+reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
+dead_allocations.py   exact     erases allocations that nobody reads
+opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
+order.py              exact     places updates as early as they can run, so that factors die early
+--------------------  --------  -------------------------------------------------------------------------------------
+manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
+context.py                      what passes share and what they tell
+nodes.py                        facts about single nodes; how a pass makes a new one
+facts.py                        facts that follow from a whole graph, for the analysis
+products.py                     a gradient read as a sum of products
+printing.py                     one layer's part of a graph as text
+liveness.py                     a model of what is live, in bytes
+====================  ========  =====================================================================================
 
-A pass is a function ``run(graph, record)`` on the post-grad graph: functional ATen, ending in one ``copy_`` for each
-tensor that the step changes.  Tier "exact" keeps every result bit for bit; "rounding" keeps the contract of
+A pass is a function ``run(graph, record, context)`` on the post-grad graph: functional ATen, ending in one ``copy_``
+for each tensor that the step changes.  Tier "exact" keeps every result bit for bit; "rounding" keeps the contract of
 ``docs/architecture.md``.
 """
 
 from __future__ import annotations
 
+from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
-from qgalore_compile.passes.manager import Pass, PassManager, PassRecord
+from qgalore_compile.passes.manager import Pass, PassManager
+from qgalore_compile.passes.opaque import opaque
+from qgalore_compile.passes.order import order
+from qgalore_compile.passes.reassociate import reassociate
+from qgalore_compile.passes.refresh import refresh
+from qgalore_compile.passes.update import update
 
-__all__ = ["PASSES", "Pass", "PassManager", "PassRecord"]
+__all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
 
-PASSES: tuple[Pass, ...] = (Pass("dead_allocations", "exact", dead_allocations),)
+PASSES: tuple[Pass, ...] = (
+    Pass("update", "exact", update),
+    Pass("refresh", "rounding", refresh),
+    Pass("reassociate", "rounding", reassociate),
+    Pass("dead_allocations", "exact", dead_allocations),
+    Pass("opaque", "exact", opaque),
+    Pass("order", "exact", order),
+)

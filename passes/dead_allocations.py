@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qgalore_compile.passes.manager import PassRecord
+from qgalore_compile.passes.context import Context, PassRecord
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ ALLOCATIONS = frozenset(
 )
 
 
-def dead_allocations(graph: fx.Graph, record: PassRecord) -> None:
+def dead_allocations(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Erase every allocation without a user; an allocation read by one that dies first goes with it."""
     for node in reversed(graph.nodes):
         if node.target in ALLOCATIONS and not node.users:

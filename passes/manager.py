@@ -8,69 +8,38 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import fx
+from torch._functorch._aot_autograd.descriptors import (
+    BufferAOTInput,
+    ParamAOTInput,
+    PlainAOTInput,
+    SubclassGetAttrAOTInput,
+)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging._internal import trace_structured
 from torch.fx._utils import lazy_format_graph_code
 
+from qgalore_compile.passes.context import Context, PassRecord, Tier
+from qgalore_compile.passes.printing import layer_text
+from qgalore_compile.passes.update import LayerUpdate
+
 log = logging.getLogger(__name__)
-
-Tier = Literal["exact", "rounding"]
-
-
-@dataclass
-class PassRecord:
-    """What one pass did to one graph.
-
-    Attributes:
-        name, tier: of the pass; "exact" leaves every result bit for bit, "rounding" within the contract.
-        matches: places rewritten, by the name of the node that was there.
-        skipped: (node name, reason) of each place that was looked at and left.
-        nodes_before, nodes_after: nodes in the graph.
-        ops: how the number of calls of each operator changed, only those that did.
-        milliseconds: time in the pass.
-    """
-
-    name: str
-    tier: Tier
-    matches: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    nodes_before: int = 0
-    nodes_after: int = 0
-    ops: dict[str, int] = field(default_factory=dict)
-    milliseconds: float = 0.0
-
-    def match(self, node: fx.Node) -> None:
-        """Count a rewritten place."""
-        self.matches.append(node.name)
-
-    def skip(self, node: fx.Node, reason: str) -> None:
-        """Count a place that stays as it is, and why."""
-        self.skipped.append((node.name, reason))
-
-    def __str__(self) -> str:
-        ops = ", ".join(f"{op} {change:+d}" for op, change in sorted(self.ops.items())) or "no operator changed"
-        return (
-            f"{self.name} ({self.tier}): {len(self.matches)} matched, {len(self.skipped)} skipped, "
-            f"{self.nodes_before} -> {self.nodes_after} nodes, {ops}, {self.milliseconds:.1f} ms"
-        )
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One analysis or rewrite: ``run(graph, record)`` changes the graph in place and tells the record."""
+    """One analysis or rewrite: ``run(graph, record, context)`` changes the graph in place and tells the record."""
 
     name: str
     tier: Tier
-    run: Callable[[fx.Graph, PassRecord], None]
+    run: Callable[[fx.Graph, PassRecord, Context], None]
 
 
 class PassManager(CustomGraphPass):
@@ -79,26 +48,57 @@ class PassManager(CustomGraphPass):
     Args:
         passes: in order.
         lint: check the graph after every pass (``graph.lint()``); for tests and debugging.
+        reassociate: "memory", "cost" or "never".
+        input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
+            the traced module, by attribute.
+        parameters: which of those are parameters; None if that is not known.
 
     Attributes:
         records: one a pass, of the graph seen last; empty where the graph came from Inductor's cache, which does not
             run passes.
+        context: of that graph.
     """
 
-    def __init__(self, passes: Iterable[Pass], *, lint: bool = False) -> None:
+    def __init__(
+        self,
+        passes: Iterable[Pass],
+        *,
+        lint: bool = False,
+        reassociate: str = "memory",
+        input_names: Mapping[int | str, str] | None = None,
+        parameters: Collection[int | str] | None = None,
+    ) -> None:
         self.passes = tuple(passes)
         self.lint = lint
+        self.reassociate = reassociate
+        self.input_names = dict(input_names or {})
+        self.parameters = parameters
         self.records: list[PassRecord] = []
+        self.context = Context()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""
-        self.records = [self._run(each, graph) for each in self.passes]
+        origin_of = _origins(graph)
+        names = self.input_names
+        name_of = {name: names[origin] for name, origin in origin_of.items() if origin in names}
+        parameters = self.parameters
+        known = None if parameters is None else frozenset(name for name, at in origin_of.items() if at in parameters)
+        self.context = Context(self.reassociate, name_of, known, origin_of)
+        self.records = []
+        shown: LayerUpdate | None = None
+        for each in self.passes:
+            self.records.append(self._run(each, graph))
+            if shown is None and self.context.layers:
+                shown = max(self.context.layers, key=lambda layer: layer.shape[0] * layer.shape[1])
+                self.context.layer_text = {"layer": shown.name, "before": layer_text(graph, shown)}
+        if shown is not None:
+            self.context.layer_text["after"] = layer_text(graph, shown)
 
     def _run(self, each: Pass, graph: fx.Graph) -> PassRecord:
         record = PassRecord(each.name, each.tier)
         before = _operators(graph)
         start = time.perf_counter()
-        each.run(graph, record)
+        each.run(graph, record, self.context)
         record.milliseconds = (time.perf_counter() - start) * 1e3
         after = _operators(graph)
         record.nodes_before, record.nodes_after = before.total(), after.total()
@@ -118,7 +118,22 @@ class PassManager(CustomGraphPass):
     def uuid(self) -> str:
         """What Inductor may reuse a cached graph for: the sources, the passes chosen, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        return f"{_source_hash()}/{names}/{torch.__version__}/{_triton_version()}"
+        return f"{_source_hash()}/{names}/{self.reassociate}/{torch.__version__}/{_triton_version()}"
+
+
+def _origins(graph: fx.Graph) -> dict[str, int | str]:
+    """By placeholder, the program's input that it comes from, as AOTAutograd tells: a number, or the attribute of what
+    hangs on the traced module."""
+    origins: dict[str, int | str] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        origin = node.meta.get("desc")
+        while isinstance(origin, SubclassGetAttrAOTInput):
+            origin = origin.base
+        if isinstance(origin, PlainAOTInput):
+            origins[node.name] = origin.idx
+        elif isinstance(origin, (ParamAOTInput, BufferAOTInput)):
+            origins[node.name] = origin.target
+    return origins
 
 
 def _operators(graph: fx.Graph) -> Counter[str]:

@@ -2,12 +2,25 @@
 
 ``import qgalore_compile as qg``: ``qg.quantize_`` turns a model's linear weights into INT8, ``qg.param_groups`` and
 ``qg.QGaLoreAdamW`` make the optimizer, and ``torch.compile(step, backend="qgalore", fullgraph=True)`` compiles the
-whole training step.
+whole training step.  ``qg.explain`` and ``qg.report`` tell what became of it, and ``qg.check`` compares it with the
+eager step.
 """
 
+from qgalore_compile.check import CheckResult, check
 from qgalore_compile.groups import param_groups
 from qgalore_compile.optim import QGaLoreAdamW
+from qgalore_compile.report import Report, explain, report
 from qgalore_compile.weights import Int8Weight, quantize_
 
-__all__ = ["Int8Weight", "QGaLoreAdamW", "param_groups", "quantize_"]
+__all__ = [
+    "CheckResult",
+    "Int8Weight",
+    "QGaLoreAdamW",
+    "Report",
+    "check",
+    "explain",
+    "param_groups",
+    "quantize_",
+    "report",
+]
 __version__ = "0.1.0"

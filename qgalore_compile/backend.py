@@ -8,7 +8,7 @@ configuration is patched for one compilation at a time, and a pass of the user's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
+from qgalore_compile import compilation
 from qgalore_compile.passes import PASSES, PassManager
 
 torch._dynamo.config.trace_autograd_ops = True
@@ -32,6 +33,11 @@ the same speed of the step; with four layers the search alone took 10 s, and 38 
 Horizontal fusion would also make updated weights of several layers live together."""
 
 
+KEEP_ORDER: dict[str, Any] = {"reorder_for_peak_memory": False}
+"""Inductor would reorder what :mod:`qgalore_compile.passes.order` has ordered, by an estimate that knows nothing of
+what is inside an outlined function: it hoists X Pᵀ of every layer in front of the forward."""
+
+
 class OptionError(ShortenTraceback, ValueError):
     """An option of ``torch.compile(…, backend="qgalore", options=…)`` that does not exist or has no such value.
 
@@ -42,17 +48,33 @@ class OptionError(ShortenTraceback, ValueError):
         super().__init__(message, first_useful_frame=None)
 
 
+class UnfusedError(ShortenTraceback, RuntimeError):
+    """``options={"strict": True}``: a projected layer ended unfused; the message names each one and its reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+REASSOCIATE = ("memory", "cost", "never")
+
+
 @dataclass(frozen=True)
 class Options:
     """What ``options=`` may hold.
 
     Attributes:
+        strict: a projected layer whose update is not matched, or whose gradient is formed though ``reassociate`` asks
+            for it to go, is an error.
         disable: names of passes to leave out.
         exact: run only the passes that keep every result bit for bit.
+        reassociate: "memory" contracts a gradient's factors with the projector wherever that is possible, "cost" where
+            it takes fewer operations and bytes, "never" nowhere.
     """
 
+    strict: bool = False
     disable: tuple[str, ...] = ()
     exact: bool = False
+    reassociate: str = "memory"
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -62,22 +84,34 @@ class Options:
         for name in options:
             if name not in known:
                 raise OptionError(f"backend 'qgalore': unknown option {name!r}; known options: {', '.join(known)}")
-        exact = options.get("exact", False)
-        if not isinstance(exact, bool):
-            raise OptionError(f"backend 'qgalore': option 'exact' must be True or False, got {exact!r}")
+        for name in ("strict", "exact"):
+            if not isinstance(options.get(name, False), bool):
+                raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
+        reassociate = options.get("reassociate", "memory")
+        if reassociate not in REASSOCIATE:
+            raise OptionError(
+                f"backend 'qgalore': option 'reassociate' must be one of {', '.join(map(repr, REASSOCIATE))}, "
+                f"got {reassociate!r}"
+            )
         disable = options.get("disable", ())
         disable = (disable,) if isinstance(disable, str) else tuple(disable)
         names = [each.name for each in PASSES]
         for name in disable:
             if name not in names:
                 raise OptionError(f"backend 'qgalore': no pass is called {name!r}; passes: {', '.join(names)}")
-        return cls(disable, exact)
+        return cls(options.get("strict", False), disable, options.get("exact", False), reassociate)
 
-    def passes(self) -> PassManager:
-        """The manager of the passes that these options leave."""
-        return PassManager(
-            each for each in PASSES if each.name not in self.disable and (each.tier == "exact" or not self.exact)
-        )
+    def passes(
+        self,
+        input_names: Mapping[int | str, str] | None = None,
+        parameters: Collection[int | str] | None = None,
+    ) -> PassManager:
+        """The manager of the passes that these options leave; arguments as for :class:`PassManager`."""
+        chosen = [each for each in PASSES if each.name not in self.disable and (each.tier == "exact" or not self.exact)]
+        # where no pass contracts the factors, the gradient exists, and the refresh op may as well take it
+        contracts = any(each.name == "reassociate" for each in chosen)
+        mode = self.reassociate if contracts else "never"
+        return PassManager(chosen, reassociate=mode, input_names=input_names, parameters=parameters)
 
 
 def qgalore(
@@ -86,6 +120,7 @@ def qgalore(
     *,
     options: dict[str, Any] | None = None,
     mode: str | None = None,
+    into: list[compilation.Compilation] | None = None,
     **compile_fx_arguments: Any,
 ) -> Callable[..., Any]:
     """The backend.  ``torch.compile`` finds it by name, through the entry point group ``torch_dynamo_backends``.
@@ -94,16 +129,35 @@ def qgalore(
         gm, example_inputs: from Dynamo.
         options: see :class:`Options`.
         mode: Inductor's modes ("reduce-overhead", "max-autotune", …), handed on to it.
+        into: takes the record of this compilation, in place of the register that ``report`` asks.
         **compile_fx_arguments: for tests: ``inner_compile`` in place of Inductor's code generation.
 
     Raises:
         OptionError: an unknown option or value.
+        UnfusedError: ``strict``, and a projected layer is unfused.
     """
-    patches = {**FUSION_SEARCH, **(torch._inductor.list_mode_options(mode) if mode else {})}
-    manager = Options.parse(options).passes()
+    patches = {**FUSION_SEARCH, **KEEP_ORDER, **(torch._inductor.list_mode_options(mode) if mode else {})}
+    chosen = Options.parse(options)
+    manager = chosen.passes(compilation.input_names(gm), compilation.parameters(gm, example_inputs))
     patches["post_grad_custom_post_pass"] = [
         *get_custom_graph_passes(inductor_config.post_grad_custom_post_pass),
         manager,
     ]
+    record = compilation.begin(gm, into)
+    name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
     compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    compilation.finish(record, manager, name)
+    if chosen.strict:
+        _refuse_unfused(record)
     return cast("Callable[..., Any]", compiled)
+
+
+def _refuse_unfused(record: compilation.Compilation) -> None:
+    if not record.recorded:
+        raise UnfusedError(
+            "backend 'qgalore', strict: the compiled code came from a cache that holds no record of its passes, so "
+            "nothing can be said about its layers; clear the cache (torch.compiler reads TORCHINDUCTOR_CACHE_DIR)"
+        )
+    unfused = [f"{layer['name']}: {problem}" for layer in record.layers if (problem := compilation.unfused(layer))]
+    if unfused:
+        raise UnfusedError("backend 'qgalore', strict: these projected layers are not fused\n  " + "\n  ".join(unfused))

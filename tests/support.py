@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
-from torch._inductor import compile_fx as inductor
-from torch._inductor.virtualized import V
 
 import qgalore_compile as qg
 from qgalore_compile import formats
 from qgalore_compile.backend import qgalore
+from qgalore_compile.dry_run import dry, without_cache
 
 
 class Interpreted:
@@ -28,16 +26,12 @@ class Interpreted:
         self.graphs: list[fx.GraphModule] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return qgalore(gm, example_inputs, options=self.options, inner_compile=self._interpret)
+        with without_cache():
+            return qgalore(gm, example_inputs, options=self.options, inner_compile=dry(self._interpret))
 
-    def _interpret(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **context: Any) -> Callable[..., Any]:
-        with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
-            inductor.view_to_reshape(gm)
-            inductor._recursive_post_grad_passes(gm, is_inference=bool(context.get("is_inference")))
-        gm.graph.lint()
-        gm.recompile()
+    def _interpret(self, gm: fx.GraphModule) -> Callable[..., Any]:
         self.graphs.append(gm)
-        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+        return gm.forward
 
     @property
     def count(self) -> int:

@@ -292,15 +292,17 @@ def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> N
 def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     model, opt = toy()
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
-    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: disable, exact"):
+    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate"):
         step(tokens())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: dead_allocations"),
-        ({"exact": 1}, "must be True or"),
+        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: update, refresh, reassociate"),
+        ({"exact": 1}, "'exact' must be True or"),
+        ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
+        ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),
     ],
 )
 def test_an_option_with_a_wrong_value_says_what_is_allowed(options: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from qgalore_compile.passes import PASSES, Pass, PassManager, PassRecord
+from qgalore_compile.passes import PASSES, Context, Pass, PassManager, PassRecord
 
 
 def graph_of_two_additions() -> fx.Graph:
@@ -20,7 +20,7 @@ def graph_of_two_additions() -> fx.Graph:
     return graph
 
 
-def additions_to_multiplications(graph: fx.Graph, record: PassRecord) -> None:
+def additions_to_multiplications(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
         if node.args[1] == 1:
             record.skip(node, "adds one")
@@ -47,7 +47,7 @@ def test_a_record_tells_matches_skips_operators_and_time() -> None:
 def test_passes_run_in_the_order_of_the_list() -> None:
     ran: list[str] = []
     names = ["first", "second", "third"]
-    passes = [Pass(name, "exact", lambda graph, record: ran.append(record.name)) for name in names]
+    passes = [Pass(name, "exact", lambda graph, record, context: ran.append(record.name)) for name in names]
     PassManager(passes)(graph_of_two_additions())
     assert ran == names
 
@@ -60,7 +60,7 @@ def test_records_are_those_of_the_last_graph() -> None:
 
 
 def test_lint_finds_what_a_pass_broke() -> None:
-    def use_before_definition(graph: fx.Graph, record: PassRecord) -> None:
+    def use_before_definition(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         first, second = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
         first.args = (second, 1)
 
@@ -69,10 +69,12 @@ def test_lint_finds_what_a_pass_broke() -> None:
 
 
 def test_uuid_depends_on_the_passes_chosen_and_on_nothing_else_of_the_run() -> None:
-    one = Pass("one", "exact", lambda graph, record: None)
-    two = Pass("two", "exact", lambda graph, record: None)
+    one = Pass("one", "exact", lambda graph, record, context: None)
+    two = Pass("two", "exact", lambda graph, record, context: None)
     assert PassManager([one, two]).uuid() == PassManager([one, two], lint=True).uuid()
+    assert PassManager([one]).uuid() == PassManager([one], input_names={0: "weight"}).uuid()
     assert len({PassManager(passes).uuid() for passes in ([], [one], [two], [one, two], [two, one])}) == 5
+    assert len({PassManager([one], reassociate=mode).uuid() for mode in ("memory", "cost", "never")}) == 3
 
 
 def test_uuid_depends_on_the_sources_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:

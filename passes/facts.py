@@ -1,0 +1,138 @@
+"""What the analysis knows of every node, computed in one walk over the graph.
+
+=============  ======================================================================================================
+gemms          matrix products that a node follows from through other operations; not through 0-d tensors
+storage        inputs of the graph that a node is decoded from, where it follows from nothing but inputs
+decoding       how: the operations in between, without casts between floats and without transpositions
+transposed     whether it stands transposed to its decoding
+=============  ======================================================================================================
+
+A result of an op that changes its arguments in place counts as the argument, since it is the same storage later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from qgalore_compile.passes.nodes import (
+    TRANSPOSES,
+    anchors,
+    aten,
+    dtype,
+    is_gemm,
+    is_scalar,
+    is_tensor,
+    previous_version,
+    prims,
+    shape,
+)
+from qgalore_compile.passes.products import permutation
+
+MOST_GEMMS = 8
+"""A node that follows from more products than this is the network's, not an update's; counting on would make the walk
+quadratic in the number of layers, since the residual stream follows from all of them."""
+
+_TRANSPARENT = frozenset({aten.clone.default, aten.alias.default, aten.detach.default})
+
+
+class Facts:
+    """Facts about the nodes of one graph, as it was when this was made.
+
+    Attributes:
+        written: inputs that the graph writes.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.written = frozenset(anchor.args[0] for anchor in anchors(graph))
+        self._gemms: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
+        self._storage: dict[fx.Node, frozenset[fx.Node] | None] = {}
+        self._decoding: dict[fx.Node, tuple[int, bool]] = {}
+        self._numbers: dict[Any, int] = {}
+        self._nodes = list(graph.nodes)
+        for node in self._nodes:
+            base = previous_version(node)
+            if base is not None:
+                self._gemms[node] = self._gemms[base] if not is_gemm(base) else (base,)
+                self._storage[node] = self._storage[base]
+                self._decoding[node] = self._decoding[base]
+            else:
+                self._gemms[node] = self._gemms_of(node)
+                self._storage[node] = self._storage_of(node)
+                self._decoding[node] = self._decoding_of(node)
+
+    def gemms(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The products that ``node`` is or follows from, in no particular order; () where there are too many."""
+        return (node,) if is_gemm(node) else self._gemms[node] or ()
+
+    def storage(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        """The inputs that ``node`` is decoded from; None where anything computed takes part."""
+        return self._storage[node]
+
+    def same_decoding(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes hold the same values in the same storages' encoding, up to casts and transposition."""
+        return self._decoding[first][0] == self._decoding[second][0]
+
+    def transposed(self, node: fx.Node) -> bool:
+        """Whether ``node`` stands transposed to its decoding."""
+        return self._decoding[node][1]
+
+    # -- one node -----------------------------------------------------------------------------------------------------
+
+    def _gemms_of(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
+        """None stands for "too many"."""
+        reached: dict[fx.Node, None] = {}
+        for source in node.all_input_nodes:
+            if is_scalar(source):
+                continue
+            found = (source,) if is_gemm(source) else self._gemms[source]
+            if found is None:
+                return None
+            reached.update(dict.fromkeys(found))
+            if len(reached) > MOST_GEMMS:
+                return None
+        return tuple(reached)
+
+    def _storage_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        if node.op == "placeholder":
+            return frozenset({node})
+        if is_gemm(node) or node.op == "output":
+            return None
+        storage: frozenset[fx.Node] = frozenset()
+        for source in node.all_input_nodes:
+            found = self._storage[source]
+            if found is None:
+                if is_scalar(source):
+                    continue
+                return None
+            storage |= found
+        return storage
+
+    def _decoding_of(self, node: fx.Node) -> tuple[int, bool]:
+        if node.op != "call_function":
+            return self._number(node), False
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and is_tensor(source) and is_tensor(node):
+            if node.target in TRANSPOSES and len(shape(node)) == 2:
+                number, transposed = self._decoding[source]
+                return number, transposed != (permutation(node) == [1, 0])
+            if node.target in _TRANSPARENT or (
+                node.target in (prims.convert_element_type.default, aten._to_copy.default)
+                and dtype(source).is_floating_point
+                and dtype(node).is_floating_point
+            ):
+                return self._decoding[source]
+        arguments = (self._spelled(node.args), self._spelled(tuple(sorted(node.kwargs.items()))))
+        return self._number((node.target, arguments)), False
+
+    def _spelled(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self._decoding[argument]
+        if isinstance(argument, (tuple, list)):
+            return tuple(self._spelled(item) for item in argument)
+        return str(argument)
+
+    def _number(self, what: Any) -> int:
+        """Equal numbers for equal things: a decoding then costs one number, not a tree."""
+        return self._numbers.setdefault(what, len(self._numbers))

@@ -1,0 +1,149 @@
+"""Facts about single nodes that several passes ask for, and how a pass makes a new one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+GEMMS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+"""What a matrix product is after Inductor's own passes: ``add(mm, x)`` has become ``addmm`` by then."""
+
+ANCHOR = aten.copy_.default
+"""``copy_(placeholder, value)``: what a functional graph ends in for every tensor that the step changes."""
+
+TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
+
+VIEWS = TRANSPOSES | {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.alias.default,
+    aten.detach.default,
+}
+"""Operators whose result shares its input's memory; ``reshape`` may copy, where the input is not contiguous."""
+
+FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
+"""The functional form of an op that changes its arguments: its results are the new versions of ``_all_bases``."""
+
+
+def value(node: fx.Node) -> Any:
+    """The fake tensor (or tuple, or number) that tracing left for a node; None where there is none."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    """Whether it is a node that stands for one tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a node's tensor: ints and SymInts; () for what is no tensor."""
+    return tuple(value(node).shape) if is_tensor(node) else ()
+
+
+def same_sizes(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two tensors have the same dimensions, in whatever order; sizes may be symbolic."""
+    return sorted(map(str, shape(first))) == sorted(map(str, shape(second)))
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of a node's tensor."""
+    return value(node).dtype  # type: ignore[no-any-return]
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether a node's tensor is 0-d: a setting or a statistic that layers share (lr, step, clip, ok)."""
+    return is_tensor(node) and value(node).dim() == 0
+
+
+def is_gemm(node: fx.Node) -> bool:
+    """Whether a node is a matrix product."""
+    return node.op == "call_function" and node.target in GEMMS
+
+
+def operands(gemm: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two matrices of a product; of ``addmm`` and ``baddbmm`` without what is added."""
+    first = 1 if gemm.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    return gemm.args[first], gemm.args[first + 1]  # type: ignore[return-value]
+
+
+def is_anchor(node: fx.Node) -> bool:
+    """Whether a node writes a value into an input's storage."""
+    return node.target is ANCHOR and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+
+
+def anchors(graph: fx.Graph) -> list[fx.Node]:
+    """Every anchor of the graph."""
+    return [node for node in graph.find_nodes(op="call_function", target=ANCHOR) if is_anchor(node)]
+
+
+def previous_version(node: fx.Node) -> fx.Node | None:
+    """What a result of a mutating op was before it: the tensor whose storage the op changes; None for other nodes."""
+    if node.target is not operator.getitem:
+        return None
+    call, index = node.args
+    if not isinstance(call, fx.Node) or call.target is not FUNCTIONALIZED:
+        return None
+    operator_called: Any = call.args[0]
+    returned = len(operator_called._schema.returns)
+    bases: Any = call.kwargs["_all_bases"]
+    # results are (what the op returns, or one None where it returns nothing, *bases)
+    position = int(index) - max(returned, 1)  # type: ignore[arg-type]
+    return bases[position] if 0 <= position < len(bases) else None
+
+
+def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call at the graph's insertion point, with its fake value, as tracing would have left it."""
+    node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
+    # what takes no tensor, an allocation, is of the graph's mode
+    for fake in islice(_fakes(chain([(fake_args, fake_kwargs)], map(value, graph.nodes))), 1):
+        with fake.fake_mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def _fakes(trees: Iterable[Any]) -> Iterator[Any]:
+    for tree in trees:
+        for leaf in torch.utils._pytree.tree_leaves(tree):
+            if isinstance(leaf, torch._subclasses.FakeTensor):
+                yield leaf
+
+
+def transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The transpose of a matrix, without a second permute where it is one already."""
+    if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    return make(graph, aten.permute.default, node, [1, 0])
+
+
+def cast(graph: fx.Graph, node: fx.Node, to: torch.dtype) -> fx.Node:
+    """A node's tensor in another dtype; the node itself where it has it."""
+    return node if dtype(node) == to else make(graph, prims.convert_element_type.default, node, to)
+
+
+def erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node without users, and what only it read, up to the graph's inputs."""
+    pending = [node]
+    while pending:
+        dead = pending.pop()
+        if dead.users or dead.op not in ("call_function", "get_attr") or dead.is_impure() or dead._erased:
+            continue
+        inputs = list(dead.all_input_nodes)
+        graph.erase_node(dead)
+        pending.extend(inputs)

@@ -1,0 +1,213 @@
+"""Make each layer's update, and each product with a quantised matrix, one op that Inductor cannot see into.
+
+    Before    %w = dequantise(%codes, %scale, %offset)          (m, n) in floating point
+              %y = mm(%x, %wᵀ)
+    After     %y = invoke_subgraph(@linear, %x, %codes, %scale, %offset)
+
+    Before    %new = …                                          Adam, the up-projection, the write-back
+              copy_(%codes, %new)
+    After     %new, … = invoke_subgraph(@update, %low, %codes, …)
+              copy_(%codes, %new)
+
+Requires  updates found by :mod:`qgalore_compile.passes.update`; a product with an operand decoded from integers that
+          are inputs of the graph.
+Tier      exact: the same operations on the same values.
+
+Left to itself, Inductor computes the dequantised weight of the backward in the forward's kernel, and updates of equal
+shape side by side, so that floating-point weights of many layers live at once.  Here a region is compiled as a function
+of its own, and what is inside lives for the time of one call.  Layers whose regions are equal share one function, so
+that Inductor schedules and compiles it once, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import Counter
+
+import torch
+from torch import fx
+
+from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.nodes import VIEWS, aten, dtype, erase_dead, is_anchor, is_gemm, is_tensor, operands, value
+
+INVOKE = torch.ops.higher_order.invoke_subgraph
+
+
+def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    """Outline every update and every product with a quantised matrix."""
+    outliner = _Outliner(graph)
+    for layer in context.layers:
+        update = _without_picks(layer.region)
+        problem = _problem(update)
+        if problem is not None:
+            record.skip(layer.up, problem)
+            continue
+        record.match(layer.up)
+        function, _ = outliner.outline("update", update)
+        context.note(layer, update_function=function)
+        layer.region = []
+    downs = {layer.down: layer for layer in context.layers}
+    facts = Facts(graph)
+    regions = {node: _quantised_product(facts, node) for node in graph.nodes if is_gemm(node)}
+    for gemm, region in regions.items():
+        if region is None:
+            continue
+        problem = _problem(region)
+        if problem is not None:
+            record.skip(gemm, problem)
+            continue
+        record.match(gemm)
+        _, (result,) = outliner.outline("product", region)
+        if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
+            layer = downs[gemm]
+            layer.low = result if layer.low is gemm else layer.low
+            layer.down = result
+    context.program["functions"] = dict(outliner.calls)
+
+
+def _without_picks(region: list[fx.Node]) -> list[fx.Node]:
+    """A region without what it picks from several results of an op outside (its part of an ``unbind``): the tensor is
+    then an input."""
+    inside = set(region)
+    return [node for node in region if node.target is not operator.getitem or node.args[0] in inside]
+
+
+def _problem(region: list[fx.Node]) -> str | None:
+    """Why a region cannot be a function: a size that is computed in the graph would have to be handed in."""
+    for node in region:
+        for source in node.all_input_nodes:
+            if not is_tensor(source) and source not in region:
+                return f"{node.name} takes {source.name}, which is no tensor: a size or a tuple of the graph"
+    return None
+
+
+def _quantised_product(facts: Facts, gemm: fx.Node) -> list[fx.Node] | None:
+    """A product and the decoding of its quantised operands; None where none is quantised."""
+    region: dict[fx.Node, None] = {}
+    for operand in operands(gemm):
+        storage = facts.storage(operand)
+        if storage and any(not dtype(node).is_floating_point for node in storage if is_tensor(node)):
+            if not dtype(operand).is_floating_point or _looks_up(operand, storage):
+                continue
+            region.update(dict.fromkeys(_decoding(operand)))
+    if not region:
+        return None
+    return [*sorted(region), gemm]
+
+
+def _looks_up(operand: fx.Node, storage: frozenset[fx.Node]) -> bool:
+    """Whether the integers are indices (an embedding's tokens) rather than codes."""
+    return any(node.target is aten.embedding.default or node.target is aten.index.Tensor for node in _decoding(operand))
+
+
+def _decoding(node: fx.Node) -> list[fx.Node]:
+    """What stands between inputs of the graph and a node that follows from nothing else, itself included."""
+    seen = {node: None} if node.op == "call_function" else {}
+    pending = list(seen)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source.op == "call_function" and source not in seen and is_tensor(source) and not _is_version(source):
+                seen[source] = None
+                pending.append(source)
+    return list(seen)
+
+
+def _is_version(node: fx.Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload)
+
+
+class _Outliner:
+    """Moves regions into functions of the graph's module; equal ones into one.
+
+    Attributes:
+        calls: how often each function is called.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        assert graph.owning_module is not None
+        self.graph = graph
+        self.module = graph.owning_module
+        self.names: dict[str, str] = {}
+        self.calls: Counter[str] = Counter()
+
+    def outline(self, kind: str, region: list[fx.Node]) -> tuple[str, list[fx.Node]]:
+        """Replace a region, in the graph's order, by a call; the name of the function that holds it, and its results.
+
+        Nodes of the region that others read too stay for them; only the last one's readers take the call's results,
+        unless the region is an update, which nobody reads but anchors.
+        """
+        inside = set(region)
+        inputs = list(dict.fromkeys(source for node in region for source in node.all_input_nodes))
+        inputs = [source for source in inputs if source not in inside]
+        outputs = [region[-1]] if kind == "product" else [
+            node for node in region if any(user not in inside for user in node.users)
+        ]  # fmt: skip
+        name = self._function(kind, region, inputs, outputs)
+        results = []
+        with self.graph.inserting_before(region[-1]):
+            call = self.graph.call_function(INVOKE, (self.graph.get_attr(name), name, *inputs))
+            call.meta["val"] = tuple(value(node) for node in outputs)
+            for index, node in enumerate(outputs):
+                result = self.graph.call_function(operator.getitem, (call, index))
+                result.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+                node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+                results.append(result)
+        for node in reversed(region):
+            erase_dead(self.graph, node)
+        _move_behind(call, results)
+        self.calls[name] += 1
+        return name, results
+
+    def _function(self, kind: str, region: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> str:
+        """The name of the function that does what a region does; made where there is none yet."""
+        body = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for index, node in enumerate(inputs):
+            made[node] = body.placeholder(f"input_{index}")
+            made[node].meta["val"] = value(node)
+        for node in region:
+            made[node] = body.node_copy(node, made.__getitem__)
+        result = body.output(tuple(made[node] for node in outputs))
+        # readers rely on the strides that the results had; Inductor asks for both
+        result.meta["user_visible_output_idxs"] = list(range(len(outputs)))
+        result.meta["original_output_strides"] = [value(node).stride() for node in outputs]
+        # names tell nothing: layers differ in them
+        place = {node: f"%{index}" for index, node in enumerate(body.nodes)}
+        lines = []
+        for node in body.nodes:
+            called = node.target if node.op == "call_function" else node.op
+            lines.append(f"{called} {fx.map_arg((node.args, node.kwargs), place.get)}")
+        layouts = [f"{fake.dtype} {tuple(fake.shape)} {fake.stride()} {fake.device}" for fake in map(value, inputs)]
+        key = hashlib.sha256("\n".join(lines + layouts).encode()).hexdigest()
+        if key not in self.names:
+            number = len(self.names)
+            while hasattr(self.module, f"qgalore_{kind}_{number}"):  # of an earlier run
+                number += 1
+            self.names[key] = f"qgalore_{kind}_{number}"
+            self.module.add_submodule(self.names[key], fx.GraphModule(torch.nn.Module(), body))
+        return self.names[key]
+
+
+def _move_behind(call: fx.Node, results: list[fx.Node]) -> None:
+    """Move what stands before a call and waits for it behind it: readers of its results, anchors that overwrite what it
+    reads, and what waits for those."""
+    waiting: set[fx.Node] = set()
+    pending = [call, *results]
+    while pending:
+        node = pending.pop()
+        overwriting = [user for source in node.all_input_nodes for user in _base(source).users
+                       if is_anchor(user) and user.args[0] is _base(source)]  # fmt: skip
+        late = [user for user in (*node.users, *overwriting) if user < call and user not in waiting]
+        waiting.update(late)
+        pending.extend(late)
+    for node in sorted(waiting, reverse=True):
+        results[-1].append(node)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

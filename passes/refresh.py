@@ -1,0 +1,94 @@
+"""Move everything that only a refresh needs into the refresh op.
+
+    Before    %g = mm(dYᵀ, X)                                        every step
+              refresh_(%r, projector, schedule, [%g])
+    After     refresh_(%r, projector, schedule, [dY, X])             the op forms G when its schedule says so
+
+    Before    %g = addmm(mm(dY1ᵀ, X1), dY2ᵀ, X2)                     two micro-batches
+    After     %c1 = gather_gradient(None, schedule, dY1, X1)         returns at once when no refresh is due
+              %c2 = gather_gradient(%c1, schedule, dY2, X2)
+              refresh_(%r, projector, schedule, [%c2])
+
+With one product the op takes the factors themselves, which die right behind it; below rank it never forms G at all.
+With several, one op a micro-batch adds to a buffer that exists for due parameters in due steps alone, so that no
+micro-batch's factors wait for the last one.
+
+Requires  an update whose gradient is read by its down-projection and its refresh op only and is a sum of products, and
+          whose down-projection will be taken from the factors (:mod:`qgalore_compile.passes.reassociate`).
+Tier      rounding: the op adds the products in float32, and below rank takes the singular vectors from the factors.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from qgalore_compile.passes import products
+from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.nodes import erase_dead, is_tensor, make, transpose, value
+from qgalore_compile.passes.reassociate import T, obstacle, wanted
+from qgalore_compile.passes.update import LayerUpdate
+
+
+def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    """Hand every refresh op the gradient's factors."""
+    for layer in context.layers:
+        if layer.refresh is None or layer.refresh.args[0] is not torch.ops.qgalore.refresh_.default:
+            continue
+        call = layer.refresh
+        refused = obstacle(layer, besides=call)
+        if refused is None and not wanted(layer, context.reassociate):
+            refused = f'reassociate="{context.reassociate}" keeps the gradient, so the op takes it as it is'
+        given = call.kwargs["factors"]
+        gradient = given[0] if len(given) == 1 else None  # type: ignore[index,arg-type]
+        parsed = products.parse(gradient) if is_tensor(gradient) else None
+        if refused is None and (parsed is None or parsed.obstacle is not None):
+            refused = "what the op was given is no gradient that can be taken apart"
+        if refused is not None:
+            record.skip(call, refused)
+            context.note(layer, refresh_takes="the gradient, in every step", refresh_cost=_cost(layer, call, 0))
+            continue
+        assert parsed is not None
+        assert isinstance(gradient, fx.Node)
+        record.match(call)
+        takes = "the factors of the gradient" if len(parsed.terms) == 1 else f"{len(parsed.terms)} gathered products"
+        context.note(layer, refresh_takes=takes, refresh_cost=_cost(layer, call, len(parsed.terms)))
+        _hand_over(graph, call, parsed)
+        erase_dead(graph, gradient)
+
+
+def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
+    schedule = call.kwargs["_all_bases"][call.kwargs["_schedule_base_index"]]  # type: ignore[index]
+    rule = {name: call.kwargs[name] for name in ("official", "threshold", "gamma", "max_gap")}
+    carried: fx.Node | None = None
+    factors: list[fx.Node] = []
+    scales: list[fx.Node] = []
+    with graph.inserting_before(call):
+        for term in parsed.terms:
+            left, right = term.matrices(graph)
+            grad_output, inputs = transpose(graph, left), right
+            scale = products.scale_of(graph, term.scales, value(grad_output).device)
+            if len(parsed.terms) > 1:
+                gather = torch.ops.qgalore.gather_gradient.default
+                carried = make(graph, gather, carried, schedule, grad_output, inputs, scale, **rule)
+                continue
+            factors = [grad_output, inputs]
+            scales = [scale] if scale is not None else []
+    call.kwargs = {**call.kwargs, "factors": [carried] if carried is not None else factors, "scales": scales}
+    call.meta.pop("eager_input_vals", None)  # Inductor checks the arguments against it, and they are others now
+
+
+def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
+    """What one refresh costs beside the step: operations in the tokens T, and bytes that exist for its time."""
+    m, n = layer.shape
+    large, small = max(m, n), min(m, n)
+    if call.kwargs["method"] == "svd":
+        # R-SVD with singular vectors: Golub and Van Loan, Matrix Computations, 4th edition, figure 8.6.1
+        decomposition = 6 * large * small**2 + 20 * small**3
+    else:
+        sketch = layer.rank + 16
+        decomposition = 2 * m * n * sketch * 6 + 4 * (large + small) * sketch**2 * 5
+    forming = terms * 2 * T * m * n
+    total = sympy.sstr(sympy.expand(forming + decomposition))
+    return f"{call.kwargs['method']}: about {total} operations, {4 * m * n:,} bytes for G in float32"

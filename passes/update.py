@@ -1,0 +1,458 @@
+"""Find every layer's update (analysis; nothing changes).
+
+    Matched   R = G Pᵀ  →  region  →  U = N P  →  region  →  copy_(weight, …)        and the mirror image on the left
+    Left      the parameter, with a typed reason and the node that is in the way
+
+Requires  post-grad graph: functional ATen that ends in ``copy_`` nodes, the anchors.
+Tier      exact: nothing changes.
+
+What is looked for is a *sandwich*: two matrix products that share a projector, with any arithmetic between and behind
+them.  Roles follow from dataflow alone: not from names, from the order of inputs, from how Adam is spelled or whose
+optimizer it is.  From an anchor's value a walk back that stops at matrix products reaches the up-projection; from its
+other operand such a walk reaches the down-projection.  0-d tensors are not walked through: lr, step, a clip factor and
+the norm that it comes from are shared by layers.
+
+The projector is known by what it is stored in (inputs of the graph, through an op that changes them in place) and by
+how it is decoded, its transposition included: the two products must take P and Pᵀ of the same decoding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from qgalore_compile.passes import products
+from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.nodes import (
+    FUNCTIONALIZED,
+    TRANSPOSES,
+    anchors,
+    aten,
+    is_anchor,
+    is_gemm,
+    is_scalar,
+    operands,
+    previous_version,
+    prims,
+    same_sizes,
+    shape,
+)
+
+
+class Reason(Enum):
+    """Why a parameter has no :class:`LayerUpdate`; the text is for the user."""
+
+    NOT_PROJECTED = "updated at full rank: nothing between its gradient and the weight passes through a projector"
+    NOT_A_MATRIX = (
+        "updated at full rank: it has more than two dimensions, and only matrices are projected; keep each of its "
+        "matrices in a parameter of its own (an nn.Linear for each expert, say) to have them projected"
+    )
+    NEEDS_GRADIENT = "the update reads the full-rank gradient beside its projection, so the gradient must exist"
+    OTHER_PROJECTOR = "projected down with one projector and up with another"
+    SAME_ORIENTATION = "the projector stands the same way in both products; one of them must take its transpose"
+    COMPUTED_PROJECTOR = (
+        "the projector is computed in the step itself; keep it in a tensor of the optimizer's state and compute it "
+        "anew in an op of its own"
+    )
+    PRODUCT_INSIDE = "another matrix product stands between the projections or behind them"
+    SHARED_STATE = "a tensor of its state is written or read by the update of another parameter too"
+    WRITTEN_TWICE = "its storage is written more than once in the step"
+
+
+@dataclass(eq=False)
+class LayerUpdate:
+    """One matched parameter.  Shapes: weight (m, n), R and N (m, r) on the right or (r, n) on the left.
+
+    Attributes:
+        name: the parameter's, where the caller knows names; else the input's.
+        shape, side, rank: of the weight, of the projection.
+        parameter: the inputs that the weight is stored in; several for INT8.
+        down, up: the two products, either of which may add something (``addmm``); passes that replace ``down`` keep it
+            true.
+        gradient: the operand of ``down`` that is not the projector: G, possibly transposed.
+        factors: G as a sum of products, as far as it is one.
+        refresh: the op between ``down`` and the region that may overwrite R and the projector; None without one.
+        low: R as the region reads it: the refresh op's version of ``down``.
+        projector: the inputs that the projector is stored in.
+        anchors: the ``copy_`` nodes that write this layer's weight and states.
+        region: nodes of the update that nobody else reads, in the order of the graph: between R and the anchors,
+            decoding of states and of the projector for ``up`` included.
+        states: inputs that the region reads and an anchor of the layer writes, beside the weight.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    side: str
+    rank: int
+    parameter: tuple[fx.Node, ...]
+    down: fx.Node
+    up: fx.Node
+    gradient: fx.Node
+    factors: products.Sum
+    refresh: fx.Node | None
+    low: fx.Node
+    projector: tuple[fx.Node, ...]
+    anchors: list[fx.Node] = field(default_factory=list)
+    region: list[fx.Node] = field(default_factory=list)
+    states: tuple[fx.Node, ...] = ()
+
+    @property
+    def between(self) -> list[fx.Node]:
+        """The part of the region that works on r × n: what ``up`` or a new state follows from without ``up``."""
+        states = {anchor.args[1] for anchor in self.anchors if anchor.args[0] not in self.parameter}
+        behind, before = {self.up}, {self.up, *states}
+        for node in self.region:
+            if any(source in behind for source in node.all_input_nodes):
+                behind.add(node)
+        for node in reversed(self.region):
+            if node in before:
+                before.update(node.all_input_nodes)
+        return [node for node in self.region if node in before and node not in behind]
+
+    @property
+    def write_back(self) -> list[fx.Node]:
+        """The part of the region that ends in the weight alone, its decoding included."""
+        between = set(self.between)
+        return [node for node in self.region if node not in between and node is not self.up]
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A parameter without a :class:`LayerUpdate`."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: Reason
+    node: str
+    input: str = ""
+
+    @property
+    def projected(self) -> bool:
+        """Whether it looks like a projected layer that could not be matched, rather than one updated at full rank."""
+        return self.reason not in (Reason.NOT_PROJECTED, Reason.NOT_A_MATRIX)
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} (at {self.node})"
+
+
+@dataclass
+class Updates:
+    """What the analysis found: matched layers in the order of the graph's inputs, and the other parameters."""
+
+    layers: list[LayerUpdate]
+    unmatched: list[Unmatched]
+
+
+def update(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    """Find the updates, tell the record, and leave them in the context for the passes that follow."""
+    context.updates = find_updates(graph, context.name_of, context.parameters)
+    for layer in context.updates.layers:
+        record.match(layer.up)
+        context.note(layer, ops=len(layer.region))
+    for other in context.updates.unmatched:
+        record.skipped.append((other.name, str(other)))
+
+
+def find_updates(
+    graph: fx.Graph, name_of: dict[str, str] | None = None, parameters: Container[str] | None = None
+) -> Updates:
+    """Every parameter's update, or why it has none.
+
+    Args:
+        graph: functional, ending in anchors.
+        name_of: readable names by the name of an input; the inputs of one tensor subclass share one.
+        parameters: names of the inputs that are parameters rather than states, which are not worth a reason; None to
+            tell by who reads whom.
+    """
+    name_of = name_of or {}
+    facts = Facts(graph)
+    written = anchors(graph)
+    targets = [anchor.args[0] for anchor in written]
+    matched: dict[fx.Node, LayerUpdate] = {}
+    refused: dict[fx.Node, Unmatched] = {}
+    for anchor in written:
+        target, stored = anchor.args
+        assert isinstance(target, fx.Node)
+        assert isinstance(stored, fx.Node)
+        if len(shape(target)) < 2 or previous_version(stored) is not None:
+            continue
+        name = name_of.get(target.name, target.name)
+        outcome = _match(facts, target, stored, name)
+        if isinstance(outcome, LayerUpdate) and targets.count(target) > 1:
+            outcome = Unmatched(name, outcome.shape, Reason.WRITTEN_TWICE, anchor.name)
+        if isinstance(outcome, Unmatched):
+            refused.setdefault(target, outcome)
+        else:
+            matched.setdefault(outcome.up, outcome)
+    layers = list(matched.values())
+    sharing = _assign_anchors(facts, layers, written)
+    colour_regions(graph, layers)
+    shared = _shared_states(layers, sharing)
+    kept = []
+    for layer in layers:
+        reader = _reader_of_gradient(layer)
+        if layer in shared:
+            refused[layer.parameter[0]] = Unmatched(layer.name, layer.shape, Reason.SHARED_STATE, shared[layer])
+        elif reader is not None:
+            refused[layer.parameter[0]] = Unmatched(layer.name, layer.shape, Reason.NEEDS_GRADIENT, reader.name)
+        else:
+            kept.append(layer)
+    owned = {anchor.args[0] for layer in kept for anchor in layer.anchors}
+    names = {layer.name for layer in kept}
+    left = {target: other for target, other in refused.items() if target not in owned and other.name not in names}
+    if parameters is None:
+        states = _states([anchor for anchor in written if anchor.args[0] in left])
+        left = {target: other for target, other in left.items() if target not in states}
+    else:
+        left = {target: other for target, other in left.items() if target.name in parameters}
+    others = {other.name: replace(other, input=target.name) for target, other in reversed(left.items())}
+    return Updates(kept, list(reversed(others.values())))
+
+
+# -- one parameter ----------------------------------------------------------------------------------------------------
+
+
+def _match(facts: Facts, target: fx.Node, stored: fx.Node, name: str) -> LayerUpdate | Unmatched:
+    """The sandwich that ends in ``copy_(target, stored)``, or why there is none."""
+    reached = _products(facts, stored)
+    plain = Reason.NOT_PROJECTED if len(shape(target)) == 2 else Reason.NOT_A_MATRIX
+    refused = Unmatched(name, shape(target), plain, (reached[0] if reached else stored).name)
+    for up in reached:
+        outcome = _sandwich(facts, target, up, name)
+        if isinstance(outcome, LayerUpdate):
+            others = [gemm for gemm in reached if gemm is not up]
+            return _with_another_product(outcome, others) if others else outcome
+        refused = outcome or refused
+    return refused
+
+
+def _with_another_product(layer: LayerUpdate, others: list[fx.Node]) -> Unmatched:
+    """Why a layer is refused whose update reads other products than its own two."""
+    of_gradient = {term.gemm for term in layer.factors.terms}
+    guilty = next((gemm for gemm in others if gemm in of_gradient), None)
+    if guilty is not None:
+        return Unmatched(layer.name, layer.shape, Reason.NEEDS_GRADIENT, guilty.name)
+    return Unmatched(layer.name, layer.shape, Reason.PRODUCT_INSIDE, others[0].name)
+
+
+def _sandwich(facts: Facts, target: fx.Node, up: fx.Node, name: str) -> LayerUpdate | Unmatched | None:
+    """The sandwich whose upper product is ``up``; the reason, if it nearly is one; None if it is nothing like it."""
+    weight = shape(target)
+    if up.target not in _PLAIN or not same_sizes(up, target):
+        return None
+    refused: Unmatched | None = None
+    left, right = operands(up)
+    for projector, inner in ((right, left), (left, right)):
+        for down, gradient, other in _downs(facts, inner, target):
+            reason = _mismatch(facts, up, projector, down, other)
+            if reason is None:
+                return _layer(facts, target, up, projector, inner, down, gradient, name)
+            if reason is not Reason.NOT_PROJECTED and target not in (facts.storage(projector) or ()):
+                refused = Unmatched(name, weight, reason, down.name)
+    return refused
+
+
+def _downs(facts: Facts, inner: fx.Node, target: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Products that ``inner`` follows from and that contract something shaped like the weight: (product, it, other)."""
+    for down in facts.gemms(inner):
+        if down.target in _PLAIN:
+            first, second = operands(down)
+            for gradient, other in ((first, second), (second, first)):
+                # an input may be a gradient where the optimizer's step is compiled alone, but not one that the step
+                # writes: a weight times its input is shaped like this too
+                if same_sizes(gradient, target) and not facts.written & (facts.storage(gradient) or frozenset()):
+                    yield down, gradient, other
+
+
+def _products(facts: Facts, node: fx.Node) -> list[fx.Node]:
+    """The products that a node follows from, those in what an ``addmm`` among them adds included."""
+    found = dict.fromkeys(facts.gemms(node))
+    pending = list(found)
+    while pending:
+        gemm = pending.pop()
+        if gemm.target in (aten.addmm.default, aten.baddbmm.default):
+            new = [other for other in facts.gemms(gemm.args[0]) if other not in found]  # type: ignore[arg-type]
+            found.update(dict.fromkeys(new))
+            pending.extend(new)
+    return list(found)
+
+
+def _mismatch(facts: Facts, up: fx.Node, projector: fx.Node, down: fx.Node, other: fx.Node) -> Reason | None:
+    """Why two operands are not one projector; None if they are.  NOT_PROJECTED where they have nothing in common."""
+    storage = facts.storage(projector)
+    if storage is None:
+        return Reason.COMPUTED_PROJECTOR if _source(projector) is _source(other) else Reason.NOT_PROJECTED
+    if not storage or facts.storage(other) is None or not same_sizes(other, projector):
+        return Reason.NOT_PROJECTED
+    if facts.storage(other) != storage or not facts.same_decoding(other, projector):
+        return Reason.OTHER_PROJECTOR
+    # U = N P needs R = G Pᵀ, or Rᵀ = P Gᵀ; U = P N needs R = Pᵀ G, or Rᵀ = Gᵀ P
+    same_place = (operands(up)[1] is projector) == (operands(down)[1] is other)
+    if (facts.transposed(other) != facts.transposed(projector)) != same_place:
+        return Reason.SAME_ORIENTATION
+    return None
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The node behind transposes and casts."""
+    while node.op == "call_function" and node.target in _SEEN_THROUGH:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _layer(
+    facts: Facts, target: fx.Node, up: fx.Node, projector: fx.Node, inner: fx.Node,
+    down: fx.Node, gradient: fx.Node, name: str,
+) -> LayerUpdate | Unmatched:  # fmt: skip
+    """The record of a sandwich, unless another product stands inside it."""
+    m, n = shape(target)
+    on_right = (operands(up)[1] is projector) == (m == n or shape(up) == (m, n))
+    low, refresh = _refreshed(down)
+    layer = LayerUpdate(
+        name, (m, n), "right" if on_right else "left", shape(projector)[0 if operands(up)[1] is projector else 1],
+        (target,), down, up, gradient, products.parse(gradient), refresh, low,
+        tuple(sorted(facts.storage(projector) or (), key=lambda node: node.name)),
+    )  # fmt: skip
+    inside = [gemm for gemm in _products(facts, inner) if gemm is not down]
+    return _with_another_product(layer, inside) if inside else layer
+
+
+def _refreshed(down: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(R as the region reads it, the op that may overwrite it), through casts and transposes of the product."""
+    pending = [down]
+    for node in pending:
+        for user in node.users:
+            if user.target is FUNCTIONALIZED:
+                low = next((result for result in user.users if previous_version(result) is node), node)
+                return low, user
+            if user.target in _SEEN_THROUGH:
+                pending.append(user)
+    return down, None
+
+
+_PLAIN = frozenset({aten.mm.default, aten.addmm.default})
+_SEEN_THROUGH = TRANSPOSES | {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
+
+
+# -- all parameters ---------------------------------------------------------------------------------------------------
+
+
+def _assign_anchors(facts: Facts, layers: list[LayerUpdate], written: list[fx.Node]) -> set[LayerUpdate]:
+    """Give each layer the anchors that follow from its products alone; the layers that share one."""
+    owner = {gemm: layer for layer in layers for gemm in (layer.down, layer.up)}
+    downs = Counter(layer.down for layer in layers)
+    sharing = {layer for layer in layers if downs[layer.down] > 1}
+    for anchor in written:
+        target, stored = anchor.args
+        reached = facts.gemms(stored)  # type: ignore[arg-type]
+        owners = {owner[gemm]: None for gemm in reached if gemm in owner}
+        if is_scalar(target) or previous_version(stored) is not None:  # type: ignore[arg-type]
+            continue
+        if len(owners) > 1:
+            sharing.update(owners)
+        elif owners and all(gemm in owner for gemm in reached):
+            (layer,) = owners
+            layer.anchors.append(anchor)
+            if layer.up in reached and target not in layer.parameter:
+                layer.parameter = (*layer.parameter, target)  # type: ignore[arg-type]
+    return sharing
+
+
+_MANY, _ANY = object(), object()  # colours beside a layer's: read by others too; read by 0-d anchors alone
+
+
+def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
+    """Fill ``region`` and ``states``: a node belongs to a layer if all its readers do.  One walk for all layers."""
+    colour: dict[fx.Node, object] = {anchor: layer for layer in layers for anchor in layer.anchors}
+    colour.update((layer.down, _MANY) for layer in layers)
+    ups = {layer.up for layer in layers}
+    for layer in layers:
+        layer.region = []
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for node in reversed(nodes):
+        if node in colour:
+            continue
+        if is_anchor(node):
+            colour[node] = _ANY if is_scalar(node.args[0]) else _MANY
+            continue
+        readers = {colour.get(user, _MANY) for user in node.users} - {_ANY}
+        mine = readers.pop() if len(readers) == 1 else _MANY if readers or not node.users else _ANY
+        # random bits are the layer's alone, but the parameter's number in them is a constant: regions would all differ
+        stays = node.target is torch.ops.qgalore.random_bits.default or not _is_plain_call(node)
+        colour[node] = _MANY if stays or node.is_impure() or (is_gemm(node) and node not in ups) else mine
+    for node in nodes:
+        if colour[node] is _ANY and not is_anchor(node):  # a 0-d state: with the layer whose nodes it follows from
+            sources = {colour.get(source, _MANY) for source in node.all_input_nodes} - {_MANY, _ANY}
+            if len(sources) == 1:
+                colour[node] = sources.pop()
+        mine = colour[node]
+        if isinstance(mine, LayerUpdate) and not is_anchor(node):
+            mine.region.append(node)
+    for node in nodes:
+        if is_anchor(node) and is_scalar(node.args[0]) and isinstance(mine := colour.get(node.args[1]), LayerUpdate):
+            mine.anchors.extend([node] if node not in mine.anchors else [])
+    for layer in layers:
+        written = {anchor.args[0] for anchor in layer.anchors} - set(layer.parameter)
+        read = {source: None for node in layer.region for source in node.all_input_nodes if source in written}
+        layer.states = tuple(read)
+
+
+def _is_plain_call(node: fx.Node) -> bool:
+    """Whether a node calls an operator, or takes one of several results of one."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0].target, OpOverload)  # type: ignore[union-attr]
+    return isinstance(node.target, OpOverload)
+
+
+def _shared_states(layers: list[LayerUpdate], sharing: set[LayerUpdate]) -> dict[LayerUpdate, str]:
+    """Layers whose states are not theirs alone, with the node that shows it."""
+    owner = {anchor.args[0]: layer for layer in layers for anchor in layer.anchors}
+    found = {layer: layer.up.name for layer in sharing}
+    for layer in layers:
+        for node in layer.region:
+            for source in node.all_input_nodes:
+                if owner.get(source, layer) is not layer:
+                    found.setdefault(layer, node.name)
+                    found.setdefault(owner[source], node.name)
+    return found
+
+
+def _reader_of_gradient(layer: LayerUpdate) -> fx.Node | None:
+    """A node of the region that reads G itself, where G is no product and so was not met before."""
+    region = set(layer.region)
+    parts = [layer.gradient, *layer.factors.nodes, *filter(None, [layer.factors.obstacle])]
+    return next((user for part in parts for user in part.users if user in region), None)
+
+
+def _states(written: list[fx.Node]) -> set[fx.Node]:
+    """Targets that are the state of another target: that one's value reads them.  Where both read each other, as an
+    embedding's gradient reads the embedding, the state is what fewer values read."""
+    reads = {anchor.args[0]: _inputs_behind(anchor.args[1]) for anchor in written}  # type: ignore[arg-type]
+    readers = Counter(source for read in reads.values() for source in read)
+    return {
+        state for parameter, read in reads.items() for state in read & reads.keys()
+        if state is not parameter
+        and (parameter not in reads[state] or readers[state] < readers[parameter])  # type: ignore[index]
+    }  # fmt: skip
+
+
+def _inputs_behind(value: fx.Node) -> set[fx.Node]:
+    """Inputs that a node follows from without passing through a product or a 0-d tensor."""
+    seen, pending = {value}, [value]
+    while pending:
+        node = pending.pop()
+        base = previous_version(node)
+        sources = [] if is_gemm(node) else [base] if base else node.all_input_nodes
+        for source in sources:
+            if source not in seen and not is_scalar(source):
+                seen.add(source)
+                pending.append(source)
+    return {node for node in seen if node.op == "placeholder"}

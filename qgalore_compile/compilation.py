@@ -1,0 +1,220 @@
+"""What became of one graph: a record of its passes and layers, kept with the compiled code.
+
+Inductor's cache hands out compiled code without running a pass, so a record collected by passes alone would be empty in
+the next process.  It is written beside that cache, under a name that depends on what the compiled code depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+from torch._guards import CompileContext
+
+if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
+    from qgalore_compile.passes import PassManager
+
+VERSION = 1
+"""Of the file's format; a file of another version counts as absent."""
+
+
+@dataclass
+class Compilation:
+    """One graph that the backend was given.
+
+    Attributes:
+        identity: Dynamo's number, "frame/recompile".
+        function, file, line: whose code it is.
+        broken_by: why the graph ends before the function does, and where; None where it does not.
+        recorded: whether a record of the passes exists: they ran, or their record was found beside the cache.
+        from_cache: whether the compiled code came from a cache and no pass ran.
+        layers: one entry a parameter: name, shape, side, rank, matched, reason, reassociated, inequality, …
+        passes: one entry a pass: name, tier, matches, skipped, ops, nodes_before, nodes_after, milliseconds.
+        program: facts about the whole: functions and their calls, live bytes before and after ordering.
+        graph: one layer's name, and its part of the graph before and after the passes.
+        symbolic: inputs with a symbolic size, as text.
+    """
+
+    identity: str = ""
+    function: str = ""
+    file: str = ""
+    line: int = 0
+    broken_by: str | None = None
+    recorded: bool = False
+    from_cache: bool = False
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    program: dict[str, Any] = field(default_factory=dict)
+    graph: dict[str, str] = field(default_factory=dict)
+    symbolic: list[str] = field(default_factory=list)
+
+
+_PERSISTED = ("layers", "passes", "program", "graph")
+_of_code: WeakKeyDictionary[CodeType, list[Compilation]] = WeakKeyDictionary()
+
+
+def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilation:
+    """A record of the graph that Dynamo hands over now, registered under the code that it is tracing, or put ``into``
+    a list of the caller's instead."""
+    examples = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    found = Compilation()
+    for name, example in zip(input_names(gm).values(), examples, strict=False):
+        if isinstance(example, Tensor) and any(not isinstance(size, int) for size in example.shape):
+            found.symbolic.append(f"{name} ({', '.join(map(str, example.shape))})")
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer = InstructionTranslator.current_tx()
+    except AttributeError:  # the backend was called by hand, not by Dynamo
+        (into if into is not None else []).append(found)
+        return found
+    code, reason = tracer.f_code, tracer.output.compile_subgraph_reason
+    found.identity = str(CompileContext.current_compile_id())
+    found.function, found.file, found.line = code.co_name, code.co_filename, code.co_firstlineno
+    if reason is not None and reason.graph_break:
+        where = f", at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+        found.broken_by = f"{reason.reason}{where}"
+    if into is not None:
+        into.append(found)
+    elif found.identity.endswith("/0"):  # the first of this code, or the first since Dynamo was reset
+        _of_code[code] = [found]
+    else:
+        _of_code.setdefault(code, []).append(found)
+    return found
+
+
+def of_code(code: CodeType) -> list[Compilation]:
+    """Every compilation of a function's code, those of what follows a graph break in it included, oldest first."""
+    found = list(_of_code.get(code, ()))
+    resumed = re.compile(rf"torch_dynamo_resume_in_{re.escape(code.co_name)}_at_\d+")
+    for other, compilations in _of_code.items():
+        if other.co_filename == code.co_filename and resumed.fullmatch(other.co_name):
+            found += compilations
+    return found
+
+
+def input_names(gm: fx.GraphModule) -> dict[int | str, str]:
+    """Readable names of a Dynamo graph's inputs, by number, and of the tensors that hang on it, by attribute:
+    ``model.layers.0.weight`` where the source says ``_modules[…]``."""
+    names: dict[int | str, str] = {}
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        source = getattr(node, "_dynamo_source", None)
+        names[index] = node.name if source is None else _readable(source.name)
+    for attribute, source in getattr(gm, "_param_name_to_source", {}).items():
+        names[attribute] = _readable(source.name)
+    return names
+
+
+def parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[int | str]:
+    """Which of those are parameters."""
+    given = {index for index, example in enumerate(example_inputs) if isinstance(example, torch.nn.Parameter)}
+    return given | {name for name, _ in gm.named_parameters()}
+
+
+def _readable(source: str) -> str:
+    name = re.sub(r"\.(_modules|_parameters|_buffers)(?=\[)", "", source)
+    name = re.sub(r"\[(['\"])(.+?)\1\]", r".\2", name)
+    return re.sub(r"^[LG]\.", "", name)
+
+
+def finish(compilation: Compilation, manager: PassManager, gm_key: str) -> None:
+    """Fill a record from the passes and write it down, or read it where no pass ran."""
+    path = _folder() / f"{gm_key}.json"
+    if manager.records:
+        _fill(compilation, manager)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": VERSION, **{name: getattr(compilation, name) for name in _PERSISTED}})
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+        return
+    compilation.from_cache = True
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(kept, dict) and kept.get("version") == VERSION:
+        for name in _PERSISTED:
+            setattr(compilation, name, kept[name])
+        _rename(compilation, manager.input_names)
+        compilation.recorded = True
+
+
+def _folder() -> Path:
+    """Where records are kept: in Inductor's cache, so that they go when it goes."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "qgalore"
+
+
+def _fill(compilation: Compilation, manager: PassManager) -> None:
+    context = manager.context
+    compilation.recorded = True
+    compilation.passes = [asdict(record) for record in manager.records]
+    compilation.program = dict(context.program)
+    compilation.graph = dict(context.layer_text)
+    compilation.layers = [
+        {
+            "name": layer.name, "input": context.origin_of.get(layer.parameter[0].name), "shape": list(layer.shape),
+            "side": layer.side, "rank": layer.rank, "matched": True, "reason": None, "node": layer.up.name,
+            **context.notes.get(layer.name, {}),
+        }
+        for layer in context.layers
+    ]  # fmt: skip
+    for other in context.updates.unmatched if context.updates else ():
+        compilation.layers.append({
+            "name": other.name, "input": context.origin_of.get(other.input), "shape": list(map(str, other.shape)),
+            "matched": False, "projected": other.projected, "reason": other.reason.value, "node": other.node,
+        })  # fmt: skip
+
+
+def _rename(compilation: Compilation, names: Mapping[int | str, str]) -> None:
+    """Layers carry the names of this process's program: equal graphs share compiled code, not names."""
+    for layer in compilation.layers:
+        layer["name"] = names.get(layer["input"], layer["name"])
+
+
+def key(gm: fx.GraphModule, example_inputs: Sequence[Any], manager: PassManager) -> str:
+    """What the record of a graph's compilation depends on: the graph, what its inputs look like, and the passes."""
+    place = {node: f"%{index}" for index, node in enumerate(gm.graph.nodes)}
+    lines = [manager.uuid(), *map(_looks, example_inputs)]
+    for node in gm.graph.nodes:
+        target = node.op if node.op == "placeholder" else _target(gm, node)
+        lines.append(f"{node.op} {target} {fx.map_arg((node.args, node.kwargs), place.__getitem__)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _target(gm: fx.GraphModule, node: fx.Node) -> str:
+    if node.op != "get_attr":
+        return str(getattr(node.target, "__qualname__", node.target))
+    held = operator.attrgetter(str(node.target))(gm)
+    return held.code if isinstance(held, fx.GraphModule) else _looks(held)
+
+
+def _looks(given: Any) -> str:
+    """Metadata of an input, those of a subclass' inner tensors included."""
+    if not isinstance(given, Tensor):
+        return str(type(given)) if isinstance(given, torch.SymInt) else repr(given)
+    layout = f"{given.dtype} {tuple(given.shape)} {given.stride()} {given.device} {given.requires_grad}"
+    inner, context = given.__tensor_flatten__() if hasattr(given, "__tensor_flatten__") else ([], "")
+    parts = [_looks(getattr(given, name)) for name in inner]
+    return " ".join([type(given).__name__, layout, str(context), *parts])
+
+
+def unfused(layer: dict[str, Any]) -> str | None:
+    """Why a projected layer ended unfused, in a sentence; None where it is fused, or is no projected layer."""
+    if not layer["matched"]:
+        return f"{layer['reason']} (at {layer['node']})" if layer["projected"] else None
+    refused: str | None = layer.get("not_reassociated")
+    return None if refused is None or refused.startswith("reassociate=") else refused

@@ -1,0 +1,46 @@
+"""Inductor's real graph passes without its code generation: what ``explain`` and most tests need, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import _recursive_post_grad_passes
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.virtualized import V
+
+
+def final_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_inference: bool) -> fx.GraphModule:
+    """Run on ``gm``, in place, what Inductor runs before it lowers a graph, custom passes included."""
+    with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
+        view_to_reshape(gm)
+        _recursive_post_grad_passes(gm, is_inference=is_inference)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def dry(finish: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
+    """An ``inner_compile`` for ``compile_fx``: the final graph goes to ``finish``, whose result is what runs."""
+
+    def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **context: Any) -> Callable[..., Any]:
+        run = finish(final_graph(gm, example_inputs, is_inference=bool(context.get("is_inference"))))
+
+        def boxed(inputs: list[Any]) -> Any:
+            return run(*inputs)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]  # one list instead of arguments, as Inductor's own code
+        return boxed
+
+    return inner_compile
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """No cache of AOTAutograd's: it does not know which ``inner_compile`` filled it, and would skip the passes."""
+    with functorch_config.patch(enable_autograd_cache=False):
+        yield

@@ -1,0 +1,273 @@
+"""``qg.explain`` and ``qg.report``: what the passes did to a step, layer by layer, and why not more."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import fx
+
+from qgalore_compile import compilation
+from qgalore_compile.compilation import Compilation
+from qgalore_compile.copies import unshared_constants
+
+WIDTH = 140
+"""Columns of the text: a layer's sentence fits into two lines."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the backend did with a step.
+
+    Attributes:
+        compilations: one a graph, oldest first.
+        graph_breaks: why each graph but the last of a run ends where it does, and where; empty for one graph a step.
+        recompiles: how often the step was compiled again, for another shape say.
+    """
+
+    compilations: tuple[Compilation, ...]
+    graph_breaks: tuple[str, ...]
+    recompiles: int
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Parameters of two dimensions and more, of the latest compilation that updates any: name, shape, side, rank,
+        matched, reason, node, reassociated, inequality, refresh_takes, refresh_cost, update_function, ops."""
+        return self._latest.layers if self._latest else []
+
+    @property
+    def passes(self) -> list[dict[str, Any]]:
+        """The passes of that compilation, in order: name, tier, matches, skipped, ops, nodes_before, nodes_after,
+        milliseconds."""
+        return self._latest.passes if self._latest else []
+
+    @property
+    def _latest(self) -> Compilation | None:
+        with_layers = [each for each in self.compilations if any(layer["matched"] for layer in each.layers)]
+        return next(reversed(with_layers or list(self.compilations)), None)
+
+    def to_json(self) -> str:
+        """All of it, as JSON: a list of compilations, graph breaks, and the number of recompiles."""
+        return json.dumps(
+            {
+                "graph_breaks": list(self.graph_breaks),
+                "recompiles": self.recompiles,
+                "compilations": [asdict(each) for each in self.compilations],
+            },
+            indent=1,
+        )
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+        for part in self._parts():
+            console.print(part, markup=False, highlight=False) if isinstance(part, str) else console.print(part)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> Iterator[str | Table]:
+        yield self._headline()
+        for reason in self.graph_breaks:
+            yield f"graph break: {reason}"
+        latest = self._latest
+        if latest is None:
+            return
+        if not latest.recorded:
+            yield (
+                "The compiled code came from a cache that holds no record of its passes: it was filled by another "
+                "version, or the record was deleted. Compile once with an empty cache to have one."
+            )
+            return
+        yield _layer_table(latest.layers)
+        yield from _unmatched(latest.layers)
+        yield _pass_table(latest.passes)
+        yield from _skips(latest.passes)
+        yield from _program(latest.program)
+        if latest.graph:
+            yield f"\n{latest.graph['layer']}, before the passes\n{latest.graph['before']}"
+            yield f"\n{latest.graph['layer']}, after them\n{latest.graph['after']}"
+
+    def _headline(self) -> str:
+        latest = self._latest
+        if latest is None:
+            return "nothing was compiled"
+        projected = [layer for layer in latest.layers if layer["matched"] or layer["projected"]]
+        matched = sum(layer["matched"] for layer in latest.layers)
+        contracted = sum(layer.get("reassociated", False) for layer in latest.layers)
+        graphs = "1 graph" if not self.graph_breaks else f"{len(self.graph_breaks) + 1} graphs"
+        dynamic = f", symbolic sizes: {', '.join(latest.symbolic)}" if latest.symbolic else ""
+        return (
+            f"{latest.function or 'step'}: {graphs}, {self.recompiles} recompile(s){dynamic}; "
+            f"{matched} of {len(projected)} projected layers matched, {contracted} without a full-rank gradient"
+            + (" (compiled code from a cache)" if latest.from_cache else "")
+        )
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table(title="Projected layers", title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("layer", "shape", "side", "rank", "gradient", "a refresh takes", "update", "ops"):
+        table.add_column(heading, justify="right" if heading in ("rank", "ops") else "left", overflow="fold")
+    for layer in layers:
+        if layer["matched"]:
+            if layer.get("reassociated"):
+                gradient = f"never formed: {layer['inequality']}"
+            else:
+                gradient = f"formed: {layer.get('not_reassociated', 'no pass took it apart')}"
+                gradient += f"; {layer['inequality']}" if "inequality" in layer else ""
+            table.add_row(
+                layer["name"], "×".join(map(str, layer["shape"])), layer["side"], str(layer["rank"]), gradient,
+                f"{layer.get('refresh_takes', 'no refresh op')}; {layer.get('refresh_cost', '')}".rstrip("; "),
+                layer.get("update_function", "fused by Inductor"), str(layer.get("ops", "")),
+            )  # fmt: skip
+    return table
+
+
+def _unmatched(layers: list[dict[str, Any]]) -> Iterator[str]:
+    for layer in layers:
+        if not layer["matched"]:
+            shape = "×".join(map(str, layer["shape"]))
+            what = "NOT MATCHED" if layer["projected"] else "not projected"
+            yield f"{what}: {layer['name']} {shape}: {layer['reason']}"
+
+
+def _pass_table(passes: list[dict[str, Any]]) -> Table:
+    table = Table(title="Passes", title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("pass", "tier", "matched", "skipped", "nodes", "operators", "ms"):
+        table.add_column(heading, justify="right" if heading in ("matched", "skipped", "ms") else "left")
+    for each in passes:
+        largest = sorted(each["ops"].items(), key=lambda item: -abs(item[1]))
+        shown = ", ".join(f"{_short(name)} {change:+d}" for name, change in largest[:6])
+        shown += f", {len(largest) - 6} more" if len(largest) > 6 else ""
+        table.add_row(
+            each["name"], each["tier"], str(len(each["matches"])), str(len(each["skipped"])),
+            f"{each['nodes_before']:,} → {each['nodes_after']:,}", shown or "–", f"{each['milliseconds']:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def _short(operator: str) -> str:
+    return operator.replace("<built-in function getitem>", "getitem").removesuffix(".default")
+
+
+def _skips(passes: list[dict[str, Any]]) -> Iterator[str]:
+    for each in passes:
+        if each["name"] != "update":  # those are the unmatched layers
+            for node, reason in each["skipped"]:
+                yield f"{each['name']} left {node}: {reason}"
+
+
+def _program(program: dict[str, Any]) -> Iterator[str]:
+    if functions := program.get("functions"):
+        calls = ", ".join(f"{name} × {count}" for name, count in functions.items())
+        yield f"\nFunctions, compiled once each: {calls}"
+    if live := program.get("live_bytes"):
+        for when in ("before", "after"):
+            at = live[when]
+            holds = ", ".join(f"{item['node']} {item['shape']} {decimal(item['bytes'])}" for item in at["holds"][:4])
+            yield f"Live bytes {when} ordering: at most {decimal(at['peak'])}, at {at['at']}; the largest: {holds}"
+
+
+# -- making one -------------------------------------------------------------------------------------------------------
+
+
+def report(compiled_step: Callable[..., Any]) -> Report:
+    """What became of a step that has run, whether it was compiled now or came from a cache.
+
+    Args:
+        compiled_step: what ``torch.compile(step, backend="qgalore")`` returned, or ``step`` itself.
+
+    Raises:
+        ValueError: the step has not been compiled by this backend in this process.
+    """
+    code = _code(compiled_step)
+    found = compilation.of_code(code)
+    if not found:
+        raise ValueError(
+            f"{code.co_name} has not been compiled by the backend 'qgalore' in this process: call the compiled step "
+            "once before report(), or use explain(step, *args), which runs nothing"
+        )
+    first_of_frames = {each.identity.split("/")[0] for each in found}
+    breaks = {each.broken_by: None for each in found if each.broken_by}
+    return Report(tuple(found), tuple(breaks), len(found) - max(len(first_of_frames), 1))
+
+
+def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What the backend would do with a step: traces and runs every pass on the side; changes and runs nothing.
+
+    Args:
+        step: a function to be compiled, or one that is.
+        *args, **kwargs: what it would be called with.
+        options: of the backend, as for ``torch.compile``.
+    """
+    import torch._dynamo
+
+    from qgalore_compile.backend import qgalore
+    from qgalore_compile.dry_run import dry, without_cache
+
+    seen: list[Compilation] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        with without_cache():
+            qgalore(gm, example_inputs, options=options, into=seen, inner_compile=dry(lambda graph: _stop))
+        return _stop
+
+    breaks: tuple[str, ...] = ()
+    inner = getattr(step, "_torchdynamo_orig_callable", step)
+    with unshared_constants():
+        try:
+            # one graph or nothing: what stands behind a graph break could be seen only by running what is before it
+            torch.compile(_aside(inner), backend=backend, fullgraph=True)(*args, **kwargs)
+        except _Stop:
+            pass
+        except torch._dynamo.exc.Unsupported as error:
+            breaks = (str(error).strip(),)
+    code = _code(step)
+    for each in seen:
+        each.function, each.file, each.line = code.co_name, code.co_filename, code.co_firstlineno
+    return Report(tuple(seen), breaks, 0)
+
+
+class _Stop(BaseException):
+    """Raised in place of the step, before anything of it runs."""
+
+
+def _stop(*inputs: Any) -> Any:
+    raise _Stop
+
+
+def _aside(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step under a code object of its own: Dynamo keeps compiled code by code object, and the step's own shall not
+    change.  Variables keep their names, and so do the layers in the report."""
+    function = getattr(step, "__func__", step)
+    if isinstance(function, FunctionType):
+        code = function.__code__.replace()
+        copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy if function is step else MethodType(copy, step.__self__)  # type: ignore[attr-defined]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+
+
+def _code(step: Callable[..., Any]) -> CodeType:
+    """The code that Dynamo compiles for a step: a function's, a method's, a module's ``forward``."""
+    step = getattr(step, "_torchdynamo_orig_callable", step)
+    if isinstance(step, torch.nn.Module):
+        step = getattr(step, "_orig_mod", step).forward
+    function: Any = getattr(step, "__func__", step)
+    if not hasattr(function, "__code__"):
+        function = getattr(type(step), "__call__", None)  # noqa: B004  # the question is which code, not whether any
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        raise ValueError(f"{step!r} is no Python function or module; pass the step or what torch.compile returned")
+    return code

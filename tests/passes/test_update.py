@@ -1,0 +1,609 @@
+"""R = G Pᵀ → region → U = N P → region → copy_: found however it is spelled, or refused with the node in the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from passes_support import GRADIENTS, RULES, SHARED, Built, Layer, Tensors, build, galore, own, write
+from torch import Tensor
+
+from qgalore_compile.passes.nodes import ANCHOR, is_anchor, previous_version
+from qgalore_compile.passes.update import LayerUpdate, Reason, find_updates
+from qgalore_compile.rng import random_bits
+
+aten = torch.ops.aten
+
+BATCHED_PRODUCTS = ("bmm", "bmm transposed", "einsum", "batch of one")
+SHAPES = {"right": (20, 12), "left": (12, 20), "square": (12, 12)}
+
+
+def names(nodes: Any) -> list[str]:
+    return sorted(node.name for node in nodes)
+
+
+def described(found: LayerUpdate) -> tuple[Any, ...]:
+    return found.name, found.shape, found.side, found.rank
+
+
+# -- found ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("where", SHAPES)
+@pytest.mark.parametrize(("projector", "weight"), [("float", "float"), ("int4", "int8")])
+def test_every_rule_side_and_format_is_one_layer(rule: str, where: str, projector: str, weight: str) -> None:
+    layer = Layer(shape=SHAPES[where], rule=rule, projector=projector, weight=weight)
+    found = galore(layer).layer()
+    stored = ["a_w"] if weight == "float" else ["a_w_codes", "a_w_scale", "a_w_offset"]
+    assert described(found) == (stored[0], layer.shape, "left" if where == "left" else "right", 4)
+    assert names(found.parameter) == sorted(stored)
+    assert names(found.projector) == (["a_p"] if projector == "float" else ["a_p_codes", "a_p_offset", "a_p_scale"])
+    moments = ["a_m", "a_v"] if rule.startswith("adam") else ["a_m"]
+    assert names(anchor.args[0] for anchor in found.anchors) == sorted([*stored, *moments])
+    assert names(found.states) == moments
+    assert len(found.factors.terms) == 1
+    assert found.factors.obstacle is None
+    assert found.refresh is None
+    assert found.low is found.down
+
+
+@pytest.mark.parametrize(("where", "side"), [("right", "left"), ("left", "right"), ("square", "left")])
+def test_the_side_is_read_off_the_products_and_not_off_the_shape(where: str, side: str) -> None:
+    assert galore(Layer(shape=SHAPES[where], side=side)).layer().side == side
+
+
+@pytest.mark.parametrize("where", SHAPES)
+def test_a_down_projection_of_the_transposed_gradient_is_found(where: str) -> None:
+    assert described(galore(Layer(shape=SHAPES[where], down="transposed")).layer())[1] == SHAPES[where]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("down", ["plain", "transposed"])
+def test_factors_are_read_off_every_spelling_of_the_gradient(gradient: str, down: str) -> None:
+    found = galore(Layer(gradient=gradient, down=down, dtype=torch.bfloat16)).layer()
+    assert [term.batched for term in found.factors.terms] == [gradient in BATCHED_PRODUCTS]
+
+
+@pytest.mark.parametrize("addition", ["add", "addmm"])
+@pytest.mark.parametrize("accumulate", [2, 4, 11])
+def test_accumulated_micro_batches_are_the_factors(accumulate: int, addition: str) -> None:
+    found = galore(Layer(accumulate=accumulate, addition=addition, down="transposed")).layer()
+    assert len(found.factors.terms) == accumulate
+    assert found.factors.obstacle is None
+
+
+@pytest.mark.parametrize("form", ["float", "int4"])
+def test_the_refresh_op_stands_between_and_its_results_are_the_same_storages(form: str) -> None:
+    built = galore(Layer(refresh="svd", projector=form))
+    found = built.layer()
+    assert found.refresh is not None
+    assert previous_version(found.low) is found.down
+    assert names(found.states) == ["a_m", "a_v"]
+    assert names(found.projector) == (["a_p"] if form == "float" else ["a_p_codes", "a_p_offset", "a_p_scale"])
+    assert not {"a_schedule", *names(found.projector)} & set(names(anchor.args[0] for anchor in found.anchors))
+
+
+def test_a_refresh_of_a_bf16_projection_is_found_behind_its_cast() -> None:
+    found = galore(Layer(refresh="svd", dtype=torch.bfloat16)).layer()
+    assert found.refresh is not None
+    assert found.low.meta["val"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_names_and_the_order_of_inputs_do_not_matter(seed: int) -> None:
+    layers = Layer("a", weight="int8"), Layer("b", (12, 20), rule="lion"), Layer("c", (8, 8), projector="int4")
+    built = galore(*layers, shuffle=seed, named=False)
+    found = built.updates()
+    assert not found.unmatched
+    assert sorted(described(layer)[1:] for layer in found.layers) == [
+        ((8, 8), "right", 4), ((12, 20), "left", 4), ((20, 12), "right", 4)
+    ]  # fmt: skip
+    for layer in found.layers:
+        owners = {built.name_of[node.name][0] for node in (*layer.parameter, *layer.projector, *layer.states)}
+        assert len(owners) == 1
+
+
+def test_twenty_layers_are_twenty_updates_in_the_order_of_their_write_backs() -> None:
+    found = galore(*(Layer(f"l{index}", (6, 5), rank=2) for index in range(20))).updates()
+    assert [layer.name for layer in found.layers] == [f"l{index}_w" for index in range(20)]
+    assert not found.unmatched
+
+
+@pytest.mark.parametrize("gradient", ["view", "mm", "einsum"])
+def test_a_symbolic_token_count_changes_nothing(gradient: str) -> None:
+    built = galore(Layer(gradient=gradient, accumulate=2, refresh="svd"), symbolic=["a_dy0", "a_x0", "a_dy1", "a_x1"])
+    found = built.layer()
+    assert described(found) == ("a_w", (20, 12), "right", 4)
+    assert all(isinstance(term.contracted, torch.SymInt) for term in found.factors.terms)
+
+
+def test_a_gradient_that_is_given_is_matched_and_is_the_obstacle() -> None:
+    """``opt.step`` compiled alone."""
+    layer = Layer()
+    inputs = {**SHARED, **layer.inputs(), "a_g": torch.randn(layer.shape)}
+    layer.after = lambda gradient, t: t["a_g"]
+
+    def body(t: Tensors) -> None:
+        write(t, {f"a_{name}": value for name, value in layer.step(own(layer, t)).items()})
+
+    found = build(body, inputs).layer()
+    assert found.factors.obstacle is not None
+    assert found.factors.obstacle.name == "a_g"
+
+
+def test_a_gradient_that_is_added_to_a_given_one_is_matched_and_the_given_one_is_the_obstacle() -> None:
+    found = galore(Layer(after=lambda gradient, t: gradient + t["old"]), extra={"old": torch.randn(20, 12)}).layer()
+    assert found.factors.obstacle is not None
+    assert found.factors.obstacle.name == "old"
+
+
+def test_a_momentum_that_inductor_adds_in_the_down_projection_is_found() -> None:
+    """``add(mm, x)`` is ``addmm`` by the time passes run."""
+
+    def body(t: Tensors) -> None:
+        m = torch.addmm(0.9 * t["m"], t["dy"].t() @ t["x"], t["p"].t())
+        write(t, {"m": m, "w": torch.addmm(t["w"], m, t["p"], alpha=-0.1)})
+
+    inputs = {"dy": torch.randn(7, 20), "x": torch.randn(7, 12), "p": torch.randn(4, 12), "m": torch.randn(20, 4)}
+    found = build(body, {**inputs, "w": torch.randn(20, 12)}).layer()
+    assert described(found) == ("w", (20, 12), "right", 4)
+    assert found.down.target is found.up.target is aten.addmm.default
+    assert names(anchor.args[0] for anchor in found.anchors) == ["m", "w"]
+
+
+# -- what belongs to it -----------------------------------------------------------------------------------------------
+
+
+def test_the_region_is_closed_and_parts_at_the_up_projection() -> None:
+    built = galore(Layer(weight="int8", projector="int4", refresh="svd"), Layer("b", (12, 20)))
+    for layer in built.updates().layers:
+        region = set(layer.region)
+        assert layer.up in region
+        assert layer.down not in region
+        assert layer.region == [node for node in built.graph.nodes if node in region]
+        assert all(user in region or is_anchor(user) for node in region for user in node.users)
+        assert {*layer.between, layer.up, *layer.write_back} == region
+        assert not set(layer.between) & set(layer.write_back)
+        assert not any(source in layer.write_back for node in layer.between for source in node.all_input_nodes)
+        assert all(node.meta["val"].shape != layer.shape for node in layer.between)
+
+
+def test_settings_and_statistics_that_layers_share_stay_outside() -> None:
+    layers = Layer(), Layer("b")
+
+    def body(t: Tensors) -> None:
+        rate = torch.neg(t["lr"])
+        for layer in layers:
+            new = layer.step({**own(layer, t), "lr": rate})
+            write(t, {f"{layer.name}_{name}": value for name, value in new.items()})
+
+    built = build(body, {**SHARED, **layers[0].inputs(), **layers[1].inputs()})
+    regions = [set(layer.region) for layer in built.updates().layers]
+    assert len(regions) == 2
+    assert not regions[0] & regions[1]
+    assert built.operator(aten.neg.default)[0] not in regions[0] | regions[1]
+
+
+def test_a_step_count_of_the_layers_own_belongs_to_it() -> None:
+    layer = Layer(rule="sgd")
+    inputs = {**SHARED, **layer.inputs(), "a_t": torch.tensor(0.0)}
+
+    def body(t: Tensors) -> None:
+        count = t["a_t"] + 1
+        low = layer.project(layer.full_gradient(own(layer, t)), t["a_p"])
+        m = 0.9 * t["a_m"] + low / count
+        write(t, {"a_m": m, "a_t": torch.where(m.sum() > 0, count, t["a_t"]), "a_w": t["a_w"] - m @ t["a_p"]})
+
+    found = build(body, inputs).layer()
+    assert names(anchor.args[0] for anchor in found.anchors) == ["a_m", "a_t", "a_w"]
+
+
+def test_a_norm_of_all_projections_is_no_part_of_any() -> None:
+    """Clipping by a global norm: a 0-d tensor is not walked through."""
+    layers = [Layer("a"), Layer("b", (12, 20))]
+    inputs = dict(SHARED)
+    for layer in layers:
+        inputs.update(layer.inputs())
+
+    def body(t: Tensors) -> None:
+        lows = [layer.project(layer.full_gradient(o := own(layer, t)), o["p"]) for layer in layers]
+        norm = torch.stack([low.norm() for low in lows]).norm()
+        clip, new = (1.0 / (norm + 1e-6)).clamp(max=1.0), {}
+        for layer, low in zip(layers, lows, strict=True):
+            update, states = RULES["adam"](low * clip, own(layer, t))
+            full = update @ t[f"{layer.name}_p"] if layer.right else t[f"{layer.name}_p"] @ update
+            new[f"{layer.name}_w"] = t[f"{layer.name}_w"] - t["lr"] * full
+            new.update({f"{layer.name}_{name}": value for name, value in states.items()})
+        write(t, new)
+
+    found = build(body, inputs).updates()
+    assert [layer.name for layer in found.layers] == ["a_w", "b_w"]
+    assert not found.unmatched
+
+
+def test_an_average_of_the_weight_is_written_with_it() -> None:
+    layer = Layer()
+    inputs = {**SHARED, **layer.inputs(), "average": torch.randn(20, 12)}
+
+    def body(t: Tensors) -> None:
+        new = {f"a_{name}": value for name, value in layer.step(own(layer, t)).items()}
+        write(t, {**new, "average": 0.99 * t["average"] + 0.01 * new["a_w"]})
+
+    found = build(body, inputs).layer()
+    assert names(found.parameter) == ["a_w", "average"]
+
+
+def test_random_bits_stay_outside_for_their_constants_would_tell_layers_apart() -> None:
+    layer = Layer()
+
+    def body(t: Tensors) -> None:
+        new = layer.step(own(layer, t))
+        new["w"] = new["w"] + random_bits((20, 12), seed=0, step=t["step"], param=3) * 1e-9
+        write(t, {f"a_{name}": value for name, value in new.items()})
+
+    found = build(body, {**SHARED, **layer.inputs()}).layer()
+    assert torch.ops.qgalore.random_bits.default not in {node.target for node in found.region}
+
+
+# -- refused: the gradient itself is read -----------------------------------------------------------------------------
+
+
+def residual(layer: Layer, t: Tensors) -> Tensor:
+    """Fira's: what the projection leaves of G, added to the update."""
+    gradient = layer.full_gradient(own(layer, t))
+    p = t[f"{layer.name}_p"]
+    low = layer.project(gradient, p)
+    return gradient - (low @ p if layer.right else p @ low)
+
+
+def with_residual(layer: Layer, **how: Any) -> Built:
+    inputs = {**SHARED, **layer.inputs()}
+
+    def body(t: Tensors) -> None:
+        new = layer.step(own(layer, t))
+        new["w"] = new["w"] - 0.1 * residual(layer, t)
+        write(t, {f"{layer.name}_{name}": value for name, value in new.items()})
+
+    return build(body, inputs, **how)
+
+
+def test_a_residual_of_the_gradient_needs_the_gradient() -> None:
+    """The second up-projection, of R itself, is no reason as long as the gradient is one."""
+    layer = Layer(rule="lion")
+    inputs = {**SHARED, **layer.inputs()}
+
+    def body(t: Tensors) -> None:
+        gradient = layer.full_gradient(own(layer, t))
+        low = layer.project(gradient, t["a_p"])
+        update, states = RULES["lion"](low, own(layer, t))
+        weight = t["a_w"] - (update @ t["a_p"] + 0.3 * gradient)
+        write(t, {"a_w": weight, "a_m": states["m"]})
+
+    built = build(body, inputs)
+    refused = built.refused()
+    assert (refused.name, refused.reason) == ("a_w", Reason.NEEDS_GRADIENT)
+    assert refused.node == built.operator(aten.mm.default)[0].name
+
+
+@pytest.mark.parametrize("where", ["right", "left"])
+def test_firas_residual_is_refused(where: str) -> None:
+    refused = with_residual(Layer(shape=SHAPES[where])).refused()
+    assert (refused.name, refused.shape) == ("a_w", SHAPES[where])
+    assert refused.reason in (Reason.NEEDS_GRADIENT, Reason.PRODUCT_INSIDE)
+
+
+def test_a_residual_of_a_gradient_that_is_no_product_is_refused_at_its_reader() -> None:
+    """An embedding's gradient: no product says that it is read again."""
+
+    def body(t: Tensors) -> None:
+        gradient = torch.zeros(20, 12).index_put([t["at"]], t["dy"], accumulate=True)
+        m = 0.9 * t["m"] + gradient @ t["p"].t()
+        write(t, {"m": m, "w": t["w"] - (m @ t["p"] + torch.sign(gradient))})
+
+    inputs = {"dy": torch.randn(7, 12), "at": torch.randint(0, 20, (7,)), "p": torch.randn(4, 12)}
+    built = build(body, {**inputs, "m": torch.randn(20, 4), "w": torch.randn(20, 12)})
+    refused = built.refused()
+    assert refused.reason is Reason.NEEDS_GRADIENT
+    assert refused.node == built.operator(aten.sign.default)[0].name
+
+
+def test_an_embeddings_gradient_that_is_only_projected_is_matched() -> None:
+    def body(t: Tensors) -> None:
+        gradient = torch.zeros(20, 12).index_put([t["at"]], t["dy"], accumulate=True)
+        m = 0.9 * t["m"] + gradient @ t["p"].t()
+        write(t, {"m": m, "w": t["w"] - m @ t["p"]})
+
+    inputs = {"dy": torch.randn(7, 12), "at": torch.randint(0, 20, (7,)), "p": torch.randn(4, 12)}
+    found = build(body, {**inputs, "m": torch.randn(20, 4), "w": torch.randn(20, 12)}).layer()
+    assert found.factors.obstacle is not None
+    assert "index_put" in found.factors.obstacle.name
+
+
+# -- refused: the projector -------------------------------------------------------------------------------------------
+
+Pieces = Callable[[Tensors], tuple[Tensor, Tensor]]
+
+
+def between(layer: Layer, operands: Pieces, extra: Tensors | None = None) -> Built:
+    """A layer with SGD between ``operands``: what G is multiplied with, and what N is multiplied with."""
+    inputs = {**SHARED, **layer.inputs(), **(extra or {})}
+
+    def body(t: Tensors) -> None:
+        down, up = operands(t)
+        m = 0.9 * t["a_m"] + layer.full_gradient(own(layer, t)) @ down
+        write(t, {"a_m": m, "a_w": t["a_w"] - 0.1 * (m @ up)})
+
+    return build(body, inputs)
+
+
+def test_a_projector_from_another_layer_is_named() -> None:
+    built = between(Layer(rule="sgd"), lambda t: (t["b"].t(), t["a_p"]), {"b": torch.randn(4, 12)})
+    refused = built.refused()
+    assert (refused.name, refused.reason) == ("a_w", Reason.OTHER_PROJECTOR)
+    assert refused.node == built.operator(aten.mm.default)[1].name
+
+
+DECODINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda p: p * 2,
+    "another row order": lambda p: p.flip(0),
+    "the absolute value": torch.abs,
+    "rounded": lambda p: (p * 7).to(torch.int8).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_two_decodings_of_one_storage_are_two_projectors(name: str) -> None:
+    built = between(Layer(rule="sgd"), lambda t: (DECODINGS[name](t["a_p"]).t(), t["a_p"]))
+    assert built.refused().reason is Reason.OTHER_PROJECTOR
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_one_decoding_computed_twice_is_one_projector(name: str) -> None:
+    decode = DECODINGS[name]
+    assert between(Layer(rule="sgd"), lambda t: (decode(t["a_p"]).t(), decode(t["a_p"]))).layer().rank == 4
+
+
+def test_a_square_projector_that_stands_the_same_way_twice_is_refused() -> None:
+    layer = Layer(shape=(12, 12), rank=12, rule="sgd")
+    built = between(layer, lambda t: (t["a_p"], t["a_p"]))
+    assert built.refused().reason is Reason.SAME_ORIENTATION
+    assert between(layer, lambda t: (t["a_p"].t(), t["a_p"])).layer().rank == 12
+    assert between(layer, lambda t: (t["a_p"], t["a_p"].t())).layer().rank == 12
+
+
+@pytest.mark.parametrize("transposed", [*itertools.product([False, True], repeat=3)])
+def test_a_square_sandwich_is_matched_in_its_four_spellings_and_refused_in_the_others(
+    transposed: tuple[bool, bool, bool],
+) -> None:
+    """Which way P stands below and above, and on which side of G."""
+    below, above, first = transposed
+    inputs = {"dy": torch.randn(7, 6), "x": torch.randn(7, 6), "p": torch.randn(6, 6), "w": torch.randn(6, 6)}
+
+    def body(t: Tensors) -> None:
+        down, up = (t["p"].t() if flag else t["p"] for flag in (below, above))
+        gradient = t["dy"].t() @ t["x"]
+        low = torch.sign(down @ gradient if first else gradient @ down)
+        write(t, {"w": t["w"] - (up @ low if first else low @ up)})
+
+    built = build(body, inputs)
+    if below != above:
+        assert built.layer().side == ("left" if first else "right")
+    else:
+        assert built.refused().reason is Reason.SAME_ORIENTATION
+
+
+def test_a_projector_that_the_step_computes_is_refused() -> None:
+    def compute(t: Tensors) -> tuple[Tensor, Tensor]:
+        gradient = t["a_dy0"].t() @ t["a_x0"]
+        projector = torch.linalg.svd(gradient, full_matrices=False)[2][:4]
+        return projector.t(), projector
+
+    built = between(Layer(rule="sgd"), compute)
+    assert built.refused().reason is Reason.COMPUTED_PROJECTOR
+
+
+# -- refused: more than a sandwich ------------------------------------------------------------------------------------
+
+
+def test_a_product_between_the_projections_is_refused_and_named() -> None:
+    """Muon's Newton-Schulz iteration on R."""
+
+    def body(t: Tensors) -> None:
+        low = t["dy"].t() @ t["x"] @ t["p"].t()
+        m = 0.9 * t["m"] + low
+        squared = m.t() @ m
+        write(t, {"m": m, "w": t["w"] - (1.5 * m - 0.5 * m @ squared) @ t["p"]})
+
+    inputs = {"dy": torch.randn(7, 20), "x": torch.randn(7, 12), "p": torch.randn(4, 12), "m": torch.randn(20, 4)}
+    built = build(body, {**inputs, "w": torch.randn(20, 12)})
+    refused = built.refused()
+    assert refused.reason is Reason.PRODUCT_INSIDE
+    assert refused.node == built.operator(aten.mm.default)[3].name
+
+
+def test_a_product_behind_the_projections_is_refused() -> None:
+    def body(t: Tensors) -> None:
+        m = 0.9 * t["m"] + t["dy"].t() @ t["x"] @ t["p"].t()
+        write(t, {"m": m, "w": t["w"] - (m @ t["p"] + t["a"] @ t["b"])})
+
+    inputs = {"dy": torch.randn(7, 20), "x": torch.randn(7, 12), "p": torch.randn(4, 12), "m": torch.randn(20, 4)}
+    built = build(body, {**inputs, "w": torch.randn(20, 12), "a": torch.randn(20, 3), "b": torch.randn(3, 12)})
+    assert built.refused().reason is Reason.PRODUCT_INSIDE
+
+
+def test_a_product_that_an_addmm_adds_is_seen_too() -> None:
+    def body(t: Tensors) -> None:
+        gradient = t["dy"].t() @ t["x"]
+        m = 0.9 * t["m"] + gradient @ t["p"].t()
+        write(t, {"m": m, "w": torch.addmm(t["w"] - 0.1 * gradient, m, t["p"])})
+
+    inputs = {"dy": torch.randn(7, 20), "x": torch.randn(7, 12), "p": torch.randn(4, 12), "m": torch.randn(20, 4)}
+    assert build(body, {**inputs, "w": torch.randn(20, 12)}).refused().reason is Reason.NEEDS_GRADIENT
+
+
+def sharing(kind: str) -> Built:
+    layers = [Layer("a", rule="sgd"), Layer("b", rule="sgd")]
+    inputs = dict(SHARED)
+    for layer in layers:
+        inputs.update(layer.inputs())
+
+    def body(t: Tensors) -> None:
+        lows = [layer.project(layer.full_gradient(o := own(layer, t)), o["p"]) for layer in layers]
+        moments = [0.9 * t["a_m"] + lows[0], 0.9 * t["b_m"] + lows[1]]
+        new: Tensors = {}
+        if kind == "written":
+            shared = 0.9 * t["a_m"] + lows[0] + lows[1]
+            moments, new = [shared, shared], {"a_m": shared}
+        elif kind == "read":
+            moments[1] = moments[1] + t["a_m"]
+            new = {"a_m": moments[0], "b_m": moments[1]}
+        elif kind == "one projection":
+            moments[1] = 0.9 * t["b_m"] + torch.sign(lows[0])
+            new = {"a_m": moments[0], "b_m": moments[1]}
+        for layer, moment in zip(layers, moments, strict=True):
+            p = t["a_p"] if kind == "one projection" else t[f"{layer.name}_p"]
+            new[f"{layer.name}_w"] = t[f"{layer.name}_w"] - moment @ p
+        write(t, new)
+
+    return build(body, inputs)
+
+
+@pytest.mark.parametrize("kind", ["written", "read", "one projection"])
+def test_layers_that_share_a_state_or_a_projection_are_refused_both(kind: str) -> None:
+    found = sharing(kind).updates()
+    assert not found.layers
+    assert {other.name for other in found.unmatched} >= {"a_w", "b_w"}
+    reasons = {other.reason for other in found.unmatched if other.name in ("a_w", "b_w")}
+    assert reasons <= {Reason.SHARED_STATE, Reason.PRODUCT_INSIDE}
+
+
+def test_a_weight_that_is_written_twice_is_refused_at_its_anchor() -> None:
+    layer = Layer()
+    inputs = {**SHARED, **layer.inputs()}
+
+    def body(t: Tensors) -> None:
+        new = {f"a_{name}": value for name, value in layer.step(own(layer, t)).items()}
+        write(t, new)
+        write(t, {"a_w": new["a_w"] * 0.999})
+
+    built = build(body, inputs)
+    built.operator(ANCHOR)[-1].update_arg(0, built.node("a_w"))  # tracing chains the two
+    refused = built.refused()
+    assert (refused.name, refused.reason) == ("a_w", Reason.WRITTEN_TWICE)
+    assert refused.node.startswith("copy_")
+
+
+# -- refused: nothing like it -----------------------------------------------------------------------------------------
+
+
+def plain_adam(t: Tensors, name: str, gradient: Tensor) -> Tensors:
+    m = 0.9 * t[f"{name}_m"] + 0.1 * gradient
+    v = 0.99 * t[f"{name}_v"] + 0.01 * gradient * gradient
+    return {f"{name}_m": m, f"{name}_v": v, f"{name}_w": t[f"{name}_w"] - t["lr"] * m / (v.sqrt() + 1e-8)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_adam_beside_a_layer_is_left_and_its_moments_are_no_parameters(seed: int) -> None:
+    layer = Layer()
+    inputs = {**SHARED, **layer.inputs()}
+    for name, size in (("head", (30, 12)), ("embed", (30, 12)), ("norm", (12,))):
+        inputs.update({f"{name}_{key}": torch.rand(size) for key in "wmv"})
+    inputs["dy"], inputs["at"] = torch.randn(14, 30), torch.randint(0, 30, (14,))
+
+    def body(t: Tensors) -> None:
+        new = {f"a_{name}": value for name, value in layer.step(own(layer, t)).items()}
+        new.update(plain_adam(t, "head", t["dy"].t() @ t["a_x0"]))
+        scattered = torch.zeros(30, 12).index_put([t["at"]], t["a_x0"] * t["embed_w"].sum(), accumulate=True)
+        new.update(plain_adam(t, "embed", scattered))
+        new.update(plain_adam(t, "norm", t["a_x0"].sum(0)))
+        write(t, new)
+
+    built = build(body, inputs, shuffle=seed)
+    for found in (built.updates(), find_updates(built.graph, built.name_of)):  # who is a parameter known, and not
+        assert [layer.name for layer in found.layers] == ["a_w"]
+        assert sorted((other.name, other.reason) for other in found.unmatched) == [
+            ("embed_w", Reason.NOT_PROJECTED),
+            ("head_w", Reason.NOT_PROJECTED),
+        ]
+
+
+def test_a_tied_weight_whose_gradient_is_a_product_and_a_scatter_is_matched_with_the_scatter_as_obstacle() -> None:
+    def scatter(gradient: Tensor, t: Tensors) -> Tensor:
+        return gradient + torch.zeros(20, 12).index_put([t["at"]], t["x0"], accumulate=True)
+
+    found = galore(Layer(after=scatter), extra={"at": torch.randint(0, 20, (14,))}).layer()
+    assert found.factors.obstacle is not None
+    assert "index_put" in found.factors.obstacle.name
+
+
+def test_plain_sgd_of_two_layers_with_one_input_is_no_sandwich() -> None:
+    """dYᵀ X contracts X, and what dY follows from contracted X with a matrix of the weight's shape."""
+
+    def body(t: Tensors) -> None:
+        first, second = t["x"] @ t["v"].t(), t["x"] @ t["w"].t()
+        dy = torch.sign(first * second)
+        write(t, {"v": t["v"] - (dy * second).t() @ t["x"], "w": t["w"] - (dy * first).t() @ t["x"]})
+
+    found = build(body, {"x": torch.randn(7, 12), "v": torch.randn(20, 12), "w": torch.randn(20, 12)}).updates()
+    assert not found.layers
+    assert {other.reason for other in found.unmatched} == {Reason.NOT_PROJECTED}
+
+
+def test_a_low_rank_adapter_is_no_sandwich() -> None:
+    """W + B A: the up-projection of one is the forward of the other."""
+
+    def body(t: Tensors) -> None:
+        hidden = t["x"] @ t["a"].t()
+        dy = torch.sign(hidden @ t["b"].t())
+        write(t, {"b": t["b"] - dy.t() @ hidden, "a": t["a"] - (dy @ t["b"]).t() @ t["x"]})
+
+    found = build(body, {"x": torch.randn(7, 12), "a": torch.randn(4, 12), "b": torch.randn(20, 4)}).updates()
+    assert not found.layers
+
+
+def test_a_graph_without_anchors_has_no_updates() -> None:
+    found = build(lambda t: t["x"] @ t["x"].t(), {"x": torch.randn(3, 4)}).updates()
+    assert found.layers == found.unmatched == []
+
+
+def test_the_record_counts_layers_and_tells_reasons() -> None:
+    inputs = {f"head_{key}": torch.rand(30, 12) for key in "wmv"} | {"dy": torch.randn(14, 30)}
+    layer = Layer()
+
+    def body(t: Tensors) -> None:
+        new = {f"a_{name}": value for name, value in layer.step(own(layer, t)).items()}
+        new.update(plain_adam(t, "head", t["dy"].t() @ t["a_x0"]))
+        write(t, new)
+
+    built = build(body, {**SHARED, **layer.inputs(), **inputs})
+    manager = built.after("update")
+    (record,) = manager.records
+    assert len(record.matches) == 1
+    assert record.ops == {}
+    ((name, reason),) = record.skipped
+    assert name == "head_w"
+    assert reason.startswith("updated at full rank")
+
+
+def test_conv1d_and_experts_layouts_are_found() -> None:
+    """GPT-2's Conv1D holds (in, out); an expert's tokens are gathered rows, symbolic in number."""
+
+    def body(t: Tensors) -> None:
+        gradient = t["x"].t() @ t["dy"]
+        m = 0.9 * t["m"] + t["p"].t() @ gradient
+        chosen = t["e_dy"][t["rows"]].t() @ t["e_x"][t["rows"]]
+        n = 0.9 * t["e_m"] + chosen @ t["e_p"].t()
+        write(t, {"m": m, "w": t["w"] - t["p"] @ m, "e_m": n, "e_w": t["e_w"] - n @ t["e_p"]})
+
+    inputs = {"x": torch.randn(7, 12), "dy": torch.randn(7, 20), "p": torch.randn(12, 4), "m": torch.randn(4, 20),
+              "w": torch.randn(12, 20), "e_x": torch.randn(9, 8), "e_dy": torch.randn(9, 16),
+              "rows": torch.randint(0, 9, (5,)), "e_p": torch.randn(3, 8), "e_m": torch.randn(16, 3),
+              "e_w": torch.randn(16, 8)}  # fmt: skip
+    found = build(body, inputs, symbolic=["rows"]).updates()
+    assert [described(layer) for layer in found.layers] == [("w", (12, 20), "left", 4), ("e_w", (16, 8), "right", 3)]
+    assert not found.unmatched
+    assert isinstance(found.layers[1].factors.terms[0].contracted, torch.SymInt)

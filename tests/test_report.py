@@ -1,0 +1,320 @@
+"""What the passes did to a step, told layer by layer: `explain` before it runs, `report` of one that has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import Interpreted, snapshot, tokens, toy, training_step
+from torch import Tensor
+
+import qgalore_compile as qg
+from qgalore_compile import compilation
+from qgalore_compile.backend import UnfusedError
+from qgalore_compile.passes import PASSES
+
+
+@pytest.fixture(scope="module")
+def explained() -> qg.Report:
+    model, opt = toy()
+    return qg.explain(training_step(model, opt), tokens())
+
+
+# -- what a report holds ----------------------------------------------------------------------------------------------
+
+
+def test_every_projected_layer_has_its_shape_side_rank_and_what_became_of_its_gradient(explained: qg.Report) -> None:
+    matched = [layer for layer in explained.layers if layer["matched"]]
+    assert [(layer["name"], layer["shape"], layer["side"], layer["rank"]) for layer in matched] == [
+        ("model.blocks.0.weight", [20, 12], "right", 4),
+        ("model.blocks.1.weight", [12, 20], "left", 4),
+    ]
+    for layer in matched:
+        assert layer["reassociated"]
+        assert layer["inequality"] == "operations 9,216 < 19,200; bytes 6,272 < 7,040"
+        assert layer["refresh_takes"] == "the factors of the gradient"
+        assert layer["refresh_cost"].startswith("svd: about 480*T + 51840 operations")
+        assert layer["update_function"].startswith("qgalore_update_")
+        assert layer["ops"] > 50
+
+
+def test_other_matrices_have_the_reason_and_states_are_not_listed(explained: qg.Report) -> None:
+    others = {layer["name"]: layer for layer in explained.layers if not layer["matched"]}
+    assert set(others) == {"model.embed.weight", "model.head.weight"}
+    assert all(layer["reason"].startswith("updated at full rank") for layer in others.values())
+    assert not any(layer["projected"] for layer in others.values())
+
+
+def test_every_pass_is_listed_in_order_with_its_matches_operators_and_time(explained: qg.Report) -> None:
+    assert [each["name"] for each in explained.passes] == [each.name for each in PASSES]
+    by_name = {each["name"]: each for each in explained.passes}
+    assert len(by_name["reassociate"]["matches"]) == 2
+    assert by_name["dead_allocations"]["ops"]["aten.empty.memory_format"] < 0
+    assert by_name["opaque"]["nodes_after"] < by_name["opaque"]["nodes_before"]
+    assert all(each["milliseconds"] >= 0 for each in explained.passes)
+
+
+def test_the_graph_of_one_layer_stands_there_before_and_after(explained: qg.Report) -> None:
+    (compilation_,) = explained.compilations
+    before, after = compilation_.graph["before"], compilation_.graph["after"]
+    assert "f32[12, 20] = mm(" in before  # the gradient, transposed
+    assert "refresh_(" in before
+    assert "f32[12, 20] = mm(" not in after
+    assert "invoke_subgraph(qgalore_update_0" in after
+    assert "function qgalore_update_0(" in after
+    assert "= decode(" in after  # unpacking is one line
+
+
+def test_live_bytes_before_and_after_ordering_say_what_is_largest(explained: qg.Report) -> None:
+    live = explained.compilations[0].program["live_bytes"]
+    assert 0 < live["after"]["peak"] <= live["before"]["peak"]
+    largest = live["after"]["holds"][0]
+    assert set(largest) == {"node", "shape", "dtype", "bytes"}
+
+
+def test_the_text_says_all_of_it_in_lines_that_fit(explained: qg.Report) -> None:
+    text = str(explained)
+    first = text.splitlines()[0]
+    assert first == "step: 1 graph, 0 recompile(s); 2 of 2 projected layers matched, 2 without a full-rank gradient"
+    for expected in ("model.blocks.0.weight", "20×12", "9,216 <", "not projected: model.embed.weight", "reassociate",
+                     "Live bytes after ordering", "before the passes", "after them"):  # fmt: skip
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 140
+    assert "\x1b" not in text
+
+
+def test_json_holds_the_same(explained: qg.Report) -> None:
+    loaded = json.loads(explained.to_json())
+    assert loaded["graph_breaks"] == []
+    assert loaded["recompiles"] == 0
+    (only,) = loaded["compilations"]
+    assert [layer["name"] for layer in only["layers"]] == [layer["name"] for layer in explained.layers]
+
+
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_runs_nothing_and_changes_nothing() -> None:
+    model, opt = toy()
+    calls: list[int] = []
+    step = training_step(model, opt)
+    before = snapshot(model, opt)
+    generator = torch.get_rng_state()
+
+    def counting(batch: Tensor) -> Tensor:
+        calls.append(1)
+        return step(batch)
+
+    qg.explain(counting, tokens())
+    after = snapshot(model, opt)
+    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert calls == []
+
+
+def test_explain_leaves_the_steps_own_compiled_code_alone() -> None:
+    model, opt = toy()
+    backend = Interpreted()
+    step = torch.compile(training_step(model, opt), backend=backend, fullgraph=True)
+    step(tokens())
+    qg.explain(step, tokens())
+    step(tokens())
+    assert backend.count == 1
+    assert len(qg.report(step).compilations) == 1
+
+
+def test_explain_takes_the_backends_options() -> None:
+    model, opt = toy()
+    report = qg.explain(training_step(model, opt), tokens(), options={"reassociate": "never"})
+    for layer in report.layers:
+        if layer["matched"]:
+            assert not layer["reassociated"]
+            assert layer["not_reassociated"] == 'reassociate="never" keeps it'
+            assert "the gradient, in every step" in layer["refresh_takes"]
+    assert 'reassociate="never" keeps it' in str(report)
+
+
+def test_a_reader_of_the_gradient_is_named() -> None:
+    model, opt = toy()
+
+    def step(batch: Tensor) -> tuple[Tensor, Tensor]:
+        loss = model(batch)
+        loss.backward()
+        gradient = model.blocks[0].weight.grad
+        assert gradient is not None
+        norm = gradient.abs().max()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach(), norm
+
+    report = qg.explain(step, tokens())
+    first, second = (layer for layer in report.layers if layer["matched"])
+    assert not first["reassociated"]
+    assert first["not_reassociated"].startswith("the gradient has another reader: abs")
+    assert second["reassociated"]
+
+
+def test_a_gradient_that_outlives_the_step_is_told_to_be_cleared() -> None:
+    model, opt = toy()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = model(batch)
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    report = qg.explain(step, tokens())
+    matched = [layer for layer in report.layers if layer["matched"]]
+    assert matched
+    assert all("call zero_grad in the step" in layer["not_reassociated"] for layer in matched)
+
+
+def test_a_graph_break_is_told_with_its_reason() -> None:
+    model, opt = toy()
+    step = training_step(model, opt)
+
+    def printing(batch: Tensor) -> Tensor:
+        loss = step(batch)
+        torch._dynamo.graph_break()
+        return loss
+
+    report = qg.explain(printing, tokens())
+    assert report.layers == []
+    assert len(report.graph_breaks) == 1
+    assert "graph break: " in str(report)
+
+
+def test_the_optimizers_step_alone_is_explained_too() -> None:
+    model, opt = toy()
+    model(tokens()).backward()
+    report = qg.explain(opt.step)
+    matched = [layer for layer in report.layers if layer["matched"]]
+    assert len(matched) == 2
+    assert all("compile the backward in the same step" in layer["not_reassociated"] for layer in matched)
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_of_a_step_that_has_run_and_of_its_recompilations() -> None:
+    model, opt = toy()
+    step = torch.compile(training_step(model, opt), backend=Interpreted(), fullgraph=True)
+    step(tokens(4))
+    assert qg.report(step).recompiles == 0
+    step(tokens(3))
+    report = qg.report(step)
+    assert report.recompiles == 1
+    assert report.graph_breaks == ()
+    assert "symbolic sizes: micro_batches[0] (s" in str(report)
+    symbolic = next(layer for layer in report.layers if layer["matched"])
+    assert symbolic["inequality"].startswith("operations 256*T < 480*T + 1920 for every T; bytes")
+
+
+def test_report_of_a_step_with_a_graph_break_holds_both_graphs() -> None:
+    model, opt = toy()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = model(batch)
+        loss.backward()
+        result = loss.detach()
+        torch._dynamo.graph_break()
+        opt.step()
+        opt.zero_grad()
+        return result
+
+    compiled = torch.compile(step, backend=Interpreted())
+    compiled(tokens())
+    report = qg.report(compiled)
+    assert len(report.compilations) == 2
+    assert len(report.graph_breaks) == 1
+    assert "graph_break" in report.graph_breaks[0]
+    matched = [layer for layer in report.layers if layer["matched"]]
+    assert len(matched) == 2  # the update is in the second graph
+    assert not any(layer["reassociated"] for layer in matched)
+
+
+def test_report_of_a_step_that_was_not_compiled_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"call the compiled step once before report\(\), or use explain"):
+        qg.report(lambda batch: batch)
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+def test_report_of_code_from_a_warm_cache_in_a_second_process_is_the_same(tmp_path: Path) -> None:
+    program = Path(__file__).parent / "report_of_a_step.py"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCH_LOGS": "+qgalore_compile"}
+    runs: list[dict[str, Any]] = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        runs.append({**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr})
+    cold, warm = (run["compilations"][0] for run in runs)
+    assert (cold["from_cache"], warm["from_cache"]) == (False, True)
+    for part in ("layers", "passes", "program", "graph"):
+        assert warm[part] == cold[part]
+    # TORCH_LOGS=+qgalore_compile prints what the passes do, and the graph after each; a warm cache runs none
+    assert "reassociate (rounding): 2 matched, 0 skipped" in runs[0]["log"]
+    assert "after reassociate" in runs[0]["log"]
+    assert "reassociate (rounding)" not in runs[1]["log"]
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_without_a_record_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from qgalore_compile.passes import PassManager
+
+    monkeypatch.setattr(compilation, "_folder", lambda: tmp_path)
+    record = compilation.Compilation(function="step")
+    compilation.finish(record, PassManager([]), "nothing-here")
+    assert record.from_cache
+    assert not record.recorded
+    assert "holds no record of its passes" in str(qg.Report((record,), (), 0))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 0}', "[]"])
+def test_a_damaged_or_foreign_record_counts_as_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    from qgalore_compile.passes import PassManager
+
+    monkeypatch.setattr(compilation, "_folder", lambda: tmp_path)
+    (tmp_path / "key.json").write_text(text)
+    record = compilation.Compilation()
+    compilation.finish(record, PassManager([]), "key")
+    assert not record.recorded
+
+
+# -- strict -----------------------------------------------------------------------------------------------------------
+
+
+def test_strict_refuses_a_layer_whose_gradient_must_exist_and_names_the_reader() -> None:
+    model, opt = toy()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = model(batch)
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    before = snapshot(model, opt)
+    compiled = torch.compile(step, backend=Interpreted(strict=True), fullgraph=True)
+    with pytest.raises(UnfusedError, match=r"model\.blocks\.0\.weight: the gradient has another reader"):
+        compiled(tokens())
+    after = snapshot(model, opt)
+    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def test_strict_accepts_a_gradient_that_the_user_asked_to_keep() -> None:
+    model, opt = toy()
+    step = torch.compile(
+        training_step(model, opt), backend=Interpreted(strict=True, reassociate="never"), fullgraph=True
+    )
+    assert step(tokens()).isfinite()
