@@ -27,7 +27,7 @@ test: $(VENV)/.test
 
 # Property tests only, each run with fresh random examples.
 fuzz: $(VENV)/.test
-	$(PYTEST) -m hypothesis --fuzz $(N) $(ARGS)
+	$(PYTEST) -m "hypothesis or more" --fuzz $(N) $(ARGS)
 
 lint: ruff mypy
 

@@ -12,6 +12,7 @@ A result of an op that changes its arguments in place counts as the argument, si
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import fx
@@ -136,3 +137,29 @@ class Facts:
     def _number(self, what: Any) -> int:
         """Equal numbers for equal things: a decoding then costs one number, not a tree."""
         return self._numbers.setdefault(what, len(self._numbers))
+
+
+def states_among(written: list[fx.Node]) -> set[fx.Node]:
+    """Targets that are the state of another target: that one's value reads them.  Where both read each other, as an
+    embedding's gradient reads the embedding, the state is what fewer values read."""
+    reads = {anchor.args[0]: _inputs_behind(anchor.args[1]) for anchor in written}  # type: ignore[arg-type]
+    readers = Counter(source for read in reads.values() for source in read)
+    return {
+        state for parameter, read in reads.items() for state in read & reads.keys()
+        if state is not parameter
+        and (parameter not in reads[state] or readers[state] < readers[parameter])  # type: ignore[index]
+    }  # fmt: skip
+
+
+def _inputs_behind(value: fx.Node) -> set[fx.Node]:
+    """Inputs that a node follows from without passing through a product or a 0-d tensor."""
+    seen, pending = {value}, [value]
+    while pending:
+        node = pending.pop()
+        base = previous_version(node)
+        sources = [] if is_gemm(node) else [base] if base else node.all_input_nodes
+        for source in sources:
+            if source not in seen and not is_scalar(source):
+                seen.add(source)
+                pending.append(source)
+    return {node for node in seen if node.op == "placeholder"}

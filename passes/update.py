@@ -30,7 +30,7 @@ from torch._ops import OpOverload
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.facts import Facts, states_among
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRANSPOSES,
@@ -209,7 +209,7 @@ def find_updates(
     names = {layer.name for layer in kept}
     left = {target: other for target, other in refused.items() if target not in owned and other.name not in names}
     if parameters is None:
-        states = _states([anchor for anchor in written if anchor.args[0] in left])
+        states = states_among([anchor for anchor in written if anchor.args[0] in left])
         left = {target: other for target, other in left.items() if target not in states}
     else:
         left = {target: other for target, other in left.items() if target.name in parameters}
@@ -430,29 +430,3 @@ def _reader_of_gradient(layer: LayerUpdate) -> fx.Node | None:
     region = set(layer.region)
     parts = [layer.gradient, *layer.factors.nodes, *filter(None, [layer.factors.obstacle])]
     return next((user for part in parts for user in part.users if user in region), None)
-
-
-def _states(written: list[fx.Node]) -> set[fx.Node]:
-    """Targets that are the state of another target: that one's value reads them.  Where both read each other, as an
-    embedding's gradient reads the embedding, the state is what fewer values read."""
-    reads = {anchor.args[0]: _inputs_behind(anchor.args[1]) for anchor in written}  # type: ignore[arg-type]
-    readers = Counter(source for read in reads.values() for source in read)
-    return {
-        state for parameter, read in reads.items() for state in read & reads.keys()
-        if state is not parameter
-        and (parameter not in reads[state] or readers[state] < readers[parameter])  # type: ignore[index]
-    }  # fmt: skip
-
-
-def _inputs_behind(value: fx.Node) -> set[fx.Node]:
-    """Inputs that a node follows from without passing through a product or a 0-d tensor."""
-    seen, pending = {value}, [value]
-    while pending:
-        node = pending.pop()
-        base = previous_version(node)
-        sources = [] if is_gemm(node) else [base] if base else node.all_input_nodes
-        for source in sources:
-            if source not in seen and not is_scalar(source):
-                seen.add(source)
-                pending.append(source)
-    return {node for node in seen if node.op == "placeholder"}

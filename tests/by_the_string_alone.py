@@ -1,4 +1,5 @@
-"""A training step compiled by ``backend="qgalore"`` and nothing else, compared with eager; prints one line of JSON."""
+"""A training step compiled by ``backend="qgalore"`` and nothing else, compared with eager; prints one line of JSON, its
+report included."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import json
 import torch
 from support import assert_same_step, decoded, tokens, toy, training_step
 from torch._dynamo.utils import counters
+
+import qgalore_compile as qg
 
 
 def main() -> None:
@@ -28,7 +31,9 @@ def main() -> None:
         except AssertionError as error:
             errors.append(f"step {index}: {error}")
     graphs = counters["stats"]["unique_graphs"]
-    print(json.dumps({"losses": losses, "errors": errors, "graphs": graphs, "inductor": counters["inductor"]}))
+    report = json.loads(qg.report(step).to_json())
+    found = {"losses": losses, "errors": errors, "graphs": graphs, "inductor": counters["inductor"], "report": report}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -383,18 +383,31 @@ SCRIPT = Path(__file__).parent / "by_the_string_alone.py"
 
 @pytest.mark.compiles
 def test_by_the_string_alone_in_generated_code_and_from_a_warm_cache_in_a_second_process(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent)}
-    cold, warm = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-W", "ignore", SCRIPT], env=environment, check=True, capture_output=True, text=True
-            ).stdout.splitlines()[-1]
+    environment = {
+        **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent),
+        "TORCH_LOGS": "+qgalore_compile",
+    }  # fmt: skip
+    runs = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", SCRIPT], env=environment, check=True, capture_output=True, text=True
         )
         for _ in range(2)
-    )
+    ]
+    cold, warm = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
     assert cold["errors"] == warm["errors"] == []
     assert cold["graphs"] == warm["graphs"] == 1
     assert cold["losses"] == warm["losses"]
     assert cold["inductor"].get("fxgraph_cache_miss") == 1
     assert warm["inductor"].get("fxgraph_cache_miss") is None
     assert warm["inductor"].get("fxgraph_cache_hit") == 1
+
+    # the second process ran no pass, and tells the same of them
+    reports = [run["report"]["compilations"][0] for run in (cold, warm)]
+    assert [report["from_cache"] for report in reports] == [False, True]
+    for part in ("layers", "passes", "program", "graph"):
+        assert reports[1][part] == reports[0][part]
+
+    # TORCH_LOGS=+qgalore_compile prints what the passes do and the graph after each
+    assert "reassociate (rounding): 2 matched, 0 skipped" in runs[0].stderr
+    assert "after reassociate" in runs[0].stderr
+    assert "reassociate (rounding)" not in runs[1].stderr

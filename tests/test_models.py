@@ -78,9 +78,12 @@ def gemm_shapes(graph: fx.Graph) -> list[tuple[int, ...]]:
         (transformers_llama, torch.float32, 1, False, False),
         (transformers_llama, torch.bfloat16, 4, True, False),
         (own_llama, torch.float32, 4, False, True),
-        (own_llama, torch.bfloat16, 1, True, False),
+        # half a minute each, for what the three above and the toy show one by one: `pytest --fuzz 1` runs them
+        pytest.param(own_llama, torch.bfloat16, 1, True, False, marks=pytest.mark.more),
+        pytest.param(own_llama, torch.float32, 1, False, False, marks=pytest.mark.more),
+        pytest.param(transformers_llama, torch.float32, 1, True, True, marks=pytest.mark.more),
     ],
-    ids=["hf-fp32", "hf-bf16-4-tied", "own-autocast-4", "own-bf16-tied"],
+    ids=["hf-fp32", "hf-bf16-4-tied", "own-autocast-4", "own-bf16-tied", "own-fp32", "hf-autocast-tied"],
 )
 @pytest.mark.slow
 def test_no_full_rank_gradient_is_formed_in_a_llama(
