@@ -224,7 +224,8 @@ class QGaLoreAdamW(Optimizer):
 
     def _update_all(self, pending: list[_Pending]) -> None:
         """Phase two: clip, decide what may be written, update."""
-        norms = torch.stack([torch.linalg.vector_norm(item.low, dtype=torch.float32) for item in pending])
+        each = [torch.linalg.vector_norm(item.low, dtype=torch.float32) for item in pending]
+        norms = torch.stack(each)
         # of the norm, not of the elements: where a square overflows, the second moment would
         finite = torch.isfinite(norms)
         all_finite = finite.all()
@@ -236,8 +237,9 @@ class QGaLoreAdamW(Optimizer):
         clip = None
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for item, finite_here in zip(pending, finite.unbind(), strict=True):
-            _update(item, clip, finite_here if self.nonfinite == "skip_parameter" else all_finite)
+        for item, own in zip(pending, each, strict=True):
+            # of its own norm, not of the stacked ones: a compiled update need then not wait for the others
+            _update(item, clip, torch.isfinite(own) if self.nonfinite == "skip_parameter" else all_finite)
 
 
 def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
