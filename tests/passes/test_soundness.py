@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
+import pytest
 import torch
 from graphs import Recorder, after, recorded, results
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
@@ -490,7 +491,12 @@ def check(step: Step, *names: str, runs: int = 1) -> set[int]:
 
 def times(factor: int) -> settings:
     """A multiple of the profile's examples."""
-    return settings(max_examples=factor * settings().max_examples, suppress_health_check=[HealthCheck.too_slow])
+    # No shrinking: a drawn step is small already, and each try costs a trace; minutes, with nothing to read until then.
+    return settings(
+        max_examples=factor * settings().max_examples,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    )
 
 
 @times(4)
@@ -523,6 +529,9 @@ def test_a_second_run_changes_no_result(step: Step) -> None:
     check(step, runs=2)
 
 
+# Compared bit for bit, which an SVD of the same matrix in another memory layout is not always: run with --fuzz, and to be
+# given a tolerance. That a due refresh agrees within rounding is tested in `test_refresh.py` and `test_whole_steps.py`.
+@pytest.mark.more
 @times(1)
 @given(step=steps(flawed=False, due=True))
 def test_a_refresh_that_is_due_gives_the_same_subspace(step: Step) -> None:
