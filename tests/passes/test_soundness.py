@@ -529,7 +529,7 @@ def test_a_second_run_changes_no_result(step: Step) -> None:
     check(step, runs=2)
 
 
-# Compared bit for bit, which an SVD of the same matrix in another memory layout is not always: run with --fuzz, and to be
+# Compared bit for bit, which an SVD of a matrix in another memory layout is not always: run with --fuzz, and to be
 # given a tolerance. That a due refresh agrees within rounding is tested in `test_refresh.py` and `test_whole_steps.py`.
 @pytest.mark.more
 @times(1)
