@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
-import pytest
 import torch
 from graphs import Recorder, after, recorded, results
 from hypothesis import HealthCheck, Phase, event, given, settings
@@ -467,12 +466,17 @@ def steps(draw: st.DrawFn, *, flawed: bool, due: bool = False) -> Step:
     )
 
 
-def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float = 0.0) -> None:
+    """Bit for bit; floats up to ``rounding`` times their tensor's largest, where an SVD ran."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
         assert torch.equal(one.isnan(), other.isnan())
+        one, other = one.nan_to_num(), other.nan_to_num()
+        if rounding and one.is_floating_point() and one.numel():
+            assert float((one - other).abs().max()) <= rounding * float(other.abs().max())
+        else:
+            assert torch.equal(one, other)
 
 
 def check(step: Step, *names: str, runs: int = 1) -> set[int]:
@@ -482,10 +486,12 @@ def check(step: Step, *names: str, runs: int = 1) -> set[int]:
     module = build(step, inputs)
     given = list(inputs.values())
     expected = results(module, given)
+    # LAPACK's last bits depend on the memory layout of G: one ulp was seen.  1e-6 is the contract of architecture.md.
+    rounding = 1e-6 if any(layer.due for layer in step.layers) else 0.0
     matched = []
     for _ in range(runs):
         matched.append(after(module, *names).context.layers)
-        assert_equal(results(module, given), expected)
+        assert_equal(results(module, given), expected, rounding=rounding)
     return {int(node.name[1:].split("_")[0]) for layer in matched[0] for node in layer.parameter}
 
 
@@ -529,9 +535,6 @@ def test_a_second_run_changes_no_result(step: Step) -> None:
     check(step, runs=2)
 
 
-# Compared bit for bit, which an SVD of a matrix in another memory layout is not always: run with --fuzz, and to be
-# given a tolerance. That a due refresh agrees within rounding is tested in `test_refresh.py` and `test_whole_steps.py`.
-@pytest.mark.more
 @times(1)
 @given(step=steps(flawed=False, due=True))
 def test_a_refresh_that_is_due_gives_the_same_subspace(step: Step) -> None:
