@@ -13,12 +13,11 @@ import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from backends import machine
+from backends import RESULTS, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,8 +25,6 @@ from torch._inductor.utils import fresh_cache
 
 import qgalore_compile as qg
 from qgalore_compile.llama import Llama, find_preset
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def build(layers: int) -> Any:

@@ -25,11 +25,12 @@ from qgalore_compile.passes.nodes import (
     is_gemm,
     is_scalar,
     is_tensor,
+    permutation,
     previous_version,
     prims,
     shape,
+    written,
 )
-from qgalore_compile.passes.products import permutation
 
 MOST_GEMMS = 8
 """A node that follows from more products than this is the network's, not an update's; counting on would make the walk
@@ -46,16 +47,15 @@ class Facts:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.written = frozenset(anchor.args[0] for anchor in anchors(graph))
+        self.written = frozenset(written(anchor)[0] for anchor in anchors(graph))
         self._gemms: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
         self._storage: dict[fx.Node, frozenset[fx.Node] | None] = {}
         self._decoding: dict[fx.Node, tuple[int, bool]] = {}
         self._numbers: dict[Any, int] = {}
-        self._nodes = list(graph.nodes)
-        for node in self._nodes:
+        for node in graph.nodes:
             base = previous_version(node)
             if base is not None:
-                self._gemms[node] = self._gemms[base] if not is_gemm(base) else (base,)
+                self._gemms[node] = self._reached(base)
                 self._storage[node] = self._storage[base]
                 self._decoding[node] = self._decoding[base]
             else:
@@ -65,7 +65,7 @@ class Facts:
 
     def gemms(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The products that ``node`` is or follows from, in no particular order; () where there are too many."""
-        return (node,) if is_gemm(node) else self._gemms[node] or ()
+        return self._reached(node) or ()
 
     def storage(self, node: fx.Node) -> frozenset[fx.Node] | None:
         """The inputs that ``node`` is decoded from; None where anything computed takes part."""
@@ -81,13 +81,16 @@ class Facts:
 
     # -- one node -----------------------------------------------------------------------------------------------------
 
+    def _reached(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
+        return (node,) if is_gemm(node) else self._gemms[node]
+
     def _gemms_of(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         """None stands for "too many"."""
         reached: dict[fx.Node, None] = {}
         for source in node.all_input_nodes:
             if is_scalar(source):
                 continue
-            found = (source,) if is_gemm(source) else self._gemms[source]
+            found = self._reached(source)
             if found is None:
                 return None
             reached.update(dict.fromkeys(found))
@@ -139,15 +142,15 @@ class Facts:
         return self._numbers.setdefault(what, len(self._numbers))
 
 
-def states_among(written: list[fx.Node]) -> set[fx.Node]:
+def states_among(writing: list[fx.Node]) -> set[fx.Node]:
     """Targets that are the state of another target: that one's value reads them.  Where both read each other, as an
     embedding's gradient reads the embedding, the state is what fewer values read."""
-    reads = {anchor.args[0]: _inputs_behind(anchor.args[1]) for anchor in written}  # type: ignore[arg-type]
+    reads = {target: _inputs_behind(stored) for target, stored in map(written, writing)}
     readers = Counter(source for read in reads.values() for source in read)
     return {
         state for parameter, read in reads.items() for state in read & reads.keys()
         if state is not parameter
-        and (parameter not in reads[state] or readers[state] < readers[parameter])  # type: ignore[index]
+        and (parameter not in reads[state] or readers[state] < readers[parameter])
     }  # fmt: skip
 
 

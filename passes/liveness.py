@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from qgalore_compile.passes.nodes import ANCHOR, VIEWS, aten, previous_version, prims, value
-
-INVOKE = torch.ops.higher_order.invoke_subgraph
+from qgalore_compile.passes.nodes import ANCHOR, INVOKE, VIEWS, arguments, aten, hint, previous_version, prims, value
 
 _POINTWISE = frozenset({prims.convert_element_type.default, aten.expand.default, aten.cat.default, prims.iota.default})
 REDUCTIONS = frozenset(
@@ -153,7 +150,7 @@ def _inside(graph: fx.Graph, node: fx.Node) -> int:
     if node.target is not INVOKE:
         parts = [user for user in node.users if user.target is operator.getitem and _is_stored(user)]
         return sum(_bytes(value(part)) for part in parts)
-    body = getattr(graph.owning_module, node.args[0].target)  # type: ignore[union-attr,arg-type]
+    body = getattr(graph.owning_module, arguments(node)[0].target)
     if "qgalore_peak" not in body.meta:
         body.meta["qgalore_peak"] = liveness(body.graph).peak
     return int(body.meta["qgalore_peak"])
@@ -167,9 +164,4 @@ def _bytes(fake: Tensor) -> int:
 
 
 def _shape(fake: Tensor) -> tuple[int, ...]:
-    return tuple(_number(size) for size in fake.shape)
-
-
-def _number(size: Any) -> int:
-    """A size; the one that tracing saw, where it is symbolic."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return tuple(map(hint, fake.shape))

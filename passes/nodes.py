@@ -40,6 +40,9 @@ VIEWS = TRANSPOSES | {
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 """The functional form of an op that changes its arguments: its results are the new versions of ``_all_bases``."""
 
+INVOKE = torch.ops.higher_order.invoke_subgraph
+"""A call of a function of the graph's module: ``(body, name, *inputs)``."""
+
 
 def value(node: fx.Node) -> Any:
     """The fake tensor (or tuple, or number) that tracing left for a node; None where there is none."""
@@ -63,7 +66,8 @@ def same_sizes(first: fx.Node, second: fx.Node) -> bool:
 
 def dtype(node: fx.Node) -> torch.dtype:
     """Dtype of a node's tensor."""
-    return value(node).dtype  # type: ignore[no-any-return]
+    found: torch.dtype = value(node).dtype
+    return found
 
 
 def is_scalar(node: fx.Node) -> bool:
@@ -76,15 +80,27 @@ def is_gemm(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in GEMMS
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A call's arguments, each of the type that its operator's schema gives it; fx's own type leaves all open."""
+    return node.args
+
+
 def operands(gemm: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two matrices of a product; of ``addmm`` and ``baddbmm`` without what is added."""
     first = 1 if gemm.target in (aten.addmm.default, aten.baddbmm.default) else 0
-    return gemm.args[first], gemm.args[first + 1]  # type: ignore[return-value]
+    left, right = arguments(gemm)[first : first + 2]
+    return left, right
 
 
 def is_anchor(node: fx.Node) -> bool:
     """Whether a node writes a value into an input's storage."""
     return node.target is ANCHOR and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+
+
+def written(anchor: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(the input that an anchor writes, the value that it writes there)."""
+    target, stored = arguments(anchor)[:2]
+    return target, stored
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
@@ -96,14 +112,13 @@ def previous_version(node: fx.Node) -> fx.Node | None:
     """What a result of a mutating op was before it: the tensor whose storage the op changes; None for other nodes."""
     if node.target is not operator.getitem:
         return None
-    call, index = node.args
+    call, index = arguments(node)
     if not isinstance(call, fx.Node) or call.target is not FUNCTIONALIZED:
         return None
-    operator_called: Any = call.args[0]
-    returned = len(operator_called._schema.returns)
+    returned = len(arguments(call)[0]._schema.returns)
     bases: Any = call.kwargs["_all_bases"]
     # results are (what the op returns, or one None where it returns nothing, *bases)
-    position = int(index) - max(returned, 1)  # type: ignore[arg-type]
+    position = int(index) - max(returned, 1)
     return bases[position] if 0 <= position < len(bases) else None
 
 
@@ -125,16 +140,43 @@ def _fakes(trees: Iterable[Any]) -> Iterator[Any]:
                 yield leaf
 
 
+def permutation(node: fx.Node) -> list[int]:
+    """The order of dimensions that ``permute``, ``t`` or ``transpose`` puts its input's dimensions in."""
+    rank = len(shape(node))
+    if node.target is aten.t.default:
+        return list(reversed(range(rank)))
+    if node.target is aten.transpose.int:
+        order = list(range(rank))
+        first, second = (int(dim) % rank for dim in arguments(node)[1:3])
+        order[first], order[second] = order[second], order[first]
+        return order
+    return [int(dim) % rank for dim in arguments(node)[1]]
+
+
+def hint(size: Any) -> int:
+    """A size; the one that tracing saw where it is symbolic, 1 where tracing saw none."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
+
+
 def transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The transpose of a matrix, without a second permute where it is one already."""
-    if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.permute.default and permutation(node) == [1, 0]:
+        source: fx.Node = arguments(node)[0]
+        return source
     return make(graph, aten.permute.default, node, [1, 0])
 
 
 def cast(graph: fx.Graph, node: fx.Node, to: torch.dtype) -> fx.Node:
     """A node's tensor in another dtype; the node itself where it has it."""
     return node if dtype(node) == to else make(graph, prims.convert_element_type.default, node, to)
+
+
+def arguments_changed(call: fx.Node) -> bool:
+    """Forget the arguments that tracing saw: Inductor checks a mutating op's against them.  True, as a callback."""
+    call.meta.pop("eager_input_vals", None)
+    return True
 
 
 def erase_dead(graph: fx.Graph, node: fx.Node) -> None:

@@ -30,9 +30,19 @@ from torch import fx
 
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import VIEWS, aten, dtype, erase_dead, is_anchor, is_gemm, is_tensor, operands, value
-
-INVOKE = torch.ops.higher_order.invoke_subgraph
+from qgalore_compile.passes.nodes import (
+    INVOKE,
+    VIEWS,
+    arguments,
+    aten,
+    dtype,
+    erase_dead,
+    is_anchor,
+    is_gemm,
+    is_tensor,
+    operands,
+    value,
+)
 
 
 def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -89,7 +99,7 @@ def _quantised_product(facts: Facts, gemm: fx.Node) -> list[fx.Node] | None:
     for operand in operands(gemm):
         storage = facts.storage(operand)
         if storage and any(not dtype(node).is_floating_point for node in storage if is_tensor(node)):
-            if not dtype(operand).is_floating_point or _looks_up(operand, storage):
+            if not dtype(operand).is_floating_point or _looks_up(operand):
                 continue
             region.update(dict.fromkeys(_decoding(operand)))
     if not region:
@@ -97,7 +107,7 @@ def _quantised_product(facts: Facts, gemm: fx.Node) -> list[fx.Node] | None:
     return [*sorted(region), gemm]
 
 
-def _looks_up(operand: fx.Node, storage: frozenset[fx.Node]) -> bool:
+def _looks_up(operand: fx.Node) -> bool:
     """Whether the integers are indices (an embedding's tokens) rather than codes."""
     return any(node.target is aten.embedding.default or node.target is aten.index.Tensor for node in _decoding(operand))
 
@@ -209,5 +219,5 @@ def _move_behind(call: fx.Node, results: list[fx.Node]) -> None:
 def _base(node: fx.Node) -> fx.Node:
     """What a node is a view of."""
     while node.target in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = arguments(node)[0]
     return node

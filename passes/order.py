@@ -28,8 +28,8 @@ import torch
 from torch import fx
 
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.liveness import INVOKE, REDUCTIONS, Liveness, liveness, readers
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, is_anchor, is_gemm, operands
+from qgalore_compile.passes.liveness import REDUCTIONS, Liveness, liveness, readers
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, is_anchor, is_gemm, operands, written
 from qgalore_compile.passes.update import LayerUpdate
 
 Time = tuple[int, int]
@@ -44,7 +44,7 @@ def order(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         return
     before = liveness(graph)
     old = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    new = _schedule(graph, old, context.layers)
+    new = _schedule(old, context.layers)
     _apply(graph, new)
     after = liveness(graph)
     if after.peak > before.peak:
@@ -63,7 +63,7 @@ def _told(live: Liveness) -> dict[str, object]:
     return {"peak": live.peak, "at": live.at, "holds": holds}
 
 
-def _schedule(graph: fx.Graph, nodes: list[fx.Node], layers: list[LayerUpdate]) -> list[fx.Node]:
+def _schedule(nodes: list[fx.Node], layers: list[LayerUpdate]) -> list[fx.Node]:
     """The nodes in their new order."""
     depends = _dependencies(nodes)
     spine = _spine(nodes, layers)
@@ -116,8 +116,9 @@ def _dependencies(nodes: list[fx.Node]) -> nx.DiGraph:
 def _before(node: fx.Node) -> Iterator[fx.Node]:
     yield from node.all_input_nodes
     if is_anchor(node):
-        for user in readers(node.args[0]):  # type: ignore[arg-type]
-            if not (is_anchor(user) and user.args[0] is node.args[0] and node < user):  # written twice: as they stand
+        target, _ = written(node)
+        for user in readers(target):
+            if not (is_anchor(user) and user.args[0] is target and node < user):  # written twice: as they stand
                 yield user
 
 

@@ -13,10 +13,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, value
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, arguments, value
 from qgalore_compile.passes.update import LayerUpdate
-
-INVOKE = torch.ops.higher_order.invoke_subgraph
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64", "uint8": "u8", "int32": "i32",
           "int64": "i64", "bool": "b8"}  # fmt: skip
@@ -86,8 +84,8 @@ def _decoded(facts: Facts, node: fx.Node) -> bool:
 
 def _functionalized(node: fx.Node) -> str:
     """A mutating op with its own arguments, and what it changes marked by an exclamation mark."""
-    bases = node.kwargs["_all_bases"]
-    changed = ", ".join(f"{_spelled(base)}!" for base in bases)  # type: ignore[union-attr]
+    bases: Any = node.kwargs["_all_bases"]
+    changed = ", ".join(f"{_spelled(base)}!" for base in bases)
     given = ", ".join(f"{name}={_spelled(argument)}" for name, argument in node.kwargs.items()
                       if not name.startswith("_") and _has_node(argument))  # fmt: skip
     return f"{_name(node.args[0])}({changed}, {given})"
@@ -101,7 +99,8 @@ def _has_node(argument: Any) -> bool:
 
 def _arguments(node: fx.Node) -> str:
     if node.target is INVOKE:
-        return ", ".join([str(node.args[0].target), *map(_spelled, node.args[2:])])  # type: ignore[union-attr]
+        body, _, *inputs = arguments(node)
+        return ", ".join([str(body.target), *map(_spelled, inputs)])
     spelled = [_spelled(argument) for argument in node.args]
     spelled += [f"{name}={_spelled(argument)}" for name, argument in node.kwargs.items() if _has_node(argument)]
     return ", ".join(spelled)

@@ -10,11 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
-from qgalore_compile.passes.nodes import aten, dtype, is_gemm, is_scalar, is_tensor, make, prims, shape, transpose
+from qgalore_compile.passes.nodes import (
+    arguments,
+    aten,
+    dtype,
+    is_gemm,
+    is_scalar,
+    is_tensor,
+    make,
+    operands,
+    permutation,
+    prims,
+    shape,
+    transpose,
+)
 
 
 @dataclass(frozen=True)
@@ -119,34 +133,34 @@ def _parse_gemm(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> N
         return
     if added:
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-        if shape(node.args[0]) != shape(node):  # type: ignore[arg-type]  # a bias, broadcast
-            into.obstacle = node.args[0]  # type: ignore[assignment]
+        base = arguments(node)[0]
+        if shape(base) != shape(node):  # a bias, broadcast
+            into.obstacle = base
             return
-        _parse(node.args[0], transposed, _with(scales, beta), into)  # type: ignore[arg-type]
-        scales = _with(scales, alpha)
-    left, right = node.args[-2:]
-    into.terms.append(Term(left, right, transposed, batched, scales, node))  # type: ignore[arg-type]
+        _parse(base, transposed, times(scales, beta), into)
+        scales = times(scales, alpha)
+    into.terms.append(Term(*operands(node), transposed, batched, scales, node))
 
 
 def _parse_sum_over_batch(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
-    product, dims = node.args[0], node.args[1]
+    product, dims = arguments(node)[:2]
     keepdim = len(node.args) > 2 and node.args[2]
     if (
         not isinstance(product, fx.Node)
         or product.target is not aten.bmm.default
-        or list(dims) not in ([0], [-3])  # type: ignore[arg-type]
+        or list(dims) not in ([0], [-3])
         or keepdim
         or node.kwargs
     ):
         into.obstacle = node
         return
     into.nodes[product] = None
-    left, right = product.args
-    into.terms.append(Term(left, right, transposed, True, scales, product))  # type: ignore[arg-type]
+    into.terms.append(Term(*operands(product), transposed, True, scales, product))
 
 
-def _with(scales: Scales, factor: object) -> Scales:
-    return scales if factor == 1 else (*scales, factor)  # type: ignore[arg-type]
+def times(scales: Scales, factor: Any) -> Scales:
+    """Factors with one more, unless that is 1."""
+    return scales if factor == 1 else (*scales, factor)
 
 
 def _same_elements(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
@@ -167,21 +181,8 @@ def _permuted(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> Non
     _parse(source, transposed != (kept != sorted(kept)), scales, into)
 
 
-def permutation(node: fx.Node) -> list[int]:
-    """The order of dimensions that ``permute``, ``t`` or ``transpose`` puts its input's dimensions in."""
-    rank = len(shape(node))
-    if node.target is aten.t.default:
-        return list(reversed(range(rank)))
-    if node.target is aten.transpose.int:
-        order = list(range(rank))
-        first, second = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-        order[first], order[second] = order[second], order[first]
-        return order
-    return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr,arg-type]
-
-
 def _cast(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
-    _parse(node.args[0], transposed, scales, into)  # type: ignore[arg-type]
+    _parse(arguments(node)[0], transposed, scales, into)
 
 
 def _copied(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
@@ -194,15 +195,15 @@ def _copied(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
 
 
 def _scaled(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
-    first, second = node.args[:2]
+    first, second = arguments(node)[:2]
     divides = node.target is aten.div.Tensor
     if divides and (node.kwargs or second == 0):
         into.obstacle = node
     elif _is_factor(second):
         factor = _inverse(second) if divides else second
-        _parse(first, transposed, _with(scales, factor), into)  # type: ignore[arg-type]
+        _parse(first, transposed, times(scales, factor), into)
     elif _is_factor(first) and not divides:
-        _parse(second, transposed, _with(scales, first), into)  # type: ignore[arg-type]
+        _parse(second, transposed, times(scales, first), into)
     else:
         into.obstacle = node
 
@@ -211,25 +212,25 @@ def _is_factor(argument: object) -> bool:
     return isinstance(argument, (int, float)) or (isinstance(argument, fx.Node) and is_scalar(argument))
 
 
-def _inverse(divisor: object) -> float | Inverse:
-    return Inverse(divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor  # type: ignore[operator]
+def _inverse(divisor: float | fx.Node) -> float | Inverse:
+    return Inverse(divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor
 
 
 def _negated(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
-    _parse(node.args[0], transposed, _with(scales, -1.0), into)  # type: ignore[arg-type]
+    _parse(arguments(node)[0], transposed, times(scales, -1.0), into)
 
 
 def _added(node: fx.Node, transposed: bool, scales: Scales, into: Sum) -> None:
-    first, second = node.args[:2]
-    alpha = node.kwargs.get("alpha", 1)
+    first, second = arguments(node)[:2]
+    alpha: Any = node.kwargs.get("alpha", 1)
     if node.target is aten.sub.Tensor:
-        alpha = -alpha  # type: ignore[operator]
+        alpha = -alpha
     for operand in (first, second):
         if not is_tensor(operand) or shape(operand) != shape(node):
             into.obstacle = node
             return
-    _parse(first, transposed, scales, into)  # type: ignore[arg-type]
-    _parse(second, transposed, _with(scales, alpha), into)  # type: ignore[arg-type]
+    _parse(first, transposed, scales, into)
+    _parse(second, transposed, times(scales, alpha), into)
 
 
 def _sizes(node: fx.Node) -> list[object]:

@@ -28,12 +28,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import aten, cast, dtype, erase_dead, make, operands
+from qgalore_compile.passes.nodes import (
+    FUNCTIONALIZED,
+    arguments,
+    arguments_changed,
+    aten,
+    cast,
+    dtype,
+    erase_dead,
+    hint,
+    make,
+    operands,
+)
 from qgalore_compile.passes.update import LayerUpdate, colour_regions
 
 T = sympy.Symbol("T", positive=True, integer=True)
@@ -86,9 +96,9 @@ def cost(layer: LayerUpdate) -> Cost:
     m, n = layer.shape
     r, terms = layer.rank, len(layer.factors.terms)
     size = dtype(layer.down).itemsize
-    sizes = [term.contracted for term in layer.factors.terms]
+    sizes: list[Any] = [term.contracted for term in layer.factors.terms]
     known = all(isinstance(tokens, int) for tokens in sizes)
-    tokens = sum(sizes) // terms if known else None  # type: ignore[arg-type]  # micro-batches are equal but for the last
+    tokens = sum(sizes) // terms if known else None  # micro-batches are equal but for the last
     low = (m if layer.side == "right" else n) * r
     skinny = n if layer.side == "right" else m  # the dimension that P contracts
     operations = (terms * 2 * T * m * n + 2 * r * m * n, terms * 2 * T * r * (m + n))
@@ -125,7 +135,7 @@ def obstacle(layer: LayerUpdate, besides: fx.Node | None = None) -> str | None:
 def _describe(reader: fx.Node) -> str:
     if reader.op == "output":
         return "the step returns it, or leaves it in .grad (call zero_grad in the step)"
-    if reader.target is torch.ops.higher_order.auto_functionalized_v2:
+    if reader.target is FUNCTIONALIZED:
         return f"{reader.name} ({reader.args[0]})"
     return f"{reader.name} ({reader.target})"
 
@@ -134,16 +144,9 @@ def wanted(layer: LayerUpdate, mode: str) -> bool:
     """Whether ``mode`` asks for it; the answer and its inequality hold for every pass that asks."""
     if mode == "cost":
         estimate = cost(layer)
-        hint = max(_hint(term.contracted) for term in layer.factors.terms)
-        return estimate.falls(estimate.operations, hint) and estimate.falls(estimate.traffic, hint)
+        seen = max(hint(term.contracted) for term in layer.factors.terms)
+        return estimate.falls(estimate.operations, seen) and estimate.falls(estimate.traffic, seen)
     return mode == "memory"
-
-
-def _hint(tokens: Any) -> int:
-    """A token count; the one that tracing saw where it is symbolic, 1 where tracing saw none."""
-    if isinstance(tokens, int):
-        return tokens
-    return int(tokens.node.hint) if tokens.node.has_hint() else 1
 
 
 def reassociate(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -188,17 +191,11 @@ def _contract(graph: fx.Graph, layer: LayerUpdate) -> None:
         result = total
         if old.target is aten.addmm.default:
             alpha, beta = (old.kwargs.get(name, 1) for name in ("alpha", "beta"))
-            total = products.scaled(graph, total, () if alpha == 1 else (alpha,))  # type: ignore[arg-type]
-            added = products.scaled(graph, old.args[0], () if beta == 1 else (beta,))  # type: ignore[arg-type]
+            total = products.scaled(graph, total, products.times((), alpha))
+            added = products.scaled(graph, arguments(old)[0], products.times((), beta))
             result = make(graph, aten.add.Tensor, added, total)
-    old.replace_all_uses_with(result, delete_user_cb=_without_stale_inputs)
+    old.replace_all_uses_with(result, delete_user_cb=arguments_changed)
     if layer.low is old:
         layer.low = total
     layer.down, layer.gradient = total, total
     erase_dead(graph, old)
-
-
-def _without_stale_inputs(user: fx.Node) -> bool:
-    """Inductor checks a mutating op's arguments against what tracing saw, which is no longer what stands there."""
-    user.meta.pop("eager_input_vals", None)
-    return True

@@ -20,13 +20,15 @@ Tier      rounding: the op adds the products in float32, and below rank takes th
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch import fx
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import erase_dead, is_tensor, make, transpose, value
+from qgalore_compile.passes.nodes import arguments_changed, erase_dead, is_tensor, make, transpose, value
 from qgalore_compile.passes.reassociate import T, obstacle, wanted
 from qgalore_compile.passes.update import LayerUpdate
 
@@ -40,8 +42,8 @@ def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         refused = obstacle(layer, besides=call)
         if refused is None and not wanted(layer, context.reassociate):
             refused = f'reassociate="{context.reassociate}" keeps the gradient, so the op takes it as it is'
-        given = call.kwargs["factors"]
-        gradient = given[0] if len(given) == 1 else None  # type: ignore[index,arg-type]
+        given: Any = call.kwargs["factors"]
+        gradient = given[0] if len(given) == 1 else None
         parsed = products.parse(gradient) if is_tensor(gradient) else None
         if refused is None and (parsed is None or parsed.obstacle is not None):
             refused = "what the op was given is no gradient that can be taken apart"
@@ -59,8 +61,9 @@ def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
 
 
 def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
-    schedule = call.kwargs["_all_bases"][call.kwargs["_schedule_base_index"]]  # type: ignore[index]
-    rule = {name: call.kwargs[name] for name in ("official", "threshold", "gamma", "max_gap")}
+    op: dict[str, Any] = call.kwargs
+    schedule = op["_all_bases"][op["_schedule_base_index"]]
+    rule = {name: op[name] for name in ("official", "threshold", "gamma", "max_gap")}
     carried: fx.Node | None = None
     factors: list[fx.Node] = []
     scales: list[fx.Node] = []
@@ -75,8 +78,8 @@ def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
                 continue
             factors = [grad_output, inputs]
             scales = [scale] if scale is not None else []
-    call.kwargs = {**call.kwargs, "factors": [carried] if carried is not None else factors, "scales": scales}
-    call.meta.pop("eager_input_vals", None)  # Inductor checks the arguments against it, and they are others now
+    call.kwargs = {**op, "factors": [carried] if carried is not None else factors, "scales": scales}
+    arguments_changed(call)
 
 
 def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:

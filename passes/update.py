@@ -35,6 +35,7 @@ from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRANSPOSES,
     anchors,
+    arguments,
     aten,
     is_anchor,
     is_gemm,
@@ -44,6 +45,7 @@ from qgalore_compile.passes.nodes import (
     prims,
     same_sizes,
     shape,
+    written,
 )
 
 
@@ -174,26 +176,24 @@ def find_updates(
     """
     name_of = name_of or {}
     facts = Facts(graph)
-    written = anchors(graph)
-    targets = [anchor.args[0] for anchor in written]
+    writing = anchors(graph)
+    times = Counter(target for target, _ in map(written, writing))
     matched: dict[fx.Node, LayerUpdate] = {}
     refused: dict[fx.Node, Unmatched] = {}
-    for anchor in written:
-        target, stored = anchor.args
-        assert isinstance(target, fx.Node)
-        assert isinstance(stored, fx.Node)
+    for anchor in writing:
+        target, stored = written(anchor)
         if len(shape(target)) < 2 or previous_version(stored) is not None:
             continue
         name = name_of.get(target.name, target.name)
         outcome = _match(facts, target, stored, name)
-        if isinstance(outcome, LayerUpdate) and targets.count(target) > 1:
+        if isinstance(outcome, LayerUpdate) and times[target] > 1:
             outcome = Unmatched(name, outcome.shape, Reason.WRITTEN_TWICE, anchor.name)
         if isinstance(outcome, Unmatched):
             refused.setdefault(target, outcome)
         else:
             matched.setdefault(outcome.up, outcome)
     layers = list(matched.values())
-    sharing = _assign_anchors(facts, layers, written)
+    sharing = _assign_anchors(facts, layers, writing)
     colour_regions(graph, layers)
     shared = _shared_states(layers, sharing)
     kept = []
@@ -209,7 +209,7 @@ def find_updates(
     names = {layer.name for layer in kept}
     left = {target: other for target, other in refused.items() if target not in owned and other.name not in names}
     if parameters is None:
-        states = states_among([anchor for anchor in written if anchor.args[0] in left])
+        states = states_among([anchor for anchor in writing if anchor.args[0] in left])
         left = {target: other for target, other in left.items() if target not in states}
     else:
         left = {target: other for target, other in left.items() if target.name in parameters}
@@ -279,7 +279,7 @@ def _products(facts: Facts, node: fx.Node) -> list[fx.Node]:
     while pending:
         gemm = pending.pop()
         if gemm.target in (aten.addmm.default, aten.baddbmm.default):
-            new = [other for other in facts.gemms(gemm.args[0]) if other not in found]  # type: ignore[arg-type]
+            new = [other for other in facts.gemms(arguments(gemm)[0]) if other not in found]
             found.update(dict.fromkeys(new))
             pending.extend(new)
     return list(found)
@@ -304,7 +304,7 @@ def _mismatch(facts: Facts, up: fx.Node, projector: fx.Node, down: fx.Node, othe
 def _source(node: fx.Node) -> fx.Node:
     """The node behind transposes and casts."""
     while node.op == "call_function" and node.target in _SEEN_THROUGH:
-        node = node.args[0]  # type: ignore[assignment]
+        node = arguments(node)[0]
     return node
 
 
@@ -345,16 +345,16 @@ _SEEN_THROUGH = TRANSPOSES | {prims.convert_element_type.default, aten._to_copy.
 # -- all parameters ---------------------------------------------------------------------------------------------------
 
 
-def _assign_anchors(facts: Facts, layers: list[LayerUpdate], written: list[fx.Node]) -> set[LayerUpdate]:
+def _assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Node]) -> set[LayerUpdate]:
     """Give each layer the anchors that follow from its products alone; the layers that share one."""
     owner = {gemm: layer for layer in layers for gemm in (layer.down, layer.up)}
     downs = Counter(layer.down for layer in layers)
     sharing = {layer for layer in layers if downs[layer.down] > 1}
-    for anchor in written:
-        target, stored = anchor.args
-        reached = facts.gemms(stored)  # type: ignore[arg-type]
+    for anchor in writing:
+        target, stored = written(anchor)
+        reached = facts.gemms(stored)
         owners = {owner[gemm]: None for gemm in reached if gemm in owner}
-        if is_scalar(target) or previous_version(stored) is not None:  # type: ignore[arg-type]
+        if is_scalar(target) or previous_version(stored) is not None:
             continue
         if len(owners) > 1:
             sharing.update(owners)
@@ -362,7 +362,7 @@ def _assign_anchors(facts: Facts, layers: list[LayerUpdate], written: list[fx.No
             (layer,) = owners
             layer.anchors.append(anchor)
             if layer.up in reached and target not in layer.parameter:
-                layer.parameter = (*layer.parameter, target)  # type: ignore[arg-type]
+                layer.parameter = (*layer.parameter, target)
     return sharing
 
 
@@ -397,18 +397,19 @@ def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
         if isinstance(mine, LayerUpdate) and not is_anchor(node):
             mine.region.append(node)
     for node in nodes:
-        if is_anchor(node) and is_scalar(node.args[0]) and isinstance(mine := colour.get(node.args[1]), LayerUpdate):
-            mine.anchors.extend([node] if node not in mine.anchors else [])
+        mine = colour.get(node.args[1]) if is_anchor(node) and is_scalar(node.args[0]) else None
+        if isinstance(mine, LayerUpdate) and node not in mine.anchors:
+            mine.anchors.append(node)
     for layer in layers:
-        written = {anchor.args[0] for anchor in layer.anchors} - set(layer.parameter)
-        read = {source: None for node in layer.region for source in node.all_input_nodes if source in written}
+        own = {target for target, _ in map(written, layer.anchors)} - set(layer.parameter)
+        read = {source: None for node in layer.region for source in node.all_input_nodes if source in own}
         layer.states = tuple(read)
 
 
 def _is_plain_call(node: fx.Node) -> bool:
     """Whether a node calls an operator, or takes one of several results of one."""
     if node.target is operator.getitem:
-        return isinstance(node.args[0].target, OpOverload)  # type: ignore[union-attr]
+        return isinstance(arguments(node)[0].target, OpOverload)
     return isinstance(node.target, OpOverload)
 
 

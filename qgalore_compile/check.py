@@ -22,7 +22,6 @@ counts as its subspace: ‖PᵀP - QᵀQ‖ / ‖PᵀP‖.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -32,13 +31,13 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgalore_compile.copies import Copier, CopyError, alone, unshared_constants
+from qgalore_compile.plain_text import plain_text
 from qgalore_compile.projection import Side
 from qgalore_compile.reach import Entry, bound, entries
 
@@ -111,9 +110,7 @@ class CheckResult:
             numbers = (f"{value:.2g}" for value in (error.largest, error.relative, error.tolerance))
             cells = ("ok" if error.ok else "WRONG", error.name, *numbers, codes, error.note)
             table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text: a name's brackets are no markup
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(f"{len(self.errors)} tensors, {verdict}; GEMMs in {self.precision}", table, highlight=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]  # a StringIO
+        return plain_text([f"{len(self.errors)} tensors, {verdict}; GEMMs in {self.precision}", table], 120)
 
     def to_json(self) -> str:
         """All of it as JSON; numbers that are not finite as strings."""

@@ -77,7 +77,8 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
     try:
         tracer = InstructionTranslator.current_tx()
     except AttributeError:  # the backend was called by hand, not by Dynamo
-        (into if into is not None else []).append(found)
+        if into is not None:
+            into.append(found)
         return found
     code, reason = tracer.f_code, tracer.output.compile_subgraph_reason
     found.identity = str(CompileContext.current_compile_id())

@@ -187,6 +187,20 @@ def projector_format(group: dict[str, Any]) -> ProjectorFormat:
     return ProjectorFormat(group["quant_n_bit"] if group["quant"] else 0, group["quant_group_size"])
 
 
+PROJECTOR = ("projector", "projector_scale", "projector_offset")
+"""Where a state holds a projector; the first alone where it is not quantised."""
+
+
+def stored_projector(state: dict[str, Tensor]) -> list[Tensor]:
+    """The tensors that a parameter's projector is stored in."""
+    return [state[name] for name in PROJECTOR if name in state]
+
+
+def projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """P, decoded, as the two GEMMs take it."""
+    return projector_format(group).decode(stored_projector(state), projector_columns(group, p), dtype)
+
+
 def refresh_rule(group: dict[str, Any]) -> Rule:
     """When the group's gaps grow."""
     if group["similarity"] == "official":
@@ -204,8 +218,7 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         (m, n), side = p.shape, side_of(p.shape)
         shape = (m, rank) if side == "right" else (rank, n)
         zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
-        names = ("projector", "projector_scale", "projector_offset")
-        state.update(zip(names, projector_format(group).encode(zeros), strict=False))
+        state.update(zip(PROJECTOR, projector_format(group).encode(zeros), strict=False))
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"]).to_tensor()
     else:
         eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS

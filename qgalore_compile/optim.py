@@ -213,10 +213,10 @@ class QGaLoreAdamW(Optimizer):
     def _project(self, p: Tensor, group: dict[str, Any], state: dict[str, Tensor], position: int) -> Tensor:
         """R in float32, after the refresh if one is due.  The GEMM runs in the gradient's dtype."""
         assert p.grad is not None
-        projector = _projector(p, group, state, p.grad.dtype)
+        projector = groups.projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape)).to(torch.float32)
         refresh_(
-            low, _stored_projector(state), state["schedule"], [p.grad],
+            low, groups.stored_projector(state), state["schedule"], [p.grad],
             shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),
             method=group["refresh"], rule=groups.refresh_rule(group), seed=group["seed"], param=position,
         )  # fmt: skip
@@ -252,7 +252,7 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     update = _adam(grad, group, state, step, ok)
     if "rank" in group:
         dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
-        projector = _projector(p, group, state, dtype)
+        projector = groups.projector(p, group, state, dtype)
         update = group["scale"] * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
     weight = p.dequantize(torch.float32) if isinstance(p, Int8Weight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
@@ -295,15 +295,3 @@ def _store_moment(state: dict[str, Tensor], name: str, value: Tensor, ok: Tensor
     codes, absmax, _ = formats.quantize_dynamic8(value, signed=name == "exp_avg")
     state[name].copy_(torch.where(ok, codes, state[name]))
     state[f"{name}_absmax"].copy_(torch.where(ok, absmax, state[f"{name}_absmax"]))
-
-
-def _projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """P as the two GEMMs take it."""
-    columns = groups.projector_columns(group, p)
-    return groups.projector_format(group).decode(_stored_projector(state), columns, dtype)
-
-
-def _stored_projector(state: dict[str, Tensor]) -> list[Tensor]:
-    if "projector_scale" not in state:
-        return [state["projector"]]
-    return [state["projector"], state["projector_scale"], state["projector_offset"]]

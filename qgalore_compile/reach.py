@@ -189,8 +189,7 @@ class Entry(NamedTuple):
             x = x.dequantize()
         elif self.projector:
             assert self.parameter is not None
-            stored = [self.state[key] for key in _PROJECTOR if key in self.state]
-            x = groups.projector_format(self.group).decode(stored, groups.projector_columns(self.group, self.parameter))
+            x = groups.projector(self.parameter, self.group, self.state)
         elif f"{self.key}_absmax" in self.state:
             x = formats.dequantize_dynamic8(x, self.state[f"{self.key}_absmax"], self.key == "exp_avg")
         if x.is_complex():
@@ -209,8 +208,7 @@ class Entry(NamedTuple):
         return self.tensor
 
 
-_PROJECTOR = ("projector", "projector_scale", "projector_offset")
-_PARTS = (*_PROJECTOR[1:], "exp_avg_absmax", "exp_avg_sq_absmax")
+_PARTS = (*groups.PROJECTOR[1:], "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 def entries(roots: dict[str, Any]) -> dict[str, Entry]:

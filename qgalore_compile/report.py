@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
@@ -18,6 +16,8 @@ from torch import fx
 from qgalore_compile import compilation
 from qgalore_compile.compilation import Compilation
 from qgalore_compile.copies import unshared_constants
+from qgalore_compile.plain_text import plain_text
+from qgalore_compile.reach import unwrapped
 
 WIDTH = 140
 """Columns of the text: a layer's sentence fits into two lines."""
@@ -66,10 +66,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
-        for part in self._parts():
-            console.print(part, markup=False, highlight=False) if isinstance(part, str) else console.print(part)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+        return plain_text(self._parts(), WIDTH)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -220,11 +217,10 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
         return _stop
 
     breaks: tuple[str, ...] = ()
-    inner = getattr(step, "_torchdynamo_orig_callable", step)
     with unshared_constants():
         try:
             # one graph or nothing: what stands behind a graph break could be seen only by running what is before it
-            torch.compile(_aside(inner), backend=backend, fullgraph=True)(*args, **kwargs)
+            torch.compile(_aside(unwrapped(step)), backend=backend, fullgraph=True)(*args, **kwargs)
         except _Stop:
             pass
         except torch._dynamo.exc.Unsupported as error:
@@ -261,9 +257,9 @@ def _aside(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _code(step: Callable[..., Any]) -> CodeType:
     """The code that Dynamo compiles for a step: a function's, a method's, a module's ``forward``."""
-    step = getattr(step, "_torchdynamo_orig_callable", step)
+    step = unwrapped(step)
     if isinstance(step, torch.nn.Module):
-        step = getattr(step, "_orig_mod", step).forward
+        step = step.forward
     function: Any = getattr(step, "__func__", step)
     if not hasattr(function, "__code__"):
         function = getattr(type(step), "__call__", None)  # noqa: B004  # the question is which code, not whether any

@@ -77,8 +77,8 @@ def tokens(batch: int = 4, length: int = 9, *, seed: int = 1) -> Tensor:
     return torch.randint(0, 17, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def training_step(model: nn.Module, opt: torch.optim.Optimizer) -> Callable[..., Tensor]:
-    """The whole step: forward, backward and update over one or more micro-batches."""
+def training_step(model: nn.Module, opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
+    """The whole step: forward, backward and update over one or more micro-batches; ``clear`` the gradients."""
 
     def step(*micro_batches: Tensor) -> Tensor:
         total = torch.zeros(())
@@ -87,7 +87,8 @@ def training_step(model: nn.Module, opt: torch.optim.Optimizer) -> Callable[...,
             loss.backward()
             total = total + loss.detach()
         opt.step()
-        opt.zero_grad()
+        if clear:
+            opt.zero_grad()
         return total
 
     return step

@@ -270,14 +270,7 @@ def test_a_nan_does_in_the_compiled_step_what_it_does_in_eager(nonfinite: str) -
 
 def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> None:
     model, opt = toy()
-
-    def step(batch: Tensor) -> Tensor:
-        loss = model(batch)
-        loss.backward()
-        opt.step()
-        return loss.detach()
-
-    fast, _ = compiled(step)
+    fast, _ = compiled(training_step(model, opt, clear=False))
     fast(tokens())
     gradient = model.head.weight.grad
     assert gradient is not None

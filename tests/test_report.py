@@ -159,14 +159,7 @@ def test_a_reader_of_the_gradient_is_named() -> None:
 
 def test_a_gradient_that_outlives_the_step_is_told_to_be_cleared() -> None:
     model, opt = toy()
-
-    def step(batch: Tensor) -> Tensor:
-        loss = model(batch)
-        loss.backward()
-        opt.step()
-        return loss.detach()
-
-    report = qg.explain(step, tokens())
+    report = qg.explain(training_step(model, opt, clear=False), tokens())
     matched = [layer for layer in report.layers if layer["matched"]]
     assert matched
     assert all("call zero_grad in the step" in layer["not_reassociated"] for layer in matched)
@@ -273,13 +266,7 @@ def test_a_damaged_or_foreign_record_counts_as_absent(
 
 def test_strict_refuses_a_layer_whose_gradient_must_exist_and_names_the_reader() -> None:
     model, opt = toy()
-
-    def step(batch: Tensor) -> Tensor:
-        loss = model(batch)
-        loss.backward()
-        opt.step()
-        return loss.detach()
-
+    step = training_step(model, opt, clear=False)
     before = snapshot(model, opt)
     compiled = torch.compile(step, backend=Interpreted(strict=True), fullgraph=True)
     with pytest.raises(UnfusedError, match=r"model\.blocks\.0\.weight: the gradient has another reader"):

@@ -255,7 +255,7 @@ def test_at_the_peak_one_layers_update_is_live() -> None:
 def test_the_graph_stays_as_it_was_where_the_model_finds_a_larger_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the schedule one that makes every X Pᵀ in the forward."""
 
-    def hoisting(graph: fx.Graph, nodes: list[fx.Node], layers: object) -> list[fx.Node]:
+    def hoisting(nodes: list[fx.Node], layers: object) -> list[fx.Node]:
         weights = {node: shape(node) == (N, N) for node in nodes}
         late = [node for node in nodes if is_anchor(node)]
         rest = [node for node in nodes if not is_anchor(node)]
