@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,10 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.register_profile("fuzz", default, max_examples=times * default.max_examples)
         profile = "fuzz"
     hypothesis.settings.load_profile(profile)
+
+    # torch formats every graph for its structured trace while that logger has a handler, and pytest gives one to each
+    # logger that does not propagate: up to a third of a test's time, for text that is then dropped.
+    logging.getLogger("torch.__trace").propagate = True
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

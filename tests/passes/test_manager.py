@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 
 import pytest
@@ -57,6 +58,22 @@ def test_records_are_those_of_the_last_graph() -> None:
     manager(graph_of_two_additions())
     manager(graph_of_two_additions())
     assert len(manager.records) == 1
+
+
+def test_the_graph_after_each_pass_is_in_torchs_structured_trace() -> None:
+    kept: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = kept.append  # type: ignore[method-assign]
+    log = logging.getLogger("torch.__trace")
+    log.addHandler(handler)
+    try:
+        PassManager([Pass("multiply", "rounding", additions_to_multiplications)])(graph_of_two_additions())
+    finally:
+        log.removeHandler(handler)
+    ((name, text),) = [(each.metadata["artifact"]["name"], each.payload) for each in kept if each.payload]  # type: ignore[attr-defined]
+    assert name == "qgalore_after_multiply"
+    assert text.startswith("# multiply (rounding): 1 matched")
+    assert "torch.ops.aten.mul.Tensor(add_tensor, 2)" in text
 
 
 def test_lint_finds_what_a_pass_broke() -> None:
