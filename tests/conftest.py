@@ -84,10 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The compile cache of this run: it starts empty, and the processes of the run share it.
-
-    A test that counts cache hits or misses takes ``fresh_inductor_cache``.
-    """
+    """The compile cache of this run: it starts empty, and the processes of the run share it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -95,15 +92,6 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(path))
         yield path
-
-
-@pytest.fixture
-def fresh_inductor_cache(tmp_path: Path) -> Iterator[Path]:
-    """An empty compile cache of the test's own, on disk and in memory."""
-    from torch._inductor.utils import fresh_cache
-
-    with fresh_cache(dir=str(tmp_path)):
-        yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 @pytest.fixture(autouse=True)

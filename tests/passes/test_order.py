@@ -15,6 +15,7 @@ import pytest
 import torch
 from graphs import after, assert_bit_equal, position, results, traced
 from torch import Tensor, fx
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import qgalore_compile as qg
@@ -465,7 +466,7 @@ def calls_of_code(code: str) -> list[str]:
 
 
 @pytest.mark.compiles
-@pytest.mark.usefixtures("fresh_inductor_cache")
+@inductor_config.patch(fx_graph_cache=False)  # the run's cache has no code to show
 def test_inductor_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real step: two layers, autograd's backward, this project's optimizer with `nonfinite="skip_parameter"`."""
     graphs: list[list[str]] = []
