@@ -66,7 +66,7 @@ def test_both_linears_are_matched_and_only_their_updates_have_full_rank(
     assert full_rank(backend.graphs[0].graph) == 2
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_seven_steps_agree_with_those_of_the_graph_that_no_rounding_pass_has_seen(accumulate: int) -> None:
     model, opt = toy(int8=False, update_proj_gap=3, moments="32bit")
     step = training_step(model, opt)
