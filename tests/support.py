@@ -94,6 +94,36 @@ def training_step(model: nn.Module, opt: torch.optim.Optimizer, *, clear: bool =
     return step
 
 
+def small(*, int8: bool = False, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[nn.Module, qg.QGaLoreAdamW]:
+    """Two linear layers, the first projected."""
+    model = nn.Sequential(nn.Linear(8, 6, dtype=dtype), nn.Tanh(), nn.Linear(6, 3, dtype=dtype))
+    if int8:
+        qg.quantize_(model, group_size=4, targets=["0"])
+    return model, qg.QGaLoreAdamW(qg.param_groups(model, rank=2, targets=["0"], **keys), lr=1e-2)
+
+
+def data(*, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A batch for :func:`small`."""
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def step_of(model: Callable[..., Tensor], opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
+    """As :func:`training_step`, of a model that returns no loss but what is to be small."""
+
+    def step(*batches: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for batch in batches:
+            loss = model(batch).float().square().mean()
+            loss.backward()
+            total = total + loss.detach()
+        opt.step()
+        if clear:
+            opt.zero_grad()
+        return total
+
+    return step
+
+
 def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that a step may change, cloned, by a readable name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support import Interpreted, snapshot, tokens, toy, training_step
+from support import Interpreted, snapshot, step_of, tokens, toy, training_step
 from torch import Tensor
 
 import qgalore_compile as qg
@@ -22,17 +21,6 @@ def linear() -> tuple[torch.nn.Linear, qg.QGaLoreAdamW]:
     model = torch.nn.Linear(12, 20, bias=False)
     groups = [{"params": [model.weight], "param_names": ["weight"], "rank": 4, "quant": False}]
     return model, qg.QGaLoreAdamW(groups, moments="32bit")
-
-
-def step_of(model: torch.nn.Module, opt: qg.QGaLoreAdamW) -> Callable[[Tensor], Tensor]:
-    def step(batch: Tensor) -> Tensor:
-        loss = model(batch).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    return step
 
 
 def rows(count: int = 5) -> Tensor:
@@ -179,11 +167,9 @@ def test_a_reader_of_the_gradient_is_named() -> None:
 
 
 def test_a_gradient_that_outlives_the_step_is_told_to_be_cleared() -> None:
-    model, opt = toy()
-    report = qg.explain(training_step(model, opt, clear=False), tokens())
-    matched = [layer for layer in report.layers if layer["matched"]]
-    assert matched
-    assert all("call zero_grad in the step" in layer["not_reassociated"] for layer in matched)
+    (layer,) = qg.explain(step_of(*linear(), clear=False), rows()).layers
+    assert layer["matched"]
+    assert "call zero_grad in the step" in layer["not_reassociated"]
 
 
 def test_a_graph_break_is_told_with_its_reason() -> None:
@@ -219,7 +205,7 @@ def test_report_of_a_step_that_has_run_and_of_its_recompilations() -> None:
     report = qg.report(step)
     assert report.recompiles == 1
     assert report.graph_breaks == ()
-    assert "symbolic sizes: batch (s" in str(report)
+    assert "symbolic sizes: batches[0] (s" in str(report)
     (symbolic,) = report.layers
     assert symbolic["inequality"].startswith("operations 256*T < 480*T + 1920 for every T; bytes")
 
