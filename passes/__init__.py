@@ -7,12 +7,14 @@ update.py             exact     analysis: finds every layer's update, or says wh
 refresh.py            rounding  moves what only a refresh needs into the refresh op
 reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
 dead_allocations.py   exact     erases allocations that nobody reads
+fuse.py               rounding  turns updates into generated kernels that work in place
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
 order.py              exact     places updates as early as they can run, so that factors die early
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
 context.py                      what passes share and what they tell
 nodes.py                        facts about single nodes; how a pass makes a new one
+placement.py                    where a node that replaces several may stand
 facts.py                        facts that follow from a whole graph, for the analysis
 products.py                     a gradient read as a sum of products
 printing.py                     one layer's part of a graph as text
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
+from qgalore_compile.passes.fuse import fuse
 from qgalore_compile.passes.manager import Pass, PassManager
 from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
@@ -42,6 +45,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("refresh", "rounding", refresh),
     Pass("reassociate", "rounding", reassociate),
     Pass("dead_allocations", "exact", dead_allocations),
+    Pass("fuse", "rounding", fuse),
     Pass("opaque", "exact", opaque),
     Pass("order", "exact", order),
 )

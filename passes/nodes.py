@@ -5,13 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-aten = torch.ops.aten
-prims = torch.ops.prims
+from qgalore_compile.kernels.fx_values import arguments as arguments
+from qgalore_compile.kernels.fx_values import aten as aten
+from qgalore_compile.kernels.fx_values import dtype as dtype
+from qgalore_compile.kernels.fx_values import is_tensor as is_tensor
+from qgalore_compile.kernels.fx_values import prims as prims
+from qgalore_compile.kernels.fx_values import shape as shape
+from qgalore_compile.kernels.fx_values import value as value
 
 GEMMS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 """What a matrix product is after Inductor's own passes: ``add(mm, x)`` has become ``addmm`` by then."""
@@ -44,30 +49,9 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 """A call of a function of the graph's module: ``(body, name, *inputs)``."""
 
 
-def value(node: fx.Node) -> Any:
-    """The fake tensor (or tuple, or number) that tracing left for a node; None where there is none."""
-    return node.meta.get("val")
-
-
-def is_tensor(node: object) -> TypeGuard[fx.Node]:
-    """Whether it is a node that stands for one tensor."""
-    return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
-
-
-def shape(node: fx.Node) -> tuple[Any, ...]:
-    """Shape of a node's tensor: ints and SymInts; () for what is no tensor."""
-    return tuple(value(node).shape) if is_tensor(node) else ()
-
-
 def same_sizes(first: fx.Node, second: fx.Node) -> bool:
     """Whether two tensors have the same dimensions, in whatever order; sizes may be symbolic."""
     return sorted(map(str, shape(first))) == sorted(map(str, shape(second)))
-
-
-def dtype(node: fx.Node) -> torch.dtype:
-    """Dtype of a node's tensor."""
-    found: torch.dtype = value(node).dtype
-    return found
 
 
 def is_scalar(node: fx.Node) -> bool:
@@ -78,11 +62,6 @@ def is_scalar(node: fx.Node) -> bool:
 def is_gemm(node: fx.Node) -> bool:
     """Whether a node is a matrix product."""
     return node.op == "call_function" and node.target in GEMMS
-
-
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """A call's arguments, each of the type that its operator's schema gives it; fx's own type leaves all open."""
-    return node.args
 
 
 def operands(gemm: fx.Node) -> tuple[fx.Node, fx.Node]:

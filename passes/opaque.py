@@ -32,23 +32,23 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
     INVOKE,
-    VIEWS,
-    arguments,
     aten,
     dtype,
     erase_dead,
-    is_anchor,
     is_gemm,
     is_tensor,
     operands,
     value,
 )
+from qgalore_compile.passes.placement import move_behind
 
 
 def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Outline every update and every product with a quantised matrix."""
     outliner = _Outliner(graph)
     for layer in context.layers:
+        if not layer.region:  # generated code has taken its place
+            continue
         update = _without_picks(layer.region)
         problem = _problem(update)
         if problem is not None:
@@ -166,7 +166,7 @@ class _Outliner:
                 results.append(result)
         for node in reversed(region):
             erase_dead(self.graph, node)
-        _move_behind(call, results)
+        move_behind(call, results)
         self.calls[name] += 1
         return name, results
 
@@ -198,26 +198,3 @@ class _Outliner:
             self.names[key] = f"qgalore_{kind}_{number}"
             self.module.add_submodule(self.names[key], fx.GraphModule(torch.nn.Module(), body))
         return self.names[key]
-
-
-def _move_behind(call: fx.Node, results: list[fx.Node]) -> None:
-    """Move what stands before a call and waits for it behind it: readers of its results, anchors that overwrite what it
-    reads, and what waits for those."""
-    waiting: set[fx.Node] = set()
-    pending = [call, *results]
-    while pending:
-        node = pending.pop()
-        overwriting = [user for source in node.all_input_nodes for user in _base(source).users
-                       if is_anchor(user) and user.args[0] is _base(source)]  # fmt: skip
-        late = [user for user in (*node.users, *overwriting) if user < call and user not in waiting]
-        waiting.update(late)
-        pending.extend(late)
-    for node in sorted(waiting, reverse=True):
-        results[-1].append(node)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
-    while node.target in VIEWS:
-        node = arguments(node)[0]
-    return node

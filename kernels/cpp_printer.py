@@ -1,0 +1,336 @@
+"""A :class:`BlockProgram` as C++: one pass over memory, groups spread over threads, elements over vector lanes.
+
+The function that is printed,
+
+    void run(void** buffers, const int64_t* pitches, const int64_t* numbers,
+             int64_t row_0, int64_t row_1, int64_t group_0, int64_t group_1)
+
+runs the program on the given rows and groups of the space.  ``pitches`` are elements (bytes for "u4") from one row of
+an element buffer to the next, so that a caller may hand in a block of a matrix, shifted to where the whole would begin.
+
+Within a group there is one loop over elements for each phase (:meth:`BlockProgram.phases`): values that a later phase
+needs are kept in an array on the stack, which stays in the first-level cache.  The compiler vectorises the loops; the
+arithmetic is float32 without contraction or reassociation, sums excepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
+
+_TYPES = {"f32": "float", "i32": "int32_t", "bool": "bool"}
+_MEMORY = {
+    "f32": "float", "bf16": "uint16_t", "f16": "c10::Half", "u4": "uint8_t", "u8": "uint8_t", "i8": "int8_t",
+    "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "bool": "bool",
+}  # fmt: skip
+
+_SPELLING = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
+    "minimum": "{0} != {0} ? {0} : ({0} < {1} ? {0} : {1})", "maximum": "{0} != {0} ? {0} : ({0} > {1} ? {0} : {1})",
+    # a number is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
+    "minimum constant": "!({0} >= {1}) ? {0} : {1}", "maximum constant": "!({0} <= {1}) ? {0} : {1}",
+    # GCC 12 narrows a selection of bytes by a condition from outside the loop into one that it cannot vectorise
+    "where invariant": "({1} & -static_cast<int32_t>({0})) | ({2} & (static_cast<int32_t>({0}) - 1))",
+    "f32 of bool": "{0} ? 1.0f : 0.0f",
+    "abs": "std::abs({0})", "sign": "({0} > 0) - ({0} < 0)", "sqrt": "std::sqrt({0})",
+    "rsqrt": "1.0f / std::sqrt({0})", "pow": "std::pow({0}, {1})", "sigmoid": "1.0f / (1.0f + std::exp(-{0}))",
+    "round": "std::rint({0})",
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
+    "ne": "{0} != {1}", "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}",
+    "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
+    "where": "{0} ? {1} : {2}", "f32": "static_cast<float>({0})", "i32": "static_cast<int32_t>({0})",
+    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))",
+    "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))",
+    **{name: f"std::{name}({{0}})" for name in (
+        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
+    )},
+}  # fmt: skip
+_CHEAP = {"load", "constant", "f32", "i32", "bool"}
+"""Element instructions that are run again in a later phase rather than kept."""
+
+_PRELUDE = """\
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+{half}
+static inline float load_bf16(uint16_t bits) {{
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+}}
+
+// to nearest, ties to even; NaN stays NaN
+static inline uint16_t store_bf16(float value) {{
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}}
+"""
+
+_PHILOX = """
+// Philox4x32-10 for the counters (first + k, row, step, param), k < count: eight draws of 16 bits a counter
+static inline void random_bits(
+    uint64_t seed, uint32_t step, uint32_t param, uint32_t row, uint32_t first, int64_t count, uint32_t* words) {
+    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    #pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+        uint32_t c0 = first + static_cast<uint32_t>(k), c1 = row, c2 = step, c3 = param, k0 = key0, k1 = key1;
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(p1);
+            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(p0);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        words[4 * k] = c0;
+        words[4 * k + 1] = c1;
+        words[4 * k + 2] = c2;
+        words[4 * k + 3] = c3;
+    }
+}
+"""
+
+
+def print_cpp(program: BlockProgram) -> str:
+    """The C++ source of a program, complete, with an ``extern "C"`` function ``run``."""
+    return "\n".join(_Printer(program).lines()) + "\n"
+
+
+class _Printer:
+    """Prints one program."""
+
+    def __init__(self, program: BlockProgram) -> None:
+        self.program, self.space = program, program.space
+        self.phase, self.users = program.phases(), program.users()
+        self.index = {buffer.name: position for position, buffer in enumerate(program.buffers)}
+        self.store_phase = {name: self._store_phase(name, value) for name, value in program.stores}
+        self.last = max([*self.store_phase.values(), 0])
+        self.kept = {number for number in range(len(program.instructions)) if self._is_kept(number)}
+        self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
+
+    def _store_phase(self, name: str, value: int) -> int:
+        """When a buffer is written: with its value, but behind everything that reads what it held."""
+        readers = [
+            self.phase[user]
+            for number, each in enumerate(self.program.instructions) if each.names == (name,)
+            for user in self.users[number]
+        ]  # fmt: skip
+        reduced = int(self.program.instructions[value].operation in REDUCTIONS)
+        return max([self.phase[value] + reduced, *readers])
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether an element value is computed in one phase and needed in a later one, and costs more than a load."""
+        each = self.program.instructions[number]
+        if each.extent != "element" or each.operation in _CHEAP:
+            return False
+        needed = [self.phase[user] for user in self.users[number]]
+        needed += [self.store_phase[name] for name, value in self.program.stores if value == number]
+        return any(phase > self.phase[number] for phase in needed)
+
+    # -- the source -------------------------------------------------------------------------------------------------
+
+    def lines(self) -> Iterator[str]:
+        formats = {buffer.memory for buffer in self.program.buffers}
+        operations = {each.operation for each in self.program.instructions}
+        half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
+        yield from (f"// {line}" for line in self.program.pretty().splitlines())
+        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "")
+        for name, values in self.program.tables.items():
+            entries = ", ".join(_literal(value) for value in values)
+            yield f"static const float {name}[{len(values)}] = {{{entries}}};"
+        yield (
+            'extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbers,\n'
+            "                    int64_t row_0, int64_t row_1, int64_t group_0, int64_t group_1) {"
+        )
+        for position, buffer in enumerate(self.program.buffers):
+            kind = _MEMORY[buffer.memory]
+            const = "const " if buffer.access == "in" else ""
+            yield f"    {const}{kind}* {buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
+            if buffer.extent == "element":
+                yield f"    const int64_t {buffer.name}_pitch = pitches[{position}];"
+        for position, name in enumerate(self.program.numbers):
+            yield f"    const int64_t {name} = numbers[{position}];"
+        yield from self._those("scalar", "    ")
+        yield f"    const int64_t groups = group_1 - group_0, columns = {self.space.columns};"
+        yield "    #pragma omp parallel for schedule(static)"
+        yield "    for (int64_t task = 0; task < (row_1 - row_0) * groups; ++task) {"
+        yield "        const int64_t row = row_0 + task / groups, group = group_0 + task % groups;"
+        yield f"        const int64_t first = group * {self.space.width};"
+        if self.space.columns % self.space.width:
+            yield f"        const int64_t length = columns - first < {self.space.width} ? columns - first"
+            yield f"                                                     : {self.space.width};"
+        else:
+            yield f"        constexpr int64_t length = {self.space.width};"
+        yield from self._those("row", "        ")
+        for number in sorted(self.kept):
+            kind = _TYPES[self.program.instructions[number].type]
+            yield f"        {kind} kept_{number}[{self.space.width}];"
+        for number in self.random:
+            yield from self._draws(number)
+        for phase in range(self.last + 1):
+            yield from self._group_values(phase)
+            yield from self._loop(phase)
+        yield from self._group_values(self.last + 1)
+        for name, value in self.program.stores:
+            buffer = self.program.buffer(name)
+            if buffer.extent == "group":
+                place = f"{name}[row * {self.space.groups} + group]"
+                yield f"        {place} = {_narrowed(f'v{value}', buffer.memory)};"
+        yield "    }"
+        yield "}"
+
+    def _those(self, extent: str, indent: str) -> Iterator[str]:
+        for number, each in enumerate(self.program.instructions):
+            if each.extent == extent:
+                yield f"{indent}const {_TYPES[each.type]} v{number} = {self._expression(number)};"
+
+    def _draws(self, number: int) -> Iterator[str]:
+        each = self.program.instructions[number]
+        seed, param = each.names
+        # a group need not begin at a counter's first draw
+        yield f"        uint32_t words_{number}[{4 * (-(-self.space.width // 8) + 2)}];"
+        yield f"        const uint32_t counter_{number} = static_cast<uint32_t>(first / 8);"
+        yield (
+            f"        random_bits(static_cast<uint64_t>({seed}), "
+            f"static_cast<uint32_t>(static_cast<int64_t>(v{each.args[0]})), static_cast<uint32_t>({param}),\n"
+            f"                    static_cast<uint32_t>(row), counter_{number}, (first + length + 7) / 8 - first / 8, "
+            f"words_{number});"
+        )
+        yield f"        const uint16_t* draws_{number} = reinterpret_cast<const uint16_t*>(words_{number}) + first % 8;"
+
+    def _group_values(self, phase: int) -> Iterator[str]:
+        """Values of extent "group" that are known once the loops before ``phase`` are through."""
+        for number, each in enumerate(self.program.instructions):
+            if each.extent == "group" and self._known(number) == phase:
+                yield f"        const {_TYPES[each.type]} v{number} = {self._expression(number)};"
+
+    def _known(self, number: int) -> int:
+        """The phase in which a group value is known: a reduction's result in the one behind its loop."""
+        return self.phase[number] + int(self.program.instructions[number].operation in REDUCTIONS)
+
+    def _loop(self, phase: int) -> Iterator[str]:
+        """One loop over the elements of a group."""
+        reductions = [
+            (number, each) for number, each in enumerate(self.program.instructions)
+            if each.operation in REDUCTIONS and self.phase[number] == phase
+        ]  # fmt: skip
+        stores = [
+            (name, value) for name, value in self.program.stores
+            if self.store_phase[name] == phase and self.program.buffer(name).extent == "element"
+        ]  # fmt: skip
+        wanted = [each.args[0] for _, each in reductions] + [value for _, value in stores]
+        wanted += [number for number in self.kept if self.phase[number] == phase]
+        if not wanted:
+            return
+        clauses = ""
+        for number, each in reductions:
+            start = {"group_min": "std::numeric_limits<float>::infinity()",
+                     "group_max": "-std::numeric_limits<float>::infinity()", "group_sum": "0.0f"}  # fmt: skip
+            yield f"        float r{number} = {start[each.operation]};"
+            clauses += f" reduction({each.operation[6:].replace('sum', '+')}: r{number})"
+            if each.operation != "group_sum":
+                yield f"        int nan_{number} = 0;"
+                clauses += f" reduction(|: nan_{number})"
+        yield f"        #pragma omp simd{clauses}"
+        yield "        for (int64_t j = 0; j < length; ++j) {"
+        for number in self._needed(wanted, phase):
+            each = self.program.instructions[number]
+            earlier = number in self.kept and self.phase[number] < phase
+            expression = f"kept_{number}[j]" if earlier else self._expression(number)
+            yield f"            const {_TYPES[each.type]} v{number} = {expression};"
+            if number in self.kept and not earlier:
+                yield f"            kept_{number}[j] = v{number};"
+        for number, each in reductions:
+            value = f"v{each.args[0]}"
+            if each.operation == "group_sum":
+                yield f"            r{number} += {value};"
+            else:
+                sign = "<" if each.operation == "group_min" else ">"
+                yield f"            r{number} = {value} {sign} r{number} ? {value} : r{number};"
+                yield f"            nan_{number} |= {value} != {value};"
+        for name, stored in stores:
+            yield from self._store(name, stored)
+        yield "        }"
+
+    def _needed(self, wanted: list[int], phase: int) -> list[int]:
+        """Element values that a loop computes or reads back, in order."""
+        found: set[int] = set()
+        pending = list(wanted)
+        while pending:
+            number = pending.pop()
+            each = self.program.instructions[number]
+            if each.extent not in ("element", "column") or number in found:
+                continue
+            found.add(number)
+            if not (number in self.kept and self.phase[number] < phase):
+                pending.extend(each.args)
+        return sorted(found)
+
+    def _store(self, name: str, value: int) -> Iterator[str]:
+        buffer = self.program.buffer(name)
+        yield f"            {name}[row * {name}_pitch + first + j] = {_narrowed(f'v{value}', buffer.memory)};"
+
+    # -- one instruction --------------------------------------------------------------------------------------------
+
+    def _expression(self, number: int) -> str:
+        each = self.program.instructions[number]
+        if each.operation == "load":
+            return self._load(each)
+        if each.operation == "constant":
+            value = number_of(each.names[0])
+            return _literal(value) if each.type == "f32" else f"{_TYPES[each.type]}({int(value)})"
+        if each.operation == "lookup":
+            return f"{each.names[0]}[v{each.args[0]}]"
+        if each.operation == "random_bits":
+            return f"static_cast<int32_t>(draws_{number}[j])"
+        if each.operation == "group_sum":
+            return f"r{number}"
+        if each.operation in REDUCTIONS:
+            return f"nan_{number} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
+        return _SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
+
+    def _special(self, each: Instruction) -> str:
+        """The spelling for what is known of the arguments."""
+        sources = [self.program.instructions[arg] for arg in each.args]
+        if each.operation in ("minimum", "maximum") and sources[1].operation == "constant":
+            return f"{each.operation} constant"
+        if each.operation == "where" and each.type == "i32" and sources[0].extent != each.extent == "element":
+            return "where invariant"
+        return "f32 of bool" if each.operation == "f32" and sources[0].type == "bool" else each.operation
+
+    def _load(self, each: Instruction) -> str:
+        name = each.names[0]
+        buffer = self.program.buffer(name)
+        if buffer.memory == "u4":
+            half = -(-self.space.columns // 2)
+            place = f"{name}[row * {name}_pitch + (first + j) % {half}]"
+            return f"({place} >> (first + j < {half} ? 0 : 4)) & 15"
+        place = {
+            "scalar": "0", "row": "row", "column": "first + j", "group": f"row * {self.space.groups} + group",
+            "element": f"row * {name}_pitch + first + j",
+        }[buffer.extent]  # fmt: skip
+        loaded = f"{name}[{place}]"
+        if buffer.memory == "bf16":
+            return f"load_bf16({loaded})"
+        return loaded if each.type == "bool" else f"static_cast<{_TYPES[each.type]}>({loaded})"
+
+
+def _literal(value: float) -> str:
+    if value != value:
+        return "std::numeric_limits<float>::quiet_NaN()"
+    if value in (float("inf"), float("-inf")):
+        return f"{'-' if value < 0 else ''}std::numeric_limits<float>::infinity()"
+    return f"static_cast<float>({float(value).hex()})"
+
+
+def _narrowed(value: str, memory: str) -> str:
+    """A value as memory holds it."""
+    if memory == "bf16":
+        return f"store_bf16({value})"
+    return value if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>({value})"

@@ -1,0 +1,81 @@
+"""Programs on a CPU: compile, cache and launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
+
+from qgalore_compile.kernels.cpp_printer import print_cpp
+from qgalore_compile.kernels.program import BlockProgram
+
+# Inductor's flags switch loop vectorisation off for GCC, since it vectorises itself; they keep errno, for which no
+# square root vectorises, and with GCC end up with trapping arithmetic, for which no floor does.
+_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math")
+
+
+class Kernel:
+    """A program, compiled.
+
+    Attributes:
+        program: what it runs.
+    """
+
+    def __init__(self, program: BlockProgram) -> None:
+        self.program = program
+        library: Any = CppCodeCache.load(print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS)
+        self._run = library.run
+        self._run.restype = None
+        self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
+
+    def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
+        """What a launch takes, from one contiguous tensor for each buffer."""
+        return Arguments(self, tensors, numbers)
+
+    def __call__(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> None:
+        """Run the program on its whole space."""
+        space = self.program.space
+        self.arguments(tensors, numbers).run(0, space.rows, 0, space.groups)
+
+
+class Arguments:
+    """Pointers of one launch; keeps the tensors alive."""
+
+    def __init__(self, kernel: Kernel, tensors: Mapping[str, Tensor], numbers: Sequence[int]) -> None:
+        buffers = kernel.program.buffers
+        self._kernel, self._tensors = kernel, tensors
+        self._pointers = (ctypes.c_void_p * len(buffers))()
+        self._pitches = (ctypes.c_int64 * len(buffers))()
+        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        columns = kernel.program.space.columns
+        for index, buffer in enumerate(buffers):
+            self._pitches[index] = -(-columns // 2) if buffer.memory == "u4" else columns
+            if buffer.name in tensors:
+                self._pointers[index] = tensors[buffer.name].data_ptr()
+
+    def place(self, name: str, block: Tensor, row: int, column: int) -> None:
+        """Give a buffer a block of its matrix, whose first element is that of ``row`` and ``column``."""
+        index, pitch = self._kernel._position[name], block.stride(0)
+        self._pitches[index] = pitch
+        self._pointers[index] = block.data_ptr() - (row * pitch + column) * block.element_size()
+
+    def run(self, row_0: int, row_1: int, group_0: int, group_1: int) -> None:
+        """Run the program on some rows and groups."""
+        self._kernel._run(self._pointers, self._pitches, self._numbers, row_0, row_1, group_0, group_1)
+
+
+@cache
+def kernel(text: str) -> Kernel:
+    """The compiled kernel of a program's text, one a process and one in torch's cache of compiled code."""
+    return Kernel(BlockProgram.parse(text))
+
+
+def tensors_of(program: BlockProgram, tensors: Sequence[torch.Tensor]) -> dict[str, Tensor]:
+    """Buffers by name, from tensors in the buffers' order."""
+    return {buffer.name: tensor for buffer, tensor in zip(program.buffers, tensors, strict=True)}

@@ -1,0 +1,64 @@
+"""bitsandbytes' dynamic 8-bit code, spelled in a :class:`BlockProgram`.
+
+The arithmetic is that of :mod:`qgalore_compile.formats`, which explains it, with one difference: an element's decade is
+found by six comparisons with the powers of ten instead of by a logarithm, since comparisons vectorise everywhere.  Both
+give the same code: at the edge of a decade the code does not depend on which side the element is taken for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qgalore_compile.formats import dynamic_map
+from qgalore_compile.kernels.program import BlockProgram
+
+_DECADES = 6
+
+
+def decode(program: BlockProgram, codes: int, absmax: int, *, signed: bool) -> int:
+    """f32 elements from codes (i32 elements) and the blocks' absolute maxima (f32 groups)."""
+    table = "dynamic_signed" if signed else "dynamic_unsigned"
+    program.tables.setdefault(table, _table(signed))
+    return program.emit("mul", (program.emit("lookup", (codes,), (table,)), absmax))
+
+
+@cache
+def _table(signed: bool) -> tuple[float, ...]:
+    with unset_fake_temporarily():  # passes run in a compilation's fake mode
+        return tuple(dynamic_map(signed).tolist())
+
+
+def encode(program: BlockProgram, value: int, *, signed: bool) -> tuple[int, int]:
+    """(codes as i32 elements, absolute maxima as f32 groups) of f32 elements."""
+    emit, constant = program.emit, program.constant
+    zero, one = constant(0.0), constant(1.0)
+    absmax = emit("group_max", (emit("abs", (value,)),))
+    unit = emit("div", (value, emit("where", (emit("gt", (absmax, zero)), absmax, one))))
+    size = emit("minimum", (emit("abs", (unit,)), one))
+    first = 1.0 if signed else 2.0  # entries of the lowest decade
+    power, width = constant(10.0**_DECADES), constant(first)
+    above = [emit("gt", (size, constant(10.0 ** (decade - _DECADES)))) for decade in range(_DECADES)]
+    for decade, higher in enumerate(above, 1):
+        power = emit("where", (higher, constant(10.0 ** (_DECADES - decade)), power))
+        width = emit("where", (higher, constant(first * 2**decade), width))
+    scaled = emit("div", (emit("add", (emit("mul", (size, power)), constant(0.8))), constant(0.9)))
+    position = emit("sub", (emit("mul", (scaled, width)), constant(0.5)))
+    to_zero = 0.5 - (0.175 if signed else 0.125) / 0.9
+    seam = emit("sub", (width, emit("where", (above[0], constant(0.3), constant(to_zero)))))
+    twice = emit("mul", (width, constant(2.0)))
+    # selections, not `maximum` and `minimum`: what becomes of NaN does not matter here, and costs vectorisation
+    nearest, most = emit("round", (position,)), emit("sub", (twice, one))
+    inside = emit("where", (emit("gt", (nearest, width)), nearest, width))
+    inside = emit("where", (emit("lt", (inside, most)), inside, most))
+    entry = emit("where", (emit("lt", (position, seam)), emit("sub", (width, one)), inside))
+    beyond = emit("ge", (position, emit("sub", (twice, constant(0.75)))))
+    entry = emit("where", (emit("and", (above[-1], beyond)), twice, entry))
+    middle = constant(127.0)
+    if signed:
+        below = emit("sub", (middle, emit("minimum", (entry, middle))))
+        codes = emit("where", (emit("lt", (unit, zero)), below, emit("add", (entry, middle))))
+    else:
+        codes = emit("sub", (entry, one))
+    return emit("i32", (codes,)), absmax

@@ -1,0 +1,109 @@
+"""Run a :class:`BlockProgram` with PyTorch operations: the oracle that every printer is tested against.
+
+Nothing is blocked here and nothing is clever.  Values of extent "element" are whole (rows, columns) tensors, "group"
+values (rows, groups), "row" (rows, 1), "column" (1, columns), "scalar" ().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
+from qgalore_compile.rng import random_bits
+
+_DTYPES = {"f32": torch.float32, "i32": torch.int32, "bool": torch.bool}
+MEMORY_DTYPES = {
+    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "u4": torch.uint8, "u8": torch.uint8,
+    "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
+}  # fmt: skip
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "shl": torch.bitwise_left_shift,
+    "shr": torch.bitwise_right_shift,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "bitand": torch.bitwise_and,
+    "bitor": torch.bitwise_or,
+    "bitxor": torch.bitwise_xor,
+    "f32": lambda x: x.to(torch.float32),
+    "i32": lambda x: x.to(torch.int32),
+    "bool": lambda x: x.to(torch.bool),
+    "round_bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
+    "round_f16": lambda x: x.to(torch.float16).to(torch.float32),
+}
+_REDUCE: dict[str, tuple[Callable[..., Tensor], float]] = {
+    "group_min": (torch.amin, torch.inf), "group_max": (torch.amax, -torch.inf), "group_sum": (torch.sum, 0.0),
+}  # fmt: skip
+
+
+def evaluate(program: BlockProgram, tensors: Mapping[str, Tensor], numbers: Mapping[str, int] | None = None) -> None:
+    """Run a program on whole tensors, writing its outputs in place.
+
+    Args:
+        program: what to run.
+        tensors: one for each buffer by name, contiguous, of the buffer's format and of its number of elements.
+        numbers: the integer arguments.
+    """
+    space, values = program.space, list[Tensor]()
+    for instruction in program.instructions:
+        args = [values[number] for number in instruction.args]
+        values.append(_run(program, instruction, args, tensors, numbers or {}))
+    for name, number in program.stores:
+        buffer, target = program.buffer(name), tensors[name]
+        value = _spread(values[number], program.instructions[number].extent, buffer.extent, space)
+        target.copy_(value.to(target.dtype).reshape(target.shape))
+
+
+def _run(
+    program: BlockProgram, instruction: Instruction, args: list[Tensor],
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, int],
+) -> Tensor:  # fmt: skip
+    operation, space = instruction.operation, program.space
+    if operation == "load":
+        return _load(program.buffer(instruction.names[0]), tensors[instruction.names[0]], space)
+    if operation == "constant":
+        return torch.tensor(number_of(instruction.names[0]), dtype=_DTYPES[instruction.type])
+    if operation == "lookup":
+        return torch.tensor(program.tables[instruction.names[0]], dtype=torch.float32)[args[0].long()]
+    if operation == "random_bits":
+        seed, param = (numbers[name] for name in instruction.names)
+        return random_bits((space.rows, space.columns), seed=seed, step=args[0], param=param)
+    if operation in REDUCTIONS:
+        reduce, neutral = _REDUCE[operation]
+        missing = space.groups * space.width - space.columns
+        padded = torch.nn.functional.pad(args[0].expand(space.rows, space.columns), (0, missing), value=neutral)
+        return reduce(padded.view(space.rows, space.groups, space.width), dim=-1)
+    extents = [program.instructions[number].extent for number in instruction.args]
+    spread = [_spread(arg, extent, instruction.extent, space) for arg, extent in zip(args, extents, strict=True)]
+    function: Callable[..., Tensor] = _FUNCTIONS.get(operation) or getattr(torch, operation)
+    return function(*spread)
+
+
+def _load(buffer: Buffer, tensor: Tensor, space: Space) -> Tensor:
+    """A buffer's value in the shape that its extent has here."""
+    if buffer.memory == "u4":
+        packed = tensor.view(space.rows, -1)
+        return torch.cat([packed & 15, packed >> 4], dim=-1)[:, : space.columns].to(torch.int32)
+    shapes = {
+        "scalar": (), "row": (space.rows, 1), "column": (1, space.columns), "group": (space.rows, space.groups),
+        "element": (space.rows, space.columns),
+    }  # fmt: skip
+    value = tensor.reshape(shapes[buffer.extent])
+    if value.dtype == torch.bool:
+        return value
+    return value.to(torch.float32 if value.dtype.is_floating_point else torch.int32)
+
+
+def _spread(value: Tensor, extent: str, to: str, space: Space) -> Tensor:
+    """A value of one extent as one of a larger extent."""
+    if extent == "group" and to == "element":
+        return value.repeat_interleave(space.width, dim=-1)[:, : space.columns]
+    if to == "group" and extent == "row":
+        return value.expand(space.rows, space.groups)
+    if to == "element":
+        return value.expand(space.rows, space.columns)
+    return value

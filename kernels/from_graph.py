@@ -1,0 +1,507 @@
+"""A region of an FX graph becomes a :class:`BlockProgram`, or there is a reason why not.
+
+Every tensor of the region is read as a function of coordinates of one space: a dimension of a tensor stands for some of
+the *atoms* row, group, lane (place in a group) and column, in row-major order.  ``(192, 2, 256)`` is (row, group, lane)
+of a space of 192 × 512 in groups of 256; ``(192, 512)`` is (row, group and lane); ``(192, 2, 1)`` varies over row and
+group alone.  Views regroup atoms, broadcasting aligns them, a reduction removes the lane: what cannot be read so is no
+region.  In a *flat* space, which has one row, a tensor of as many elements is read in row-major order whatever its
+shape: blocks of a flattened tensor.
+
+A row that the width does not divide is one column atom, until it is filled up to whole groups by repeating its last
+element.  The fill is never stored, and changes neither a minimum nor a maximum, so programs do without.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
+from qgalore_compile.kernels import dynamic8
+from qgalore_compile.kernels.fx_values import arguments, aten, dtype, is_tensor, shape, value
+from qgalore_compile.kernels.patterns import filled, is_slice, nibbles
+from qgalore_compile.kernels.program import BlockProgram, Buffer, ProgramError, Space
+from qgalore_compile.kernels.spelling import CAST, POINTWISE, REDUCTIONS, VIEWS
+
+qgalore = torch.ops.qgalore
+MOST_READINGS = 32
+"""A vector of a square matrix may be one of rows or of columns: readings of all inputs that are tried."""
+
+
+class Refusal(Enum):
+    """Why a region is no program; the text is for the user."""
+
+    OPERATION = "an operation that generated kernels do not know"
+    DTYPE = "a type that generated kernels do not compute in"
+    SHAPE = "a shape that is not made of rows and groups of one matrix"
+    BROADCAST = "operands that do not vary over the same rows, columns and groups"
+    REDUCTION = "a reduction over more or less than one group"
+    PADDING = "groups filled up with something other than the row's last element"
+    STRIDES = "a tensor that is not contiguous"
+    SIZE = "a size that is not known before the step runs"
+
+
+class RefusedError(Exception):
+    """A region that is no program."""
+
+    def __init__(self, refusal: Refusal, node: fx.Node) -> None:
+        super().__init__(f"{refusal.value} (at {node.name}: {node.target})")
+        self.refusal, self.node = refusal, node
+
+
+class Output(NamedTuple):
+    """What a region writes: the node, and the input whose storage takes it; None for a tensor of its own."""
+
+    node: fx.Node
+    target: fx.Node | None = None
+
+
+@dataclass
+class Region:
+    """A program and what its arguments are.
+
+    Attributes:
+        program: over ``space``.
+        buffers: the node behind each buffer that is read or updated in place; outputs of their own have none.
+        numbers: the value of each integer argument.
+        outputs: the buffer that each output goes to.
+    """
+
+    program: BlockProgram
+    buffers: dict[str, fx.Node] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    outputs: dict[fx.Node, str] = field(default_factory=dict)
+
+
+class _Value(NamedTuple):
+    """An instruction as a tensor of the graph: what each dimension stands for; None for row-major elements."""
+
+    number: int
+    dims: tuple[tuple[str, ...], ...] | None
+
+
+def from_graph(nodes: Sequence[fx.Node], outputs: Sequence[Output], spaces: Sequence[Space]) -> Region:
+    """The program of a region.
+
+    Args:
+        nodes: the region, in the order of the graph.
+        outputs: what it writes.
+        spaces: spaces to try, in order (:func:`candidates`).
+
+    Raises:
+        RefusedError: the region is no program over any of them; the reason is that of the space where reading went
+            furthest.
+    """
+    place = {node: index for index, node in enumerate(nodes)}
+    furthest: RefusedError | None = None
+    for space in spaces:
+        reader = _Reader(nodes, outputs, space)
+        options = [reader.readings(node) for node in reader.inputs]
+        unread = next((node for node, found in zip(reader.inputs, options, strict=True) if not found), None)
+        if unread is not None:
+            furthest = furthest or RefusedError(Refusal.SHAPE, unread)
+        for readings in islice(product(*options), MOST_READINGS):
+            outcome = _attempt(reader, readings)
+            if isinstance(outcome, Region):
+                return outcome
+            if furthest is None or place.get(outcome.node, -1) > place.get(furthest.node, -1):
+                furthest = outcome
+    if furthest is None:
+        raise RefusedError(Refusal.SHAPE, outputs[0].node)
+    raise furthest
+
+
+def candidates(nodes: Sequence[fx.Node], domain: Sequence[int]) -> list[Space]:
+    """Spaces for a region on tensors of shape ``domain``: widths that its shapes suggest, matrix before flat."""
+    if not all(isinstance(size, int) for size in domain) or not math.prod(domain):
+        return []
+    *leading, columns = domain or (1,)
+    rows, total = math.prod(leading), math.prod(domain)
+    flat: list[int] = []
+    matrix: list[int] = []
+    for node in nodes:
+        if node.target in (qgalore.quantize_dynamic8.default, qgalore.dequantize_dynamic8.default):
+            flat.append(formats.BLOCK_SIZE)
+        sizes = shape(node)
+        if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
+            continue
+        *before, groups, width = sizes
+        if width > 1 and (groups - 1) * width < columns <= groups * width and math.prod(before) == rows:
+            matrix.append(width)
+        if width > 1 and (groups - 1) * width < total <= groups * width and not before:
+            flat.append(width)
+    plain = [Space(rows, columns, min(columns, formats.BLOCK_SIZE)), Space(1, total, min(total, formats.BLOCK_SIZE))]
+    found = [Space(rows, columns, width) for width in matrix] + [Space(1, total, width) for width in flat]
+    return list(dict.fromkeys([*found, *plain]))
+
+
+def _attempt(reader: _Reader, readings: Sequence[tuple[str, tuple[str, ...]]]) -> Region | RefusedError:
+    try:
+        return reader.read(readings)
+    except RefusedError as refused:
+        return refused
+
+
+class _Reader:
+    """Reads a region over one space."""
+
+    def __init__(self, nodes: Sequence[fx.Node], outputs: Sequence[Output], space: Space) -> None:
+        self.outputs, self.space = outputs, space
+        self.short = space.groups * space.width != space.columns
+        self.sizes = {"row": space.rows, "group": space.groups, "lane": space.width, "column": space.columns}
+        self.columns = ("column",) if self.short else ("group", "lane")
+        inside, seen = set(nodes), set[fx.Node]()
+        self.nibbles = {node: packed for node, packed in filter(None, map(nibbles, nodes)) if packed not in inside}
+        self.fills = {node: source for node in nodes if (source := filled(node, space)) is not None}
+        # depth first from the outputs, not in the graph's order: layers that do the same get the same text
+        self.nodes: list[fx.Node] = []
+        self.inputs: list[fx.Node] = []
+        pending = [(output.node, False) for output in reversed(outputs)]
+        while pending:
+            node, complete = pending.pop()
+            if complete:
+                self.nodes.append(node)
+            elif node not in seen:
+                seen.add(node)
+                if node in inside:
+                    pending.append((node, True))
+                    pending.extend((source, False) for source in reversed(self._sources(node)))
+                else:
+                    self.inputs.append(node)
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        if node in self.nibbles:
+            return []
+        return [self.fills[node]] if node in self.fills else node.all_input_nodes
+
+    # -- inputs -----------------------------------------------------------------------------------------------------
+
+    def readings(self, node: fx.Node) -> list[tuple[str, tuple[str, ...]]]:
+        """Extents that an input may have, with its atoms; [] where none fits."""
+        if not is_tensor(node):
+            return []
+        count = math.prod(shape(node))
+        whole = ("row", *self.columns)
+        options = [("scalar", ())] if count == 1 else [
+            (extent, atoms)
+            for extent, atoms in (
+                ("element", whole), ("group", ("row", "group")), ("row", ("row",)), ("column", self.columns)
+            )
+            if math.prod(self.sizes[atom] for atom in atoms) == count
+            and (self._split(atoms, shape(node)) is not None or (self.space.rows == 1 and extent == "element"))
+        ]  # fmt: skip
+        distinct = {tuple(atom for atom in atoms if self.sizes[atom] > 1): (extent, atoms)
+                    for extent, atoms in reversed(options)}  # fmt: skip
+        return list(reversed(distinct.values()))
+
+    def _split(self, atoms: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[str, ...], ...] | None:
+        """Atoms in row-major order as the dimensions of a tensor; None where a dimension would cut one."""
+        left = [atom for atom in atoms if self.sizes[atom] > 1]
+        dims = []
+        for size in sizes:
+            taken: list[str] = []
+            while left and math.prod(self.sizes[atom] for atom in taken) < size:
+                taken.append(left.pop(0))
+            if math.prod(self.sizes[atom] for atom in taken) != size:
+                return None
+            dims.append(tuple(taken))
+        return None if left else tuple(dims)
+
+    # -- the region -------------------------------------------------------------------------------------------------
+
+    def read(self, readings: Sequence[tuple[str, tuple[str, ...]]]) -> Region:
+        """The region with its inputs read in a certain way."""
+        self.region = Region(BlockProgram(self.space))
+        self.program = self.region.program
+        self.values: dict[fx.Node, _Value] = {}
+        self.pairs: dict[fx.Node, tuple[_Value, _Value]] = {}
+        updated = {output.target for output in self.outputs}
+        for node, (extent, atoms) in zip(self.inputs, readings, strict=True):
+            number = self._load(node, _memory(node), extent, "inout" if node in updated else "in")
+            self.values[node] = _Value(number, self._split(atoms, shape(node)))
+        for node in self.nodes:
+            self._node(node)
+        for output in self.outputs:
+            self._store(output)
+        return self.region
+
+    def _load(self, node: fx.Node, memory: str, extent: str, access: str) -> int:
+        if not value(node).is_contiguous() and node.op == "placeholder":
+            raise RefusedError(Refusal.STRIDES, node)
+        name = f"b{len(self.program.buffers)}"
+        self.program.buffers.append(Buffer(name, memory, extent, access))
+        self.region.buffers[name] = node
+        return self.program.emit("load", names=(name,))
+
+    def _store(self, output: Output) -> None:
+        node, target = output
+        number, dims = self.values[node]
+        whole = ("row", *self.columns)
+        atoms = tuple(atom for dim in ([whole] if dims is None else dims) for atom in dim if self.sizes[atom] > 1)
+        extents = {
+            tuple(atom for atom in atoms if self.sizes[atom] > 1): extent
+            for extent, atoms in (
+                ("row", ("row",)), ("group", ("row", "group")), ("element", whole), ("scalar", ()),
+            )
+        }  # fmt: skip
+        if atoms not in extents:
+            raise RefusedError(Refusal.SHAPE, node)
+        name = next((name for name, read in self.region.buffers.items() if read is target), None)
+        if name is None:
+            if target is not None and not value(target).is_contiguous():
+                raise RefusedError(Refusal.STRIDES, target)
+            name = f"b{len(self.program.buffers)}"
+            self.program.buffers.append(Buffer(name, _memory(node), extents[atoms], "out"))
+            if target is not None:
+                self.region.buffers[name] = target
+        try:
+            self.program.store(name, number)
+        except ProgramError as error:
+            raise RefusedError(Refusal.SHAPE, node) from error
+        self.region.outputs[node] = name
+
+    def _node(self, node: fx.Node) -> None:
+        try:
+            self._spell(node)
+        except ProgramError as error:  # types that do not go together
+            raise RefusedError(Refusal.DTYPE, node) from error
+
+    def _spell(self, node: fx.Node) -> None:
+        target, sizes = node.target, shape(node)
+        if not all(isinstance(size, int) for size in sizes):
+            raise RefusedError(Refusal.SIZE, node)
+        if node in self.nibbles:
+            packed = self.nibbles[node]
+            if sizes != (self.space.rows, self.space.columns):
+                raise RefusedError(Refusal.SHAPE, node)
+            number = self._load(packed, "u4", "element", "in")
+            self.values[node] = _Value(number, self._split(("row", *self.columns), sizes))
+        elif node in self.fills:
+            source = self.values[self.fills[node]]
+            self.values[node] = _Value(source.number, self._split(("row", "group", "lane"), sizes))
+        elif target is qgalore.drop_tail.default or target is aten.slice.Tensor:
+            self._unfill(node)
+        elif target in VIEWS:
+            self.values[node] = self._reshaped(node, self.values[node.all_input_nodes[0]])
+        elif target is aten.expand.default:
+            source = self.values[node.all_input_nodes[0]]
+            dims = self._split(("row", "group", "lane"), sizes) or self._split(("row", *self.columns), sizes)
+            self._broadcast(node, [source], [node.all_input_nodes[0]], dims)
+            self.values[node] = _Value(source.number, dims)
+        elif target in REDUCTIONS:
+            self._reduce(node)
+        elif target is qgalore.random_bits.default:
+            self._random_bits(node)
+        elif target is qgalore.quantize_dynamic8.default:
+            self._encode(node)
+        elif target is qgalore.dequantize_dynamic8.default:
+            self._decode(node)
+        elif target is operator.getitem and node.args[0] in self.pairs:
+            self.values[node] = self.pairs[arguments(node)[0]][arguments(node)[1]]
+        elif target in (aten.full.default, aten.scalar_tensor.default):
+            fill = arguments(node)[1] if target is aten.full.default else arguments(node)[0]
+            self.values[node] = _Value(self._constant(fill, node), tuple(() for _ in sizes))
+        else:
+            self._pointwise(node)
+
+    # -- shapes -----------------------------------------------------------------------------------------------------
+
+    def _reshaped(self, node: fx.Node, source: _Value) -> _Value:
+        sizes, extent = shape(node), self.program.instructions[source.number].extent
+        if extent == "scalar":
+            return _Value(source.number, tuple(() for _ in sizes))
+        if source.dims is None:
+            atoms: tuple[str, ...] = ("row", *self.columns)
+        else:
+            atoms = tuple(atom for dim in source.dims for atom in dim)
+        dims = self._split(atoms, sizes)
+        if dims is None and self.space.rows > 1:
+            raise RefusedError(Refusal.SHAPE, node)
+        if dims is None and math.prod(self.sizes[atom] for atom in atoms) != self.space.columns:
+            raise RefusedError(Refusal.SHAPE, node)
+        return _Value(source.number, dims)
+
+    def _unfill(self, node: fx.Node) -> None:
+        """Back from whole groups to the row."""
+        source, sizes = self.values[node.all_input_nodes[0]], shape(node)
+        dims = source.dims
+        if dims is None or not dims or dims[-1] not in (("group", "lane"), ("lane",)) or not self.short:
+            raise RefusedError(Refusal.OPERATION, node)
+        if node.target is aten.slice.Tensor and not is_slice(node, 0, self.space.columns):
+            raise RefusedError(Refusal.OPERATION, node)
+        if sizes[-1] != self.space.columns:
+            raise RefusedError(Refusal.OPERATION, node)
+        self.values[node] = _Value(source.number, (*dims[:-1], ("column",)))
+
+    def _broadcast(
+        self, node: fx.Node, values: list[_Value], nodes: list[fx.Node], dims: tuple[tuple[str, ...], ...] | None
+    ) -> tuple[tuple[str, ...], ...] | None:
+        """What the dimensions of a result stand for; ``dims`` where that is known."""
+        sizes = shape(node)
+        varying = [
+            (each, source) for each, source in zip(values, nodes, strict=True)
+            if each.dims is None or any(each.dims)
+        ]  # fmt: skip
+        if any(each.dims is None for each, _ in varying):
+            if all(shape(source) == sizes for _, source in varying) and all(
+                each.dims is None or self._whole(each.dims) for each, _ in varying
+            ):
+                return None
+            raise RefusedError(Refusal.BROADCAST, node)
+        result: list[tuple[str, ...]] = list(dims) if dims is not None else [()] * len(sizes)
+        for each, _ in varying:
+            assert each.dims is not None
+            for position, dim in enumerate(each.dims, len(sizes) - len(each.dims)):
+                if dim and result[position] not in ((), dim):
+                    raise RefusedError(Refusal.BROADCAST, node)
+                result[position] = dim or result[position]
+        return tuple(result)
+
+    def _whole(self, dims: tuple[tuple[str, ...], ...]) -> bool:
+        atoms = [atom for dim in dims for atom in dim]
+        return atoms == [atom for atom in ("row", *self.columns) if self.sizes[atom] > 1]
+
+    # -- operations -------------------------------------------------------------------------------------------------
+
+    def _constant(self, number: Any, node: fx.Node) -> int:
+        kind = _type(dtype(node), node)
+        if not isinstance(number, (int, float)):
+            raise RefusedError(Refusal.SIZE, node)
+        return self.program.constant(number, kind)
+
+    def _pointwise(self, node: fx.Node) -> None:
+        spelled = POINTWISE.get(node.target)
+        if spelled is None:
+            raise RefusedError(Refusal.OPERATION, node)
+        args = list(arguments(node))[: 1 if spelled is CAST else None]
+        operands = [arg for arg in args if isinstance(arg, fx.Node)]
+        if not all(is_tensor(operand) for operand in operands):
+            raise RefusedError(Refusal.SIZE, node)
+        dims = self._broadcast(node, [self.values[each] for each in operands], operands, None)
+        result = _type(dtype(node), node)
+        if dtype(node) in _NARROW and spelled.arithmetic:
+            raise RefusedError(Refusal.DTYPE, node)
+        kinds = [_type(dtype(each), each) for each in operands]
+        if spelled.compares:  # in the type that the operands promote to
+            floats = [arg for arg in args if isinstance(arg, float)]
+            kind = "f32" if "f32" in kinds or floats else "i32"
+        else:
+            kind = result
+        numbers = []
+        for position, arg in enumerate(args):
+            as_it_is = spelled.condition and position == 0
+            if isinstance(arg, fx.Node):
+                numbers.append(self.values[arg].number if as_it_is else self._cast(self.values[arg].number, kind))
+            elif isinstance(arg, (int, float)):
+                numbers.append(self.program.constant(arg, kind))
+            elif arg is not None or not spelled.options:
+                raise RefusedError(Refusal.OPERATION, node)
+            else:
+                numbers.append(-1)
+        alpha = node.kwargs.get("alpha", 1)
+        if alpha != 1:
+            if not isinstance(alpha, (int, float)):
+                raise RefusedError(Refusal.SIZE, node)
+            numbers[1] = self.program.emit("mul", (numbers[1], self.program.constant(alpha, kind)))
+        if set(node.kwargs) - {"alpha", "dtype", "layout", "device", "pin_memory", "memory_format"}:
+            raise RefusedError(Refusal.OPERATION, node)
+        number = spelled.build(self.program, numbers)
+        if spelled is CAST and dtype(node) in _NARROW and kinds == ["i32"] and dtype(operands[0]) != dtype(node):
+            if dtype(node) != torch.uint8:
+                raise RefusedError(Refusal.DTYPE, node)
+            number = self.program.emit("bitand", (number, self.program.constant(255, "i32")))
+        self.values[node] = _Value(self._rounded(number, node), dims)
+
+    def _cast(self, number: int, kind: str) -> int:
+        have = self.program.instructions[number].type
+        return number if have == kind else self.program.emit(kind, (number,))
+
+    def _rounded(self, number: int, node: fx.Node) -> int:
+        """A result as its dtype holds it: eager PyTorch rounds every one."""
+        rounding = {torch.bfloat16: "round_bf16", torch.float16: "round_f16"}.get(dtype(node))
+        number = self._cast(number, _type(dtype(node), node))
+        return self.program.emit(rounding, (number,)) if rounding else number
+
+    def _reduce(self, node: fx.Node) -> None:
+        source_node, dims, *rest = arguments(node)
+        source = self.values[source_node]
+        axes = [int(axis) % len(shape(source_node)) for axis in ([dims] if isinstance(dims, int) else dims or [])]
+        keep = bool(rest[0]) if rest else bool(node.kwargs.get("keepdim", False))
+        if source.dims is None or len(axes) != 1 or source.dims[axes[0]] != ("lane",):
+            raise RefusedError(Refusal.REDUCTION, node)
+        operation = REDUCTIONS[node.target]  # type: ignore[index]
+        if dtype(node) != torch.float32:
+            raise RefusedError(Refusal.DTYPE, node)
+        if self.short and operation == "group_sum":
+            raise RefusedError(Refusal.PADDING, node)
+        number = source.number
+        if self.program.instructions[number].extent != "element":
+            raise RefusedError(Refusal.REDUCTION, node)
+        number = self.program.emit(operation, (self._cast(number, "f32"),))
+        if node.target is aten.mean.dim:
+            number = self.program.emit("div", (number, self.program.constant(self.space.width)))
+        axis = axes[0]
+        left = (*source.dims[:axis], *([()] if keep else []), *source.dims[axis + 1 :])
+        self.values[node] = _Value(number, left)
+
+    def _random_bits(self, node: fx.Node) -> None:
+        step, sizes, seed, param = arguments(node)
+        *leading, columns = sizes
+        if (math.prod(leading), columns) != self.space[:2]:
+            raise RefusedError(Refusal.SHAPE, node)
+        names = (f"seed{len(self.region.numbers) // 2}", f"param{len(self.region.numbers) // 2}")
+        self.program.numbers.extend(names)
+        self.region.numbers.update(zip(names, (seed, param), strict=True))
+        number = self.program.emit("random_bits", (self.values[step].number,), names)
+        self.values[node] = _Value(number, self._split(("row", *self.columns), shape(node)))
+
+    def _encode(self, node: fx.Node) -> None:
+        tensor, signed = arguments(node)
+        source = self.values[tensor]
+        self._needs_blocks(node, tensor)
+        if self.program.instructions[source.number].extent != "element":
+            raise RefusedError(Refusal.BROADCAST, node)
+        codes, absmax = dynamic8.encode(self.program, self._cast(source.number, "f32"), signed=signed)
+        self.pairs[node] = (_Value(codes, source.dims), _Value(absmax, self._split(("group",), (self.space.groups,))))
+
+    def _decode(self, node: fx.Node) -> None:
+        codes, absmax, signed = arguments(node)
+        self._needs_blocks(node, codes)
+        number = dynamic8.decode(self.program, self.values[codes].number, self.values[absmax].number, signed=signed)
+        self.values[node] = _Value(number, self.values[codes].dims)
+
+    def _needs_blocks(self, node: fx.Node, tensor: fx.Node) -> None:
+        """The blocks of a flattened tensor are groups of a flat space, or the tensor is one short block."""
+        count, (rows, columns, width) = math.prod(shape(tensor)), self.space
+        one_block = rows == 1 and columns == count <= min(width, formats.BLOCK_SIZE)
+        if not one_block and (rows, columns, width) != (1, count, formats.BLOCK_SIZE):
+            raise RefusedError(Refusal.SHAPE, node)
+
+
+# -- types -------------------------------------------------------------------------------------------------------------
+
+_MEMORY = {
+    torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.uint8: "u8", torch.int8: "i8",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool",
+}  # fmt: skip
+_NARROW = {torch.uint8, torch.int8, torch.int16}  # arithmetic wraps around there
+
+
+def _memory(node: fx.Node) -> str:
+    if dtype(node) not in _MEMORY:
+        raise RefusedError(Refusal.DTYPE, node)
+    return _MEMORY[dtype(node)]
+
+
+def _type(kind: torch.dtype, node: fx.Node) -> str:
+    if kind not in _MEMORY:
+        raise RefusedError(Refusal.DTYPE, node)
+    return "bool" if kind == torch.bool else "f32" if kind.is_floating_point else "i32"

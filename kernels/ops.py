@@ -1,0 +1,53 @@
+"""The operators that a fused graph calls: a program's text and its tensors.
+
+The text is an argument of the operator, not a key into a registry: what a compiled graph calls is complete in itself,
+for the caches of compiled graphs and for other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qgalore_compile._ops import define
+from qgalore_compile.kernels import cpu, gemm_cpu
+from qgalore_compile.kernels.gemm import GemmProgram, named
+from qgalore_compile.kernels.program import BlockProgram
+
+
+def _device_of(tensors: Sequence[Tensor]) -> None:
+    kind = tensors[0].device.type
+    if kind != "cpu":
+        raise NotImplementedError(f"generated kernels run on CPUs, these tensors are on {kind!r}")
+
+
+def _run(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    _device_of(written)
+    kernel = cpu.kernel(program)
+    kernel(named(kernel.program, written, read), numbers)
+
+
+def _run_gemm(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    _device_of(written)
+    gemm_cpu.run(program, written, read, numbers)
+
+
+def _nothing(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    return None
+
+
+run_program = define(
+    "run_program(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run, _nothing
+)
+"""Run a :class:`BlockProgram` (its text) over its whole space; tensors as for ``gemm.named``."""
+
+run_gemm = define(
+    "run_gemm(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_gemm, _nothing
+)
+"""Run a :class:`GemmProgram` (its text); tensors as for ``GemmProgram.share``."""
+
+
+def program_of(text: str) -> BlockProgram | GemmProgram:
+    """The program that an operator's first argument spells."""
+    return gemm_cpu.parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)

@@ -1,0 +1,332 @@
+"""``BlockProgram``: what a region does to one block of a matrix, in a form that every printer can spell.
+
+A program runs over a *space* of rows × columns.  The columns of a row form groups of ``width`` neighbours; the last
+group of a row may be short.  Every value has an *extent*, how much of the space it varies over:
+
+=========  ===================  ==========================================
+extent     one value for each   shape of a buffer
+=========  ===================  ==========================================
+scalar     launch               ()
+row        row                  (rows,)
+column     column               (columns,)
+group      group of a row       (rows, groups)
+element    place                (rows, columns); "u4": (rows, ⌈columns / 2⌉), planar
+=========  ===================  ==========================================
+
+and a *type*: float32 "f32", "i32" or "bool", whatever the memory holds; loads and stores convert.  Instructions are in
+static single assignment.  What is reduced is reduced within a group, so groups are independent: a program may run
+on any of them, in any order, with its outputs in the storage of its inputs.
+
+The text of a program (``str``) is its only external form: it travels as an argument of an operator in a compiled graph,
+names the compiled kernel in caches, and :meth:`BlockProgram.parse` reads it back.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+EXTENTS = ("scalar", "row", "column", "group", "element")
+TYPES = ("f32", "i32", "bool")
+MEMORY = {
+    "f32": "f32", "bf16": "f32", "f16": "f32",
+    "u4": "i32", "u8": "i32", "i8": "i32", "i16": "i32", "i32": "i32", "i64": "i32", "bool": "bool",
+}  # fmt: skip
+"""Type of the value that a load from memory of a format has.  i64 is for scalars, counters that fit into 32 bits."""
+
+
+class Space(NamedTuple):
+    """Rows × columns, the columns in groups of ``width``."""
+
+    rows: int
+    columns: int
+    width: int
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return -(-self.columns // self.width)
+
+
+class Buffer(NamedTuple):
+    """An argument in memory.
+
+    ``access`` is "in", "out", or "inout" where the program reads what it then overwrites.
+    """
+
+    name: str
+    memory: str
+    extent: str
+    access: str
+
+
+class Instruction(NamedTuple):
+    """One step.  ``args`` are numbers of instructions; ``names`` what else the operation needs, by ``OPERATIONS``."""
+
+    operation: str
+    args: tuple[int, ...]
+    names: tuple[str, ...]
+    type: str
+    extent: str
+
+
+# How many values an operation takes and how many names.  Pointwise operations mean what PyTorch's of that name mean in
+# float32 or int32: `minimum` and `maximum` propagate NaN, `round` is to even, shifts are of non-negative numbers.
+POINTWISE: dict[str, int] = {
+    "add": 2, "sub": 2, "mul": 2, "div": 2, "minimum": 2, "maximum": 2, "pow": 2, "neg": 1, "abs": 1, "sign": 1,
+    "sqrt": 1, "rsqrt": 1, "exp": 1, "exp2": 1, "expm1": 1, "log": 1, "log2": 1, "log10": 1, "log1p": 1, "tanh": 1,
+    "sigmoid": 1, "erf": 1, "sin": 1, "cos": 1, "floor": 1, "ceil": 1, "trunc": 1, "round": 1,
+    "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "and": 2, "or": 2, "not": 1,
+    "bitand": 2, "bitor": 2, "bitxor": 2, "shl": 2, "shr": 2, "where": 3,
+    "f32": 1, "i32": 1, "bool": 1, "round_bf16": 1, "round_f16": 1,
+}  # fmt: skip
+REDUCTIONS = {"group_min", "group_max", "group_sum"}
+OPERATIONS: dict[str, tuple[int, int]] = {
+    **{name: (count, 0) for name, count in POINTWISE.items()},
+    **dict.fromkeys(REDUCTIONS, (1, 0)),
+    "load": (0, 1),  # buffer
+    "constant": (0, 1),  # its value
+    "lookup": (1, 1),  # index; table
+    "random_bits": (1, 2),  # step; numbers that hold seed and parameter
+}
+_BOOLEAN = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "bool"}
+_INTEGER = {"bitand", "bitor", "bitxor", "shl", "shr", "i32", "random_bits"}
+
+
+class ProgramError(ValueError):
+    """A program that cannot be: the message says which instruction and why."""
+
+
+@dataclass
+class BlockProgram:
+    """A region over a space; see the module's docstring.
+
+    Attributes:
+        space: what it runs over.
+        buffers: arguments in memory, in the order in which a launch takes them.
+        numbers: names of arguments that are 64-bit integers, likewise.
+        tables: look-up tables of float32 by name.
+        instructions: in order.
+        stores: (buffer, number of the value) of what is written, after all instructions.
+    """
+
+    space: Space
+    buffers: list[Buffer] = field(default_factory=list)
+    numbers: list[str] = field(default_factory=list)
+    tables: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+    stores: list[tuple[str, int]] = field(default_factory=list)
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer of that name."""
+        return next(buffer for buffer in self.buffers if buffer.name == name)
+
+    def emit(self, operation: str, args: Sequence[int] = (), names: Sequence[str] = ()) -> int:
+        """Append an instruction unless an equal one is there; its number.  Type and extent follow from its arguments.
+
+        Raises:
+            ProgramError: an unknown operation, wrong counts, or types or extents that do not go together.
+        """
+        args, names = tuple(args), tuple(names)
+        instruction = Instruction(operation, args, names, *self._result(operation, args, names))
+        for number, other in enumerate(self.instructions):
+            if other == instruction:
+                return number
+        self.instructions.append(instruction)
+        return len(self.instructions) - 1
+
+    def constant(self, value: float, kind: str = "f32") -> int:
+        """A scalar of a type."""
+        text = float(value).hex() if kind == "f32" else str(int(value))
+        return self.emit("constant", names=(f"{kind}:{text}",))
+
+    def store(self, buffer: str, value: int) -> None:
+        """Write a value to a buffer at the end of the program; float to integer formats only through ``i32``."""
+        target, source = self.buffer(buffer), self.instructions[value]
+        if target.access == "in":
+            raise ProgramError(f"buffer {buffer} is read only; make it 'out' or 'inout'")
+        if MEMORY[target.memory] != source.type:
+            raise ProgramError(f"%{value} is {source.type}, but {buffer} holds {target.memory}; cast it first")
+        if join((target.extent, source.extent)) != target.extent:
+            raise ProgramError(f"%{value} is one for each {source.extent}, {buffer} one for each {target.extent}")
+        if any(name == buffer for name, _ in self.stores):
+            raise ProgramError(f"buffer {buffer} is stored twice")
+        self.stores.append((buffer, value))
+
+    def _result(self, operation: str, args: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, str]:
+        """(type, extent) of an instruction's result."""
+        if operation not in OPERATIONS:
+            raise ProgramError(f"unknown operation {operation!r}; known: {', '.join(sorted(OPERATIONS))}")
+        if (len(args), len(names)) != OPERATIONS[operation]:
+            want = OPERATIONS[operation]
+            raise ProgramError(f"{operation} takes {want[0]} values and {want[1]} names, got {len(args)}, {len(names)}")
+        sources = [self.instructions[number] for number in args]
+        if operation == "load":
+            buffer = self.buffer(names[0])
+            if buffer.access == "out":
+                raise ProgramError(f"buffer {buffer.name} is written only; make it 'inout'")
+            return MEMORY[buffer.memory], buffer.extent
+        if operation == "constant":
+            return names[0].split(":")[0], "scalar"
+        if operation == "lookup":
+            if names[0] not in self.tables or sources[0].type != "i32":
+                raise ProgramError(f"lookup needs a table and an i32, got {names[0]!r} and {sources[0].type}")
+            return "f32", sources[0].extent
+        if operation == "random_bits":
+            if sources[0].extent != "scalar" or not set(names) <= set(self.numbers):
+                raise ProgramError("random_bits needs a scalar step, and numbers for the seed and the parameter")
+            return "i32", "element"
+        if operation in REDUCTIONS:
+            if (sources[0].type, sources[0].extent) != ("f32", "element"):
+                raise ProgramError(f"{operation} reduces f32 elements, got {sources[0].type}, {sources[0].extent}")
+            return "f32", "group"
+        return self._pointwise_type(operation, sources), join([source.extent for source in sources])
+
+    @staticmethod
+    def _pointwise_type(operation: str, sources: list[Instruction]) -> str:
+        types = [source.type for source in sources]
+        if operation == "where":
+            condition, *types = types
+            if condition != "bool":
+                raise ProgramError(f"where takes a bool first, got {condition}")
+        if operation in ("f32", "i32", "bool"):
+            return operation
+        if len(set(types)) > 1:
+            raise ProgramError(f"{operation} takes values of one type, got {', '.join(types)}")
+        wanted = "bool" if operation in ("and", "or", "not") else "i32" if operation in _INTEGER else None
+        if wanted and types[0] != wanted:
+            raise ProgramError(f"{operation} takes {wanted}, got {types[0]}")
+        exact = _BOOLEAN | _INTEGER | {"where", "add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign"}
+        if operation not in exact and types[0] != "f32":
+            raise ProgramError(f"{operation} takes f32, got {types[0]}")
+        return "bool" if operation in _BOOLEAN else types[0]
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def phases(self) -> list[int]:
+        """For each instruction, how many reductions one after the other must be complete before it can run: a printer's
+        loops over the elements of a group."""
+        result: list[int] = []
+        for instruction in self.instructions:
+            result.append(max((result[number] + self._reduces(number) for number in instruction.args), default=0))
+        return result
+
+    def _reduces(self, number: int) -> int:
+        return int(self.instructions[number].operation in REDUCTIONS)
+
+    def users(self) -> list[list[int]]:
+        """For each instruction, those that take its value."""
+        result: list[list[int]] = [[] for _ in self.instructions]
+        for number, instruction in enumerate(self.instructions):
+            for source in dict.fromkeys(instruction.args):
+                result[source].append(number)
+        return result
+
+    def written(self) -> list[Buffer]:
+        """Buffers that the program writes."""
+        return [buffer for buffer in self.buffers if buffer.access != "in"]
+
+    def bytes(self) -> int:
+        """Bytes that must move: each buffer once in each direction that it is used in."""
+        return sum(self.bytes_of(buffer) * (2 if buffer.access == "inout" else 1) for buffer in self.buffers)
+
+    def bytes_of(self, buffer: Buffer) -> int:
+        """Size of a buffer."""
+        bits = {"f32": 32, "bf16": 16, "f16": 16, "u4": 4, "i16": 16, "i32": 32, "i64": 64}.get(buffer.memory, 8)
+        rows, columns, _ = self.space
+        places = {"scalar": 1, "row": rows, "column": columns, "group": rows * self.space.groups}
+        if buffer.memory == "u4":
+            return rows * -(-columns // 2)
+        return places.get(buffer.extent, rows * columns) * bits // 8
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"space {self.space.rows} {self.space.columns} {self.space.width}"
+        for buffer in self.buffers:
+            yield f"buffer {buffer.name} : {buffer.memory} {buffer.extent} {buffer.access}"
+        for name in self.numbers:
+            yield f"number {name}"
+        for name, values in self.tables.items():
+            # eight hexadecimal digits an entry: exact, and no longer than it must be
+            yield f"table {name} {struct.pack(f'>{len(values)}f', *values).hex()}"
+        for number, instruction in enumerate(self.instructions):
+            args = [f"%{arg}" for arg in instruction.args]
+            text = " ".join([instruction.operation, *args, *instruction.names])
+            yield f"%{number} = {text} : {instruction.type} {instruction.extent}"
+        for name, value in self.stores:
+            yield f"store {name} %{value}"
+
+    @classmethod
+    def parse(cls, text: str) -> BlockProgram:
+        """The program that ``str`` wrote.
+
+        Raises:
+            ProgramError: a line that is none.
+        """
+        program: BlockProgram | None = None
+        for line in text.splitlines():
+            word, *rest = line.split()
+            if word == "space":
+                program = cls(Space(*map(int, rest)))
+                continue
+            if program is None:
+                raise ProgramError(f"a program begins with its space, not with {line!r}")
+            if word == "buffer":
+                name, _, memory, extent, access = rest
+                program.buffers.append(Buffer(name, memory, extent, access))
+            elif word == "number":
+                program.numbers.append(rest[0])
+            elif word == "table":
+                data = bytes.fromhex(rest[1])
+                program.tables[rest[0]] = struct.unpack(f">{len(data) // 4}f", data)
+            elif word == "store":
+                program.store(rest[0], int(rest[1][1:]))
+            elif word.startswith("%"):
+                operation, *operands = rest[1:-3]
+                args = [int(operand[1:]) for operand in operands if operand.startswith("%")]
+                names = [operand for operand in operands if not operand.startswith("%")]
+                if program.emit(operation, args, names) != int(word[1:]):
+                    raise ProgramError(f"{line!r} is not the next instruction, or the same as an earlier one")
+            else:
+                raise ProgramError(f"no line of a program: {line!r}")
+        if program is None:
+            raise ProgramError("an empty text is no program")
+        return program
+
+    def pretty(self) -> str:
+        """The program for people: tables by their length, constants in decimals."""
+        lines = []
+        for line in self._lines():
+            if line.startswith("table"):
+                _, name, data = line.split()
+                line = f"table {name}, {len(data) // 8} entries"
+            elif "constant f32:" in line:
+                head, text = line.split("constant f32:")
+                value, rest = text.split(" ", 1)
+                line = f"{head}constant {number_of(f'f32:{value}'):.9g} {rest}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def number_of(name: str) -> float | int:
+    """The value in the name of a constant."""
+    kind, text = name.split(":")
+    return float.fromhex(text) if kind == "f32" else int(text)
+
+
+def join(extents: Sequence[str]) -> str:
+    """The extent of what follows from values of several extents."""
+    found = set(extents) - {"scalar"}
+    if not found:
+        return "scalar"
+    if len(found) == 1:
+        return found.pop()
+    return "group" if found == {"row", "group"} else "element"
