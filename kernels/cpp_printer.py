@@ -72,6 +72,8 @@ static inline uint16_t store_bf16(float value) {{
 """
 
 _PHILOX = """
+typedef uint16_t __attribute__((may_alias)) half_word;  // words are written whole and read by halves
+
 // Philox4x32-10 for the counters (first + k, row, step, param), k < count: eight draws of 16 bits a counter
 static inline void random_bits(
     uint64_t seed, uint32_t step, uint32_t param, uint32_t row, uint32_t first, int64_t count, uint32_t* words) {
@@ -202,7 +204,7 @@ class _Printer:
             f"                    static_cast<uint32_t>(row), counter_{number}, (first + length + 7) / 8 - first / 8, "
             f"words_{number});"
         )
-        yield f"        const uint16_t* draws_{number} = reinterpret_cast<const uint16_t*>(words_{number}) + first % 8;"
+        yield f"        const half_word* draws_{number} = reinterpret_cast<const half_word*>(words_{number}) + first % 8;"
 
     def _group_values(self, phase: int) -> Iterator[str]:
         """Values of extent "group" that are known once the loops before ``phase`` are through."""

@@ -78,7 +78,7 @@ class Region:
     program: BlockProgram
     buffers: dict[str, fx.Node] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
-    outputs: dict[fx.Node, str] = field(default_factory=dict)
+    outputs: dict[Output, str] = field(default_factory=dict)
 
 
 class _Value(NamedTuple):
@@ -266,7 +266,7 @@ class _Reader:
             self.program.store(name, number)
         except ProgramError as error:
             raise RefusedError(Refusal.SHAPE, node) from error
-        self.region.outputs[node] = name
+        self.region.outputs[output] = name
 
     def _node(self, node: fx.Node) -> None:
         try:

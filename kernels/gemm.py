@@ -38,14 +38,14 @@ class GemmProgram:
 
     Attributes:
         left, right: the operands.
-        epilogue: over the product's rows and columns.
+        epilogue: over the product's rows and columns; None where the product itself is wanted.
         product: the epilogue's buffer that stands for the product; its format is the product's.
     """
 
     left: Operand
     right: Operand
-    epilogue: BlockProgram
-    product: str
+    epilogue: BlockProgram | None = None
+    product: str = "product"
 
     def __str__(self) -> str:
         return self._text(str)
@@ -59,7 +59,7 @@ class GemmProgram:
         for name, (prologue, transposed) in (("left", self.left), ("right", self.right)):
             lines.append(f"{name} {'transposed' if transposed else 'straight'}")
             lines += [spelled(prologue)] if prologue else []
-        return "\n".join([*lines, "epilogue", spelled(self.epilogue)])
+        return "\n".join(lines + (["epilogue", spelled(self.epilogue)] if self.epilogue else []))
 
     @classmethod
     def parse(cls, text: str) -> GemmProgram:
@@ -72,13 +72,14 @@ class GemmProgram:
                 sections[word] = (rest, [])
             elif sections:
                 list(sections.values())[-1][1].append(line)
-        if not head.startswith("gemm ") or set(sections) != {"left", "right", "epilogue"}:
-            raise ProgramError("a product's text begins with 'gemm' and has the parts left, right and epilogue")
+        if not head.startswith("gemm ") or not {"left", "right"} <= set(sections):
+            raise ProgramError("a product's text begins with 'gemm' and has the parts left and right")
         left, right = (
             Operand(BlockProgram.parse("\n".join(body)) if body else None, flags == ["transposed"])
             for flags, body in (sections["left"], sections["right"])
         )
-        return cls(left, right, BlockProgram.parse("\n".join(sections["epilogue"][1])), head.split()[1])
+        epilogue = BlockProgram.parse("\n".join(sections["epilogue"][1])) if "epilogue" in sections else None
+        return cls(left, right, epilogue, head.split()[1])
 
     def share(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Named]:
         """Tensors by part: the left operand's, the right one's, and the epilogue's by buffer, without the product.
@@ -88,7 +89,7 @@ class GemmProgram:
             read: those of the left operand, of the right one, and of the epilogue's other buffers.
         """
         first, second = self.left.tensors(), self.left.tensors() + self.right.tensors()
-        own = named(self.epilogue, written, read[second:], leave=self.product)
+        own = named(self.epilogue, written, read[second:], leave=self.product) if self.epilogue else {}
         return list(read[:first]), list(read[first:second]), own
 
 

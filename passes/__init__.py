@@ -8,12 +8,15 @@ refresh.py            rounding  moves what only a refresh needs into the refresh
 reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
 dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
+fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
 order.py              exact     places updates as early as they can run, so that factors die early
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
 context.py                      what passes share and what they tell
 nodes.py                        facts about single nodes; how a pass makes a new one
+launch.py                       puts a call of a generated kernel in the place of nodes
+decoding.py                     which operands are decoded from integers, and by which nodes
 placement.py                    where a node that replaces several may stand
 facts.py                        facts that follow from a whole graph, for the analysis
 products.py                     a gradient read as a sum of products
@@ -31,6 +34,7 @@ from __future__ import annotations
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
 from qgalore_compile.passes.fuse import fuse
+from qgalore_compile.passes.fuse_products import fuse_products
 from qgalore_compile.passes.manager import Pass, PassManager
 from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
@@ -46,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("reassociate", "rounding", reassociate),
     Pass("dead_allocations", "exact", dead_allocations),
     Pass("fuse", "rounding", fuse),
+    Pass("fuse_products", "rounding", fuse_products),
     Pass("opaque", "exact", opaque),
     Pass("order", "exact", order),
 )

@@ -22,47 +22,36 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.from_graph import (
     Output,
     Refusal,
     RefusedError,
-    Region,
     candidates,
     from_graph,
 )
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.gemm import GemmProgram, Operand
 from qgalore_compile.kernels.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.launch import erase, launch, matrix_spaces, no_lowering, operand, through_transposes
 from qgalore_compile.passes.nodes import (
-    FUNCTIONALIZED,
-    TRANSPOSES,
     anchors,
     aten,
-    erase_dead,
     is_gemm,
-    make,
     operands,
     shape,
-    value,
     written,
 )
-from qgalore_compile.passes.placement import move_behind
 from qgalore_compile.passes.update import LayerUpdate
 
 SMALL = 1 << 16
 """Elements below which an update at full rank stays with Inductor: a call costs about 30 µs, its loop less."""
 
 _RANDOM = torch.ops.qgalore.random_bits.default
-_DEVICES = ("cpu",)
 
 
 def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -70,7 +59,7 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     facts = Facts(graph)
     for layer in context.layers:
         node = layer.up
-        problem = _no_lowering(layer.parameter[0])
+        problem = no_lowering(layer.parameter[0])
         if problem is None:
             try:
                 calls = _Sandwich(graph, facts, layer).fuse()
@@ -87,7 +76,7 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     by_name = {node.name: node for node in graph.find_nodes(op="placeholder")}
     for other in context.updates.unmatched if context.updates else ():
         parameter = by_name.get(other.input)
-        if parameter is None or math.prod(shape(parameter)) < SMALL or _no_lowering(parameter) is not None:
+        if parameter is None or math.prod(shape(parameter)) < SMALL or no_lowering(parameter) is not None:
             continue
         try:
             _full_rank(graph, parameter, owned)
@@ -97,13 +86,6 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         record.match(parameter)
 
 
-def _no_lowering(parameter: fx.Node) -> str | None:
-    kind = value(parameter).device.type
-    if kind in _DEVICES:
-        return None
-    return f"no generated kernels for {kind!r} yet, only for {', '.join(map(repr, _DEVICES))}"
-
-
 class _Sandwich:
     """One layer's update, about to be fused."""
 
@@ -111,14 +93,13 @@ class _Sandwich:
         self.graph, self.layer = graph, layer
         if layer.up.target is not aten.mm.default:
             raise _refused(layer.up)
-        self.targets = {stored: target for target, stored in map(written, layer.anchors) if shape(target)}
+        self.targets = [(stored, target) for target, stored in map(written, layer.anchors) if shape(target)]
         # random bits are the layer's alone, though the analysis leaves them out
         bits = {
             source: None for node in layer.region for source in node.all_input_nodes
             if source.target is _RANDOM and all(user in layer.region for user in source.users)
         }  # fmt: skip
         self.region = [*bits, *layer.region]
-        self.inside = set(self.region)
         first, second = operands(layer.up)
         self.low_is_left = facts.storage(first) is None
         self.inner, self.projector = (first, second) if self.low_is_left else (second, first)
@@ -126,131 +107,39 @@ class _Sandwich:
     def fuse(self) -> list[fx.Node]:
         """Replace the update by calls; nothing has changed where it raises."""
         layer = self.layer
-        between = set(layer.between)
-        inner, transposed = _through_transposes(self.inner)
-        states = [Output(node, target) for node, target in self.targets.items() if node in between]
-        weights = [Output(node, target) for node, target in self.targets.items() if node not in between]
-        made = [Output(inner)] if inner in self.inside else []
-        low = None
-        if made or states:
-            nodes = [node for node in self.region if node in between]
-            low = from_graph(nodes, [*made, *states], candidates(nodes, shape(inner)))
-        projector, straight = _through_transposes(self.projector)
-        prologue = None
-        if projector in self.inside:
-            nodes = [node for node in self.region if node in between]
-            prologue = from_graph(nodes, [Output(projector)], _matrices(candidates(nodes, shape(projector)), projector))
-        nodes = [node for node in self.region if node not in between and node is not layer.up]
-        epilogue = from_graph(nodes, weights, _matrices(candidates(nodes, layer.shape), layer.up))
+        before = set(layer.between)
+        between = [node for node in self.region if node in before]
+        behind = [node for node in self.region if node not in before and node is not layer.up]
+        outputs = [Output(node, target) for node, target in self.targets]
+        inner, transposed = through_transposes(self.inner)
+        states = [output for output in outputs if output.node in before]
+        if inner in before and all(output.node is not inner for output in states):
+            states.insert(0, Output(inner))
+        low = from_graph(between, states, candidates(between, shape(inner))) if states else None
+        epilogue = from_graph(
+            behind, [output for output in outputs if output.node not in before], matrix_spaces(behind, layer.up)
+        )
         product = next((name for name, node in epilogue.buffers.items() if node is layer.up), None)
-        if product is None or shape(layer.up) != layer.shape:
+        if product is None:
             raise _refused(layer.up)
+        projector, tensors = operand(between, self.projector)
         calls = []
-        replaced = inner
         if low is not None:
-            call, results = _launch(self.graph, low, [*made, *states], self.region)
-            replaced = results.get(inner, inner)
+            call, results = launch(self.graph, low, self.region)
+            inner = next((result for output, result in results.items() if output.node is inner), inner)
             calls.append(call)
-        operand = Operand(_valued(prologue), straight)
         plain = Operand(None, transposed)
-        parts: list[fx.Node] = list(prologue.buffers.values()) if prologue else [projector]
-        left, right = (plain, operand) if self.low_is_left else (operand, plain)
-        reads = [replaced, *parts] if self.low_is_left else [*parts, replaced]
+        left, right = (plain, projector) if self.low_is_left else (projector, plain)
         text = str(GemmProgram(left, right, epilogue.program, product))
-        call, _ = _launch(self.graph, epilogue, weights, self.region, ops.run_gemm, text, reads, product)
+        tensors = [inner, *tensors] if self.low_is_left else [*tensors, inner]
+        call, _ = launch(self.graph, epilogue, self.region, gemm=text, operands=tensors, product=product)
         layer.up = call
-        self._clean()
+        erase(self.graph, self.region)
         return [*calls, call]
-
-    def _clean(self) -> None:
-        for node in reversed(self.region):
-            if not node._erased:
-                erase_dead(self.graph, node)
 
 
 def _refused(node: fx.Node) -> RefusedError:
     return RefusedError(Refusal.OPERATION, node)
-
-
-def _through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
-    """(what a matrix is a transpose of, whether it is one)."""
-    transposed = False
-    while node.target in TRANSPOSES:
-        node, transposed = node.all_input_nodes[0], not transposed
-    return node, transposed
-
-
-def _matrices(spaces: Sequence[Any], node: fx.Node) -> list[Any]:
-    """The spaces that keep a matrix's rows apart, as blocks of it need."""
-    rows, columns = shape(node)
-    return [space for space in spaces if space[:2] == (rows, columns)]
-
-
-def _valued(region: Region | None) -> BlockProgram | None:
-    """A prologue's program, with its result named as products expect it."""
-    if region is None:
-        return None
-    (name,) = region.outputs.values()
-    program = region.program
-    renamed = BlockProgram(program.space, tables=program.tables, instructions=program.instructions)
-    renamed.buffers = [buffer._replace(name=VALUE) if buffer.name == name else buffer for buffer in program.buffers]
-    renamed.stores = [(VALUE if buffer == name else buffer, number) for buffer, number in program.stores]
-    return renamed
-
-
-def _launch(
-    graph: fx.Graph, region: Region, outputs: Sequence[Output], replaces: Iterable[fx.Node],
-    op: Any = ops.run_program, text: str | None = None, first: Sequence[fx.Node] = (), leave: str = "",
-) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:  # fmt: skip
-    """Call a region's kernel in place of its nodes: the call, and the new node for each output's.
-
-    Args:
-        replaces: nodes that stand in the graph still; the call comes behind the last.
-        op, text: what to call with which text; the region's program by default.
-        first: tensors to hand over before those that the region reads.
-        leave: a buffer that the caller does not hand over.
-    """
-    program = region.program
-    by_buffer = {buffer: node for node, buffer in region.outputs.items()}
-    bases: list[fx.Node] = []
-    last = max(node for node in replaces if not node._erased)
-    with graph.inserting_before(last):
-        for buffer in program.written():
-            target = region.buffers.get(buffer.name)
-            if target is None:
-                fake = value(by_buffer[buffer.name])
-                target = make(
-                    graph, aten.empty.memory_format, list(fake.shape), dtype=fake.dtype, device=fake.device,
-                    pin_memory=False,
-                )  # fmt: skip
-            bases.append(target)
-        reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name != leave]
-        reads = [_contiguous(graph, node) for node in [*first, *reads]]
-        kwargs: dict[str, Any] = {f"_written_{index}_base_index": index for index in range(len(bases))}
-        call = graph.call_function(
-            FUNCTIONALIZED, (op,),
-            {"program": text or str(program), "read": reads, "numbers": list(region.numbers.values()),
-             "_written_length": len(bases), **kwargs, "_all_bases": bases},
-        )  # fmt: skip
-        call.meta["val"] = (None, *map(value, bases))
-        results = {}
-        for index, buffer in enumerate(program.written()):
-            result = graph.call_function(operator.getitem, (call, index + 1))
-            old = by_buffer[buffer.name]
-            result.meta = {"val": value(bases[index])}
-            if "stack_trace" in old.meta:
-                result.meta["stack_trace"] = old.meta["stack_trace"]
-            results[old] = result
-    for old, result in results.items():
-        old.replace_all_uses_with(result, delete_user_cb=lambda user: user is not call)
-    move_behind(call, list(results.values()))
-    return call, results
-
-
-def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    if value(node).is_contiguous():
-        return node
-    return make(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
 # -- updates at full rank ---------------------------------------------------------------------------------------------
@@ -284,10 +173,8 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
                 raise refused from error
             region = smaller
             continue
-        _launch(graph, found, outputs, region)
-        for node in reversed(region):
-            if not node._erased:
-                erase_dead(graph, node)
+        launch(graph, found, region)
+        erase(graph, region)
         return
 
 

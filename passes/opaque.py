@@ -29,15 +29,13 @@ import torch
 from torch import fx
 
 from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
     INVOKE,
-    aten,
-    dtype,
     erase_dead,
     is_gemm,
     is_tensor,
-    operands,
     value,
 )
 from qgalore_compile.passes.placement import move_behind
@@ -95,37 +93,8 @@ def _problem(region: list[fx.Node]) -> str | None:
 
 def _quantised_product(facts: Facts, gemm: fx.Node) -> list[fx.Node] | None:
     """A product and the decoding of its quantised operands; None where none is quantised."""
-    region: dict[fx.Node, None] = {}
-    for operand in operands(gemm):
-        storage = facts.storage(operand)
-        if storage and any(not dtype(node).is_floating_point for node in storage if is_tensor(node)):
-            if not dtype(operand).is_floating_point or _looks_up(operand):
-                continue
-            region.update(dict.fromkeys(_decoding(operand)))
-    if not region:
-        return None
-    return [*sorted(region), gemm]
-
-
-def _looks_up(operand: fx.Node) -> bool:
-    """Whether the integers are indices (an embedding's tokens) rather than codes."""
-    return any(node.target is aten.embedding.default or node.target is aten.index.Tensor for node in _decoding(operand))
-
-
-def _decoding(node: fx.Node) -> list[fx.Node]:
-    """What stands between inputs of the graph and a node that follows from nothing else, itself included."""
-    seen = {node: None} if node.op == "call_function" else {}
-    pending = list(seen)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source.op == "call_function" and source not in seen and is_tensor(source) and not _is_version(source):
-                seen[source] = None
-                pending.append(source)
-    return list(seen)
-
-
-def _is_version(node: fx.Node) -> bool:
-    return not isinstance(node.target, torch._ops.OpOverload)
+    decoding = {node: None for each in quantised_operands(facts, gemm) for node in decoding_of(each)}
+    return [*sorted(decoding), gemm] if decoding else None
 
 
 class _Outliner:

@@ -1,0 +1,66 @@
+"""Decode a quantised operand of a product where the product loads it.
+
+    Before    %w = decode(%codes, %scale, %offset)          (m, n) in floating point
+              %y = mm(%x, %wᵀ)
+    After     %y = gemm("…", [%x, %codes, %scale, %offset])
+
+Requires  a product of two matrices one of which is decoded from integers that are inputs of the graph: INT8 weights in
+          the forward and in the gradient of the input, INT4 projectors; a device that a lowering exists for.
+Tier      rounding: a product computed in blocks, which a library may add up in another order.
+
+The decoded operand exists in blocks.  Inductor would store it whole, and compute the backward's beside the forward's.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.from_graph import RefusedError
+from qgalore_compile.kernels.gemm import GemmProgram
+from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.decoding import decoding_of, quantised_operands
+from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.launch import contiguous, erase, no_lowering, operand
+from qgalore_compile.passes.nodes import aten, is_gemm, make, operands
+
+
+def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    """Replace every product of two matrices with a quantised operand."""
+    facts = Facts(graph)
+    downs = {layer.down: layer for layer in context.layers}
+    found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node)}
+    for gemm, quantised in found.items():
+        if not quantised:
+            continue
+        problem = no_lowering(gemm)
+        if gemm.target is not aten.mm.default or len(quantised) > 1:
+            problem = "only a product of two matrices, one of them quantised and nothing added"
+        if problem is None:
+            try:
+                result = _replace(graph, gemm, quantised)
+            except RefusedError as refused:
+                problem = str(refused)
+        if problem is not None:
+            record.skip(gemm, problem)
+            continue
+        record.matches.append(gemm.name)
+        if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
+            layer = downs[gemm]
+            layer.low = result if layer.low is gemm else layer.low
+            layer.down = result
+
+
+def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Node:
+    parts = [operand(decoding_of(each) if each in quantised else [], each) for each in operands(gemm)]
+    program = GemmProgram(parts[0][0], parts[1][0])
+    with graph.inserting_before(gemm):
+        reads = []
+        for each, tensors in parts:
+            reads += [contiguous(graph, node) if each.prologue else node for node in tensors]
+        result = make(graph, ops.gemm, str(program), reads)
+    if "stack_trace" in gemm.meta:
+        result.meta["stack_trace"] = gemm.meta["stack_trace"]
+    gemm.replace_all_uses_with(result)
+    erase(graph, [gemm])
+    return result

@@ -1,0 +1,137 @@
+"""Put a call of a generated kernel in the place of the nodes that it replaces."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.from_graph import Output, Region, candidates, from_graph
+from qgalore_compile.kernels.gemm import VALUE, Operand
+from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRANSPOSES, aten, erase_dead, is_anchor, make, shape, value
+from qgalore_compile.passes.placement import move_behind
+
+_DEVICES = ("cpu",)
+
+
+def no_lowering(node: fx.Node) -> str | None:
+    """Why there are no generated kernels for the device of a node's tensor; None where there are."""
+    kind = value(node).device.type
+    if kind in _DEVICES:
+        return None
+    return f"no generated kernels for {kind!r} yet, only for {', '.join(map(repr, _DEVICES))}"
+
+
+def through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
+    """(what a matrix is a transpose of, whether it is one)."""
+    transposed = False
+    while node.target in TRANSPOSES:
+        node, transposed = node.all_input_nodes[0], not transposed
+    return node, transposed
+
+
+def matrix_spaces(nodes: Sequence[fx.Node], matrix: fx.Node) -> list[Space]:
+    """Spaces that keep a matrix's rows apart, as blocks of it need."""
+    return [space for space in candidates(nodes, shape(matrix)) if space[:2] == shape(matrix)]
+
+
+def operand(nodes: Sequence[fx.Node], matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
+    """A product's operand, decoded by `nodes` as far as they make it, and the tensors that it takes.
+
+    Raises:
+        RefusedError: nodes that are no program.
+    """
+    source, transposed = through_transposes(matrix)
+    if source not in nodes:
+        return Operand(None, transposed), [source]
+    region = from_graph(nodes, [Output(source)], matrix_spaces(nodes, source))
+    return Operand(_prologue(region), transposed), list(region.buffers.values())
+
+
+def _prologue(region: Region) -> BlockProgram:
+    """A region's program with its only result named as products expect it."""
+    (name,) = region.outputs.values()
+    program = region.program
+    renamed = BlockProgram(program.space, tables=program.tables, instructions=program.instructions)
+    renamed.buffers = [buffer._replace(name=VALUE) if buffer.name == name else buffer for buffer in program.buffers]
+    renamed.stores = [(VALUE if buffer == name else buffer, number) for buffer, number in program.stores]
+    return renamed
+
+
+def launch(
+    graph: fx.Graph, region: Region, replaces: Iterable[fx.Node], *,
+    gemm: str = "", operands: Sequence[fx.Node] = (), product: str = "",
+) -> tuple[fx.Node, dict[Output, fx.Node]]:  # fmt: skip
+    """Call a region's kernel: the call, and the node that now stands for each output.
+
+    Args:
+        replaces: nodes that stand in the graph still; the call comes behind the last.
+        gemm: where the region is a product's epilogue, the product's text; then also
+        operands: the tensors of its operands, and
+        product: the region's buffer that is the product.
+    """
+    program = region.program
+    output_of = {buffer: output for output, buffer in region.outputs.items()}
+    op = ops.run_gemm if gemm else ops.run_program
+    last = max(node for node in replaces if not node._erased)
+    results: dict[Output, fx.Node] = {}
+    with graph.inserting_before(last):
+        bases = [
+            region.buffers.get(buffer.name) or _empty(graph, output_of[buffer.name].node)
+            for buffer in program.written()
+        ]  # fmt: skip
+        reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name != product]
+        reads = [contiguous(graph, node) for node in [*operands, *reads]]
+        places: dict[str, Any] = {f"_written_{index}_base_index": index for index in range(len(bases))}
+        call = graph.call_function(
+            FUNCTIONALIZED, (op,),
+            {"program": gemm or str(program), "read": reads, "numbers": list(region.numbers.values()),
+             "_written_length": len(bases), **places, "_all_bases": bases},
+        )  # fmt: skip
+        call.meta["val"] = (None, *map(value, bases))
+        for index, buffer in enumerate(program.written()):
+            result = graph.call_function(operator.getitem, (call, index + 1))
+            output = output_of[buffer.name]
+            result.meta = {"val": value(bases[index])}
+            if "stack_trace" in output.node.meta:
+                result.meta["stack_trace"] = output.node.meta["stack_trace"]
+            results[output] = result
+    _hand_over(call, results)
+    move_behind(call, list(results.values()))
+    return call, results
+
+
+def _hand_over(call: fx.Node, results: dict[Output, fx.Node]) -> None:
+    """Give readers the results: an anchor what is stored where it writes, others any."""
+    for output, result in results.items():
+        for user in list(output.node.users):
+            if is_anchor(user) and user.args[0] is output.target:
+                user.update_arg(1, result)
+    for output, result in results.items():
+        output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not call)
+
+
+def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    fake = value(like)
+    return make(
+        graph, aten.empty.memory_format, list(fake.shape), dtype=fake.dtype, device=fake.device, pin_memory=False
+    )
+
+
+def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A node's tensor with its elements in row-major order."""
+    if value(node).is_contiguous():
+        return node
+    return make(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Erase those nodes, given in the order of the graph, that nobody reads any more."""
+    for node in reversed(nodes):
+        if not node._erased:
+            erase_dead(graph, node)
