@@ -16,6 +16,7 @@ arithmetic is float32 without contraction or reassociation, sums excepted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
 
@@ -71,32 +72,7 @@ static inline uint16_t store_bf16(float value) {{
 }}
 """
 
-_PHILOX = """
-typedef uint16_t __attribute__((may_alias)) half_word;  // words are written whole and read by halves
-
-// Philox4x32-10 for the counters (first + k, row, step, param), k < count: eight draws of 16 bits a counter
-static inline void random_bits(
-    uint64_t seed, uint32_t step, uint32_t param, uint32_t row, uint32_t first, int64_t count, uint32_t* words) {
-    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    #pragma omp simd
-    for (int64_t k = 0; k < count; ++k) {
-        uint32_t c0 = first + static_cast<uint32_t>(k), c1 = row, c2 = step, c3 = param, k0 = key0, k1 = key1;
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-            c1 = static_cast<uint32_t>(p1);
-            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-            c3 = static_cast<uint32_t>(p0);
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
-        words[4 * k] = c0;
-        words[4 * k + 1] = c1;
-        words[4 * k + 2] = c2;
-        words[4 * k + 3] = c3;
-    }
-}
-"""
+_PHILOX = (Path(__file__).parent / "philox.inc").read_text()
 
 
 def print_cpp(program: BlockProgram) -> str:
@@ -175,6 +151,9 @@ class _Printer:
             yield f"        {kind} kept_{number}[{self.space.width}];"
         for number in self.random:
             yield from self._draws(number)
+        for buffer in self.program.buffers:
+            if buffer.memory == "u4":
+                yield from self._nibbles(buffer.name)
         for phase in range(self.last + 1):
             yield from self._group_values(phase)
             yield from self._loop(phase)
@@ -195,8 +174,8 @@ class _Printer:
     def _draws(self, number: int) -> Iterator[str]:
         each = self.program.instructions[number]
         seed, param = each.names
-        # a group need not begin at a counter's first draw
-        yield f"        uint32_t words_{number}[{4 * (-(-self.space.width // 8) + 2)}];"
+        # a group need not begin at a counter's first draw, and counters are taken eight at a time
+        yield f"        uint32_t words_{number}[{4 * (-(-self.space.width // 8) + 8)}];"
         yield f"        const uint32_t counter_{number} = static_cast<uint32_t>(first / 8);"
         yield (
             f"        random_bits(static_cast<uint64_t>({seed}), "
@@ -204,7 +183,21 @@ class _Printer:
             f"                    static_cast<uint32_t>(row), counter_{number}, (first + length + 7) / 8 - first / 8, "
             f"words_{number});"
         )
-        yield f"        const half_word* draws_{number} = reinterpret_cast<const half_word*>(words_{number}) + first % 8;"
+        words = f"reinterpret_cast<const half_word*>(words_{number})"
+        yield f"        const half_word* draws_{number} = {words} + first % 8;"
+
+    def _nibbles(self, name: str) -> Iterator[str]:
+        """Codes of a group, unpacked: low nibbles hold the first half of a row, so there are two plain loops."""
+        half = -(-self.space.columns // 2)
+        yield f"        const uint8_t* {name}_row = {name} + row * {name}_pitch;"
+        low = f"{half} - first"
+        yield f"        const int64_t {name}_low = {low} < 0 ? 0 : ({low} < length ? {low} : length);"
+        yield f"        uint8_t {name}_codes[{self.space.width}];"
+        yield "        #pragma omp simd"
+        yield f"        for (int64_t j = 0; j < {name}_low; ++j) {name}_codes[j] = {name}_row[first + j] & 15;"
+        yield "        #pragma omp simd"
+        yield f"        for (int64_t j = {name}_low; j < length; ++j)"
+        yield f"            {name}_codes[j] = {name}_row[first + j - {half}] >> 4;"
 
     def _group_values(self, phase: int) -> Iterator[str]:
         """Values of extent "group" that are known once the loops before ``phase`` are through."""
@@ -236,9 +229,10 @@ class _Printer:
                      "group_max": "-std::numeric_limits<float>::infinity()", "group_sum": "0.0f"}  # fmt: skip
             yield f"        float r{number} = {start[each.operation]};"
             clauses += f" reduction({each.operation[6:].replace('sum', '+')}: r{number})"
-            if each.operation != "group_sum":
-                yield f"        int nan_{number} = 0;"
-                clauses += f" reduction(|: nan_{number})"
+        watched = dict.fromkeys(each.args[0] for _, each in reductions if each.operation != "group_sum")
+        for value in watched:
+            yield f"        int nan_{value} = 0;"
+            clauses += f" reduction(|: nan_{value})"
         yield f"        #pragma omp simd{clauses}"
         yield "        for (int64_t j = 0; j < length; ++j) {"
         for number in self._needed(wanted, phase):
@@ -249,13 +243,14 @@ class _Printer:
             if number in self.kept and not earlier:
                 yield f"            kept_{number}[j] = v{number};"
         for number, each in reductions:
-            value = f"v{each.args[0]}"
+            reduced = f"v{each.args[0]}"
             if each.operation == "group_sum":
-                yield f"            r{number} += {value};"
+                yield f"            r{number} += {reduced};"
             else:
                 sign = "<" if each.operation == "group_min" else ">"
-                yield f"            r{number} = {value} {sign} r{number} ? {value} : r{number};"
-                yield f"            nan_{number} |= {value} != {value};"
+                yield f"            r{number} = {reduced} {sign} r{number} ? {reduced} : r{number};"
+        for value in watched:
+            yield f"            nan_{value} |= v{value} != v{value};"
         for name, stored in stores:
             yield from self._store(name, stored)
         yield "        }"
@@ -294,7 +289,7 @@ class _Printer:
         if each.operation == "group_sum":
             return f"r{number}"
         if each.operation in REDUCTIONS:
-            return f"nan_{number} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
+            return f"nan_{each.args[0]} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
         return _SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
 
     def _special(self, each: Instruction) -> str:
@@ -310,9 +305,7 @@ class _Printer:
         name = each.names[0]
         buffer = self.program.buffer(name)
         if buffer.memory == "u4":
-            half = -(-self.space.columns // 2)
-            place = f"{name}[row * {name}_pitch + (first + j) % {half}]"
-            return f"({place} >> (first + j < {half} ? 0 : 4)) & 15"
+            return f"static_cast<int32_t>({name}_codes[j])"
         place = {
             "scalar": "0", "row": "row", "column": "first + j", "group": f"row * {self.space.groups} + group",
             "element": f"row * {name}_pitch + first + j",

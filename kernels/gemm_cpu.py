@@ -18,7 +18,7 @@ from qgalore_compile.kernels import cpu
 from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
 
-PRODUCT_BYTES = 1 << 20
+PRODUCT_BYTES = 1 << 21
 """A block of the product at most: it has to stay in the second-level caches until the epilogue has read it."""
 
 OPERAND_BYTES = 1 << 22

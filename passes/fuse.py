@@ -42,6 +42,7 @@ from qgalore_compile.passes.nodes import (
     anchors,
     aten,
     is_gemm,
+    is_scalar,
     operands,
     shape,
     written,
@@ -99,7 +100,7 @@ class _Sandwich:
             source: None for node in layer.region for source in node.all_input_nodes
             if source.target is _RANDOM and all(user in layer.region for user in source.users)
         }  # fmt: skip
-        self.region = [*bits, *layer.region]
+        self.region = _without_statistics([*bits, *layer.region])
         first, second = operands(layer.up)
         self.low_is_left = facts.storage(first) is None
         self.inner, self.projector = (first, second) if self.low_is_left else (second, first)
@@ -136,6 +137,18 @@ class _Sandwich:
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
+
+
+def _without_statistics(region: list[fx.Node]) -> list[fx.Node]:
+    """A region without 0-d tensors that follow from larger ones: a norm, whether all is finite.  They are inputs then;
+    scalars that follow from scalars are computed again where they are needed."""
+    inside, left = set(region), set[fx.Node]()
+    for node in region:
+        if is_scalar(node) and any(
+            source in left or (source in inside and not is_scalar(source)) for source in node.all_input_nodes
+        ):
+            left.add(node)
+    return [node for node in region if node not in left]
 
 
 def _refused(node: fx.Node) -> RefusedError:

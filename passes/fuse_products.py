@@ -29,7 +29,9 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
     """Replace every product of two matrices with a quantised operand."""
     facts = Facts(graph)
     downs = {layer.down: layer for layer in context.layers}
-    found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node)}
+    # a product inside an update that was not fused is a part of that
+    taken = {node for layer in context.layers for node in layer.region}
+    found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node) and node not in taken}
     for gemm, quantised in found.items():
         if not quantised:
             continue

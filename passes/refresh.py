@@ -28,7 +28,7 @@ from torch import fx
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import arguments_changed, erase_dead, is_tensor, make, transpose, value
+from qgalore_compile.passes.nodes import arguments_changed, erase_dead, hint, is_tensor, make, transpose, value
 from qgalore_compile.passes.reassociate import T, obstacle, wanted
 from qgalore_compile.passes.update import LayerUpdate
 
@@ -84,7 +84,7 @@ def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
 
 def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
     """What one refresh costs beside the step: operations in the tokens T, and bytes that exist for its time."""
-    m, n = layer.shape
+    m, n = map(hint, layer.shape)
     large, small = max(m, n), min(m, n)
     if call.kwargs["method"] == "svd":
         # R-SVD with singular vectors: Golub and Van Loan, Matrix Computations, 4th edition, figure 8.6.1
