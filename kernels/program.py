@@ -92,6 +92,7 @@ OPERATIONS: dict[str, tuple[int, int]] = {
     "random_bits": (1, 2),  # step; numbers that hold seed and parameter
 }
 _BOOLEAN = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "bool"}
+_ARITHMETIC = {"add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign"}
 _INTEGER = {"bitand", "bitor", "bitxor", "shl", "shr", "i32", "random_bits"}
 
 
@@ -122,8 +123,12 @@ class BlockProgram:
     # -- building ---------------------------------------------------------------------------------------------------
 
     def buffer(self, name: str) -> Buffer:
-        """The buffer of that name."""
-        return next(buffer for buffer in self.buffers if buffer.name == name)
+        """The buffer of that name; ProgramError where there is none."""
+        found = next((buffer for buffer in self.buffers if buffer.name == name), None)
+        if found is None:
+            known = ", ".join(buffer.name for buffer in self.buffers) or "none"
+            raise ProgramError(f"no buffer {name!r}; there are {known}")
+        return found
 
     def emit(self, operation: str, args: Sequence[int] = (), names: Sequence[str] = ()) -> int:
         """Append an instruction unless an equal one is there; its number.  Type and extent follow from its arguments.
@@ -145,10 +150,21 @@ class BlockProgram:
         return self.emit("constant", names=(f"{kind}:{text}",))
 
     def store(self, buffer: str, value: int) -> None:
-        """Write a value to a buffer at the end of the program; float to integer formats only through ``i32``."""
+        """Write a value to a buffer at the end of the program; float to integer formats only through ``i32``.
+
+        Raises:
+            ProgramError: a buffer that cannot take it.  Rows, columns and scalars are none of any one group's, and two
+                packed codes are one byte of two groups, so groups that write them would not be independent.
+        """
+        if not 0 <= value < len(self.instructions):
+            raise ProgramError(f"no instruction %{value} to store to {buffer}")
         target, source = self.buffer(buffer), self.instructions[value]
         if target.access == "in":
             raise ProgramError(f"buffer {buffer} is read only; make it 'out' or 'inout'")
+        if target.extent not in ("group", "element"):
+            raise ProgramError(f"only groups and elements are stored, but {buffer} is one for each {target.extent}")
+        if target.memory == "u4":
+            raise ProgramError(f"{buffer} holds u4, which is read only; store u8 codes")
         if MEMORY[target.memory] != source.type:
             raise ProgramError(f"%{value} is {source.type}, but {buffer} holds {target.memory}; cast it first")
         if join((target.extent, source.extent)) != target.extent:
@@ -164,6 +180,9 @@ class BlockProgram:
         if (len(args), len(names)) != OPERATIONS[operation]:
             want = OPERATIONS[operation]
             raise ProgramError(f"{operation} takes {want[0]} values and {want[1]} names, got {len(args)}, {len(names)}")
+        unknown = next((number for number in args if not 0 <= number < len(self.instructions)), None)
+        if unknown is not None:
+            raise ProgramError(f"{operation} takes earlier instructions, got %{unknown}")
         sources = [self.instructions[number] for number in args]
         if operation == "load":
             buffer = self.buffer(names[0])
@@ -171,7 +190,7 @@ class BlockProgram:
                 raise ProgramError(f"buffer {buffer.name} is written only; make it 'inout'")
             return MEMORY[buffer.memory], buffer.extent
         if operation == "constant":
-            return names[0].split(":")[0], "scalar"
+            return _type_of_constant(names[0]), "scalar"
         if operation == "lookup":
             if names[0] not in self.tables or sources[0].type != "i32":
                 raise ProgramError(f"lookup needs a table and an i32, got {names[0]!r} and {sources[0].type}")
@@ -200,9 +219,11 @@ class BlockProgram:
         wanted = "bool" if operation in ("and", "or", "not") else "i32" if operation in _INTEGER else None
         if wanted and types[0] != wanted:
             raise ProgramError(f"{operation} takes {wanted}, got {types[0]}")
-        exact = _BOOLEAN | _INTEGER | {"where", "add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign"}
+        exact = _BOOLEAN | _INTEGER | _ARITHMETIC | {"where"}
         if operation not in exact and types[0] != "f32":
             raise ProgramError(f"{operation} takes f32, got {types[0]}")
+        if operation in _ARITHMETIC and types[0] == "bool":  # PyTorch's `+` of bools is "or", its `-` an error
+            raise ProgramError(f"{operation} takes f32 or i32, got bool")
         return "bool" if operation in _BOOLEAN else types[0]
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -272,33 +293,46 @@ class BlockProgram:
             ProgramError: a line that is none.
         """
         program: BlockProgram | None = None
-        for line in text.splitlines():
-            word, *rest = line.split()
-            if word == "space":
-                program = cls(Space(*map(int, rest)))
-                continue
-            if program is None:
-                raise ProgramError(f"a program begins with its space, not with {line!r}")
-            if word == "buffer":
-                name, _, memory, extent, access = rest
-                program.buffers.append(Buffer(name, memory, extent, access))
-            elif word == "number":
-                program.numbers.append(rest[0])
-            elif word == "table":
-                data = bytes.fromhex(rest[1])
-                program.tables[rest[0]] = struct.unpack(f">{len(data) // 4}f", data)
-            elif word == "store":
-                program.store(rest[0], int(rest[1][1:]))
-            elif word.startswith("%"):
-                operation, *operands = rest[1:-3]
-                args = [int(operand[1:]) for operand in operands if operand.startswith("%")]
-                names = [operand for operand in operands if not operand.startswith("%")]
-                if program.emit(operation, args, names) != int(word[1:]):
-                    raise ProgramError(f"{line!r} is not the next instruction, or the same as an earlier one")
-            else:
-                raise ProgramError(f"no line of a program: {line!r}")
+        line = ""
+        try:
+            for line in text.splitlines():
+                program = cls._read(program, line)
+        except ProgramError:
+            raise
+        except (ValueError, TypeError, IndexError, struct.error) as error:
+            raise ProgramError(f"no line of a program: {line!r}") from error
         if program is None:
             raise ProgramError("an empty text is no program")
+        return program
+
+    @classmethod
+    def _read(cls, program: BlockProgram | None, line: str) -> BlockProgram:
+        """The program with one line more; many an error where the line is none."""
+        word, *rest = line.split()
+        if word == "space":
+            return cls(Space(*map(int, rest)))
+        if program is None:
+            raise ProgramError(f"a program begins with its space, not with {line!r}")
+        if word == "buffer":
+            name, _, memory, extent, access = rest
+            if memory not in MEMORY or extent not in EXTENTS or access not in ("in", "out", "inout"):
+                raise ValueError
+            program.buffers.append(Buffer(name, memory, extent, access))
+        elif word == "number":
+            program.numbers.append(rest[0])
+        elif word == "table":
+            data = bytes.fromhex(rest[1])
+            program.tables[rest[0]] = struct.unpack(f">{len(data) // 4}f", data)
+        elif word == "store":
+            program.store(rest[0], int(rest[1][1:]))
+        elif word.startswith("%"):
+            operation, *operands = rest[1:-3]
+            args = [int(operand[1:]) for operand in operands if operand.startswith("%")]
+            names = [operand for operand in operands if not operand.startswith("%")]
+            if program.emit(operation, args, names) != int(word[1:]):
+                raise ProgramError(f"{line!r} is not the next instruction, or the same as an earlier one")
+        else:
+            raise ValueError
         return program
 
     def pretty(self) -> str:
@@ -320,6 +354,18 @@ def number_of(name: str) -> float | int:
     """The value in the name of a constant."""
     kind, text = name.split(":")
     return float.fromhex(text) if kind == "f32" else int(text)
+
+
+def _type_of_constant(name: str) -> str:
+    """The type in the name of a constant."""
+    kind = name.split(":")[0]
+    try:
+        if kind in TYPES:
+            number_of(name)
+            return kind
+    except ValueError:
+        pass
+    raise ProgramError(f"a constant is {', '.join(TYPES[:-1])} or {TYPES[-1]}, got {name!r}")
 
 
 def join(extents: Sequence[str]) -> str:
