@@ -52,10 +52,13 @@ def evaluate(program: BlockProgram, tensors: Mapping[str, Tensor], numbers: Mapp
     for instruction in program.instructions:
         args = [values[number] for number in instruction.args]
         values.append(_run(program, instruction, args, tensors, numbers or {}))
+    stored = []
     for name, number in program.stores:
-        buffer, target = program.buffer(name), tensors[name]
-        value = _spread(values[number], program.instructions[number].extent, buffer.extent, space)
-        target.copy_(value.to(target.dtype).reshape(target.shape))
+        value = _spread(values[number], program.instructions[number].extent, program.buffer(name).extent, space)
+        # a copy: what was loaded may be the storage that another store overwrites
+        stored.append((tensors[name], value.to(tensors[name].dtype, copy=True)))
+    for target, value in stored:
+        target.copy_(value.reshape(target.shape))
 
 
 def _run(
