@@ -105,7 +105,7 @@ def _spread(value: Tensor, extent: str, to: str, space: Space) -> Tensor:
     """A value of one extent as one of a larger extent."""
     if extent == "group" and to == "element":
         return value.repeat_interleave(space.width, dim=-1)[:, : space.columns]
-    if to == "group" and extent == "row":
+    if to == "group":
         return value.expand(space.rows, space.groups)
     if to == "element":
         return value.expand(space.rows, space.columns)
