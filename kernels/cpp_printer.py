@@ -29,7 +29,7 @@ _MEMORY = {
 _SPELLING = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
     "minimum": "{0} != {0} ? {0} : ({0} < {1} ? {0} : {1})", "maximum": "{0} != {0} ? {0} : ({0} > {1} ? {0} : {1})",
-    # a number is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
+    # a number, not NaN, is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
     "minimum constant": "!({0} >= {1}) ? {0} : {1}", "maximum constant": "!({0} <= {1}) ? {0} : {1}",
     # GCC 12 narrows a selection of bytes by a condition from outside the loop into one that it cannot vectorise
     "where invariant": "({1} & -static_cast<int32_t>({0})) | ({2} & (static_cast<int32_t>({0}) - 1))",
@@ -87,29 +87,41 @@ class _Printer:
         self.program, self.space = program, program.space
         self.phase, self.users = program.phases(), program.users()
         self.index = {buffer.name: position for position, buffer in enumerate(program.buffers)}
-        self.store_phase = {name: self._store_phase(name, value) for name, value in program.stores}
+        self.store_phase, self.until = self._schedule()
         self.last = max([*self.store_phase.values(), 0])
-        self.kept = {number for number in range(len(program.instructions)) if self._is_kept(number)}
+        self.kept = {number for number in range(len(program.instructions))
+                     if not self._is_repeated(number) and self.phase[number] < self.until[number]
+                     and program.instructions[number].extent == "element"}  # fmt: skip
         self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
 
-    def _store_phase(self, name: str, value: int) -> int:
-        """When a buffer is written: with its value, but behind everything that reads what it held."""
-        readers = [
-            self.phase[user]
-            for number, each in enumerate(self.program.instructions) if each.names == (name,)
-            for user in self.users[number]
-        ]  # fmt: skip
-        reduced = int(self.program.instructions[value].operation in REDUCTIONS)
-        return max([self.phase[value] + reduced, *readers])
+    def _schedule(self) -> tuple[dict[str, int], list[int]]:
+        """(when each buffer is written, the last phase that each instruction is needed in).
 
-    def _is_kept(self, number: int) -> bool:
-        """Whether an element value is computed in one phase and needed in a later one, and costs more than a load."""
+        A buffer is written with its value, but behind everything that reads what it held: what is computed again in a
+        later phase loads again, and so does what is stored later.
+        """
+        instructions, stores = self.program.instructions, self.program.stores
+        loads = {each.names[0]: number for number, each in enumerate(instructions) if each.operation == "load"}
+        writing = {
+            name: self.phase[value] + int(instructions[value].operation in REDUCTIONS) for name, value in stores
+        }  # fmt: skip
+        until = list(self.phase)
+        while True:
+            before = dict(writing)
+            for name, value in stores:
+                until[value] = max(until[value], writing[name])
+            for number in reversed(range(len(instructions))):
+                needed = [until[user] if self._is_repeated(user) else self.phase[user] for user in self.users[number]]
+                until[number] = max([until[number], *needed])
+            for name in writing:
+                writing[name] = max(writing[name], until[loads[name]] if name in loads else 0)
+            if writing == before:
+                return writing, until
+
+    def _is_repeated(self, number: int) -> bool:
+        """Whether an instruction is run again where it is needed, which costs no more than a load."""
         each = self.program.instructions[number]
-        if each.extent != "element" or each.operation in _CHEAP:
-            return False
-        needed = [self.phase[user] for user in self.users[number]]
-        needed += [self.store_phase[name] for name, value in self.program.stores if value == number]
-        return any(phase > self.phase[number] for phase in needed)
+        return each.extent == "column" or (each.extent == "element" and each.operation in _CHEAP)
 
     # -- the source -------------------------------------------------------------------------------------------------
 
@@ -129,9 +141,9 @@ class _Printer:
         for position, buffer in enumerate(self.program.buffers):
             kind = _MEMORY[buffer.memory]
             const = "const " if buffer.access == "in" else ""
-            yield f"    {const}{kind}* {buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
+            yield f"    {const}{kind}* at_{buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
             if buffer.extent == "element":
-                yield f"    const int64_t {buffer.name}_pitch = pitches[{position}];"
+                yield f"    const int64_t pitch_{buffer.name} = pitches[{position}];"
         for position, name in enumerate(self.program.numbers):
             yield f"    const int64_t {name} = numbers[{position}];"
         yield from self._those("scalar", "    ")
@@ -161,7 +173,7 @@ class _Printer:
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
             if buffer.extent == "group":
-                place = f"{name}[row * {self.space.groups} + group]"
+                place = f"at_{name}[row * {self.space.groups} + group]"
                 yield f"        {place} = {_narrowed(f'v{value}', buffer.memory)};"
         yield "    }"
         yield "}"
@@ -189,7 +201,7 @@ class _Printer:
     def _nibbles(self, name: str) -> Iterator[str]:
         """Codes of a group, unpacked: low nibbles hold the first half of a row, so there are two plain loops."""
         half = -(-self.space.columns // 2)
-        yield f"        const uint8_t* {name}_row = {name} + row * {name}_pitch;"
+        yield f"        const uint8_t* {name}_row = at_{name} + row * pitch_{name};"
         low = f"{half} - first"
         yield f"        const int64_t {name}_low = {low} < 0 ? 0 : ({low} < length ? {low} : length);"
         yield f"        uint8_t {name}_codes[{self.space.width}];"
@@ -271,7 +283,7 @@ class _Printer:
 
     def _store(self, name: str, value: int) -> Iterator[str]:
         buffer = self.program.buffer(name)
-        yield f"            {name}[row * {name}_pitch + first + j] = {_narrowed(f'v{value}', buffer.memory)};"
+        yield f"            at_{name}[row * pitch_{name} + first + j] = {_narrowed(f'v{value}', buffer.memory)};"
 
     # -- one instruction --------------------------------------------------------------------------------------------
 
@@ -296,7 +308,8 @@ class _Printer:
         """The spelling for what is known of the arguments."""
         sources = [self.program.instructions[arg] for arg in each.args]
         if each.operation in ("minimum", "maximum") and sources[1].operation == "constant":
-            return f"{each.operation} constant"
+            value = number_of(sources[1].names[0])
+            return f"{each.operation} constant" if value == value else each.operation
         if each.operation == "where" and each.type == "i32" and sources[0].extent != each.extent == "element":
             return "where invariant"
         return "f32 of bool" if each.operation == "f32" and sources[0].type == "bool" else each.operation
@@ -308,9 +321,9 @@ class _Printer:
             return f"static_cast<int32_t>({name}_codes[j])"
         place = {
             "scalar": "0", "row": "row", "column": "first + j", "group": f"row * {self.space.groups} + group",
-            "element": f"row * {name}_pitch + first + j",
+            "element": f"row * pitch_{name} + first + j",
         }[buffer.extent]  # fmt: skip
-        loaded = f"{name}[{place}]"
+        loaded = f"at_{name}[{place}]"
         if buffer.memory == "bf16":
             return f"load_bf16({loaded})"
         return loaded if each.type == "bool" else f"static_cast<{_TYPES[each.type]}>({loaded})"
