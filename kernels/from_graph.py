@@ -184,13 +184,15 @@ class _Reader:
 
     # -- inputs -----------------------------------------------------------------------------------------------------
 
-    def readings(self, node: fx.Node) -> list[tuple[str, tuple[str, ...]]]:
+    def readings(self, node: fx.Node) -> Sequence[tuple[str, tuple[str, ...]]]:
         """Extents that an input may have, with its atoms; [] where none fits."""
         if not is_tensor(node):
             return []
         count = math.prod(shape(node))
         whole = ("row", *self.columns)
-        options = [("scalar", ())] if count == 1 else [
+        one_group = self.space.rows * self.space.groups == 1 and any(node is each.target for each in self.outputs)
+        whole_group = "element" if self.space.columns == 1 else "group"  # scalars cannot be written
+        options = [(whole_group if one_group else "scalar", ())] if count == 1 else [
             (extent, atoms)
             for extent, atoms in (
                 ("element", whole), ("group", ("row", "group")), ("row", ("row",)), ("column", self.columns)
@@ -249,7 +251,7 @@ class _Reader:
         extents = {
             tuple(atom for atom in atoms if self.sizes[atom] > 1): extent
             for extent, atoms in (
-                ("row", ("row",)), ("group", ("row", "group")), ("element", whole), ("scalar", ()),
+                ("scalar", ()), ("row", ("row",)), ("group", ("row", "group")), ("element", whole),
             )
         }  # fmt: skip
         if atoms not in extents:
