@@ -64,10 +64,10 @@ class GemmProgram:
     @classmethod
     def parse(cls, text: str) -> GemmProgram:
         """The program that ``str`` wrote; ProgramError where it is none."""
-        head, *lines = text.splitlines()
+        head, *lines = text.splitlines() or [""]
         sections: dict[str, tuple[list[str], list[str]]] = {}
         for line in lines:
-            word, *rest = line.split()
+            word, *rest = line.split() or [""]
             if word in ("left", "right", "epilogue"):
                 sections[word] = (rest, [])
             elif sections:

@@ -1,0 +1,134 @@
+"""Products in blocks are those of whole matrices, and nothing larger than a block is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels_support import load, program
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qgalore_compile import formats
+from qgalore_compile.kernels import gemm_cpu
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.program import BlockProgram, Space
+
+M, N, K = 37, 45, 13
+GROUP = 8
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def epilogue(memory: str) -> BlockProgram:
+    """w ← w - lr · product, and each group's largest."""
+    made = program(
+        Space(M, N, GROUP), f"product {memory} element in", "w f32 element inout", "lr f32 scalar in",
+        "most f32 group out",
+    )  # fmt: skip
+    new = made.emit("sub", (load(made, "w"), made.emit("mul", (load(made, "lr"), load(made, "product")))))
+    made.store("w", new)
+    made.store("most", made.emit("group_max", (new,)))
+    return made
+
+
+def decoding(rows: int, columns: int, memory: str) -> BlockProgram:
+    """INT4 groups to floats."""
+    space = Space(rows, columns, GROUP)
+    made = program(
+        space, "codes u4 element in", "scale f32 group in", "offset f32 group in", f"{VALUE} {memory} element out"
+    )
+    value = made.emit("mul", (made.emit("f32", (load(made, "codes"),)), load(made, "scale")))
+    made.store(VALUE, made.emit("add", (value, load(made, "offset"))))
+    return made
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor, in bytes, that is allocated under it."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view and (kwargs or {}).get("out") is None:
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
+
+
+class Side:
+    """One operand: how it is stored, and the matrix that it stands for."""
+
+    def __init__(self, rows: int, columns: int, *, quantised: bool, transposed: bool, dtype: torch.dtype) -> None:
+        matrix = torch.randn(rows, columns)
+        stored = (matrix.t() if transposed else matrix).contiguous()
+        self.tensors = [stored.to(dtype)]
+        self.program = None
+        if quantised:
+            codes = formats.quantize_int4(stored, GROUP)
+            self.tensors = list(codes[:3])
+            self.program = decoding(*stored.shape, DTYPES[dtype])
+            stored = formats.dequantize_int4(*codes[:3], stored.shape[1], GROUP)
+        stored = stored.to(dtype)
+        self.matrix = stored.t() if transposed else stored
+        self.operand = Operand(self.program, transposed)
+
+
+def run(left: Side, right: Side, dtype: torch.dtype, block_bytes: int, patch: pytest.MonkeyPatch) -> int:
+    """Run a product, compare it with whole matrices; the largest allocation."""
+    patch.setattr(gemm_cpu, "BLOCK_BYTES", block_bytes)
+    gemm = GemmProgram(left.operand, right.operand, epilogue(DTYPES[dtype]), "product")
+    old, most, lr = torch.randn(M, N), torch.empty(M, 6), torch.tensor(0.1)
+    w, expected = old.clone(), old - lr * (left.matrix @ right.matrix).float()
+    text = str(gemm)
+    gemm_cpu.run(text, [w, most], [*left.tensors, *right.tensors, lr], [])  # compiles
+    w.copy_(old)
+    with Allocations() as seen:
+        gemm_cpu.run(text, [w, most], [*left.tensors, *right.tensors, lr], [])
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2  # bf16: a block's sum may be rounded the other way
+    assert (w - expected).abs().max() <= tolerance * expected.abs().max()
+    padded = torch.nn.functional.pad(w, (0, 48 - N), value=-torch.inf)
+    assert torch.equal(most, padded.view(M, 6, GROUP).amax(-1))
+    return seen.largest
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 20, 2048, 64])
+@pytest.mark.parametrize(
+    ("dtype", "which", "transposed"),
+    [
+        *((torch.float32, which, transposed) for which in ("none", "left", "right") for transposed in (False, True)),
+        *((torch.bfloat16, which, False) for which in ("none", "right")),
+    ],
+)
+def test_a_product_in_blocks_is_that_of_whole_matrices(
+    dtype: torch.dtype, which: str, transposed: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven compiles in all: the epilogue, and the decoding of either side in either orientation."""
+    left = Side(M, K, quantised=which == "left", transposed=transposed, dtype=dtype)
+    right = Side(K, N, quantised=which == "right", transposed=not transposed, dtype=dtype)
+    largest = run(left, right, dtype, block_bytes, monkeypatch)
+    # one row, or as many as there are columns in a group, of the product or of a decoded operand is the least
+    least = {"none": N, "left": GROUP * N if transposed else N, "right": K * GROUP}[which] * dtype.itemsize
+    assert largest <= max(block_bytes, least)
+
+
+def test_both_operands_may_be_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = Side(M, K, quantised=True, transposed=True, dtype=torch.float32)
+    right = Side(K, N, quantised=True, transposed=False, dtype=torch.float32)
+    largest = run(left, right, torch.float32, 2048, monkeypatch)
+    assert largest <= 2048
+
+
+def test_blocks_of_a_prologue_begin_at_a_group_of_both_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projector's groups are wider than the weight's: a block of columns holds whole groups of both."""
+    left = Side(M, K, quantised=False, transposed=False, dtype=torch.float32)
+    right = Side(K, N, quantised=False, transposed=False, dtype=torch.float32)
+    codes = formats.quantize_int4(right.matrix.contiguous(), 12)
+    made = program(
+        Space(K, N, 12), "codes u4 element in", "scale f32 group in", "offset f32 group in",
+        f"{VALUE} f32 element out",
+    )  # fmt: skip
+    value = made.emit("mul", (made.emit("f32", (load(made, "codes"),)), load(made, "scale")))
+    made.store(VALUE, made.emit("add", (value, load(made, "offset"))))
+    right.tensors, right.operand = list(codes[:3]), Operand(made, False)
+    right.matrix = formats.dequantize_int4(*codes[:3], N, 12)
+    run(left, right, torch.float32, 1500, monkeypatch)
