@@ -1,0 +1,286 @@
+"""An update becomes two calls of generated kernels that compute the same, or stays, with a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from graphs import after, results, targets, traced
+from kernels_support import evaluated
+from passes_support import RULES, Built, Layer, galore
+from support import assert_within_contract
+from torch import Tensor, fx
+
+from qgalore_compile import formats, rng
+from qgalore_compile.kernels import cpu, gemm_cpu
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
+from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, anchors, is_gemm, shape, value
+
+aten = torch.ops.aten
+PASSES = ("update", "reassociate", "fuse")
+
+
+class Evaluated:
+    """A kernel that is evaluated rather than compiled, for tests that take milliseconds."""
+
+    def __init__(self, text: str) -> None:
+        self.program = BlockProgram.parse(text)
+
+    def __call__(self, tensors: dict[str, Tensor], numbers: Sequence[int]) -> None:
+        after = evaluated(self.program, tensors, dict(zip(self.program.numbers, numbers, strict=True)))
+        for buffer in self.program.written():
+            tensors[buffer.name].copy_(after[buffer.name])
+
+
+def evaluate_gemm(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """A product as a whole."""
+    gemm = GemmProgram.parse(text)
+    left, right, own = gemm.share(written, read)
+    first, second = operand(gemm.left, left), operand(gemm.right, right)
+    Evaluated(str(gemm.epilogue))({**own, gemm.product: first @ second}, numbers)
+
+
+def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
+    found = tensors[0]
+    if how.prologue is not None:
+        names = [buffer.name for buffer in how.prologue.buffers if buffer.name != VALUE]
+        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[how.prologue.buffer(VALUE).memory]
+        found = torch.empty(how.prologue.space[:2], dtype=dtype)
+        Evaluated(str(how.prologue))({**dict(zip(names, tensors, strict=True)), VALUE: found}, ())
+    return found.t() if how.transposed else found
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are evaluated, unless the test says that it compiles."""
+    if not request.node.get_closest_marker("compiles"):
+        monkeypatch.setattr(cpu, "kernel", Evaluated)
+        monkeypatch.setattr(gemm_cpu, "run", evaluate_gemm)
+
+
+def calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
+            if node.args[0] in (run_program, run_gemm)]  # fmt: skip
+
+
+def fused(*layers: Layer, count: int | None = None, **how: Any) -> tuple[Built, Any]:
+    """Build a step twice, fuse one, compare; the fused one and its pass manager."""
+    torch.manual_seed(0)
+    plain = galore(*layers, **how)
+    torch.manual_seed(0)
+    built = galore(*layers, **how)
+    plain.after(*PASSES[:-1])
+    manager = built.after(*PASSES)
+    record = manager.records[-1]
+    assert (len(record.matches), record.skipped) == (len(layers) if count is None else count, [])
+    # a refresh decodes and encodes by itself; everything else is within the contract
+    assert_within_contract(built.run(), plain.run())
+    return built, manager
+
+
+def floats_of(built: Built, layer: Layer) -> list[str]:
+    """Nodes of the weight's size in floating point, besides what the step is given and writes."""
+    m, n = layer.shape
+    bases = {base for call in calls(built.graph) for base in call.kwargs["_all_bases"]}
+    versions = {user for call in calls(built.graph) for user in call.users}
+    given = bases | versions | {*anchors(built.graph), *built.placeholders}
+    return [node.name for node in built.graph.nodes
+            if shape(node) in ((m, n), (n, m)) and value(node).is_floating_point() and node not in given]  # fmt: skip
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_becomes_two_calls_on_either_side(rule: str, side: str) -> None:
+    layer = Layer(rule=rule, side=side)
+    built, _ = fused(layer)
+    assert [call.args[0] for call in calls(built.graph)] == [run_program, run_gemm]
+    assert floats_of(built, layer) == []
+    assert [found for found in built.gemms() if found in (layer.shape, layer.shape[::-1])] == []
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("weight", ["float", "int8"])
+@pytest.mark.parametrize("projector", ["float", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_format_of_weight_and_projector_is_fused(
+    dtype: torch.dtype, projector: str, weight: str, side: str
+) -> None:
+    layer = Layer(projector=projector, weight=weight, side=side, dtype=dtype, shape=(20, 13))
+    built, _ = fused(layer)
+    assert floats_of(built, layer) == []
+    gemm = program_of(calls(built.graph)[-1].kwargs["program"])
+    assert isinstance(gemm, GemmProgram)
+    decoded = [each.prologue is not None for each in (gemm.left, gemm.right)]
+    # a cast to the products' type is decoding, too
+    assert decoded.count(True) == (projector == "int4" or dtype != torch.float32)
+
+
+@pytest.mark.parametrize("sides", [(12, 20), (16, 16), (9, 7), (33, 8)])
+@pytest.mark.parametrize("refresh", [None, "svd"])
+def test_odd_and_square_shapes_with_a_refresh_are_fused(sides: tuple[int, int], refresh: str | None) -> None:
+    fused(Layer(shape=sides, weight="int8", projector="int4", refresh=refresh, due=False))
+
+
+def test_layers_are_fused_each_by_itself_and_equal_ones_share_their_texts() -> None:
+    layers = [Layer(name, weight="int8") for name in "abc"] + [Layer("d", shape=(12, 20), rule="lion")]
+    built, manager = fused(*layers)
+    texts = [call.kwargs["program"] for call in calls(built.graph)]
+    assert len(texts) == 8
+    assert len(set(texts)) == 4
+    assert manager.context.notes["a_w_codes"]["update_function"] == "generated, 2 kernels"
+    assert manager.context.layers[0].region == []
+
+
+def test_stochastic_rounding_takes_the_layers_own_random_bits() -> None:
+    def step(
+        dy: Tensor, x: Tensor, p: Tensor, m: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, at: Tensor
+    ) -> None:
+        momentum = 0.9 * m + dy.t() @ x @ p.t()
+        weight = formats.dequantize_int8(codes, scale, offset, 8) - 0.1 * (momentum @ p)
+        noise = rng.random_bits(weight.shape, seed=1, step=at, param=2)
+        for part, new in zip((codes, scale, offset), formats.quantize_int8(weight, 8, noise=noise)[:3], strict=True):
+            aten.copy_.default(part, new)
+        aten.copy_.default(m, momentum)
+
+    stored = formats.quantize_int8(torch.randn(20, 13), 8)[:3]
+    inputs = [torch.randn(7, 20), torch.randn(7, 13), torch.randn(4, 13), torch.randn(20, 4), *stored, torch.tensor(3)]
+    plain, module = traced(step, *inputs), traced(step, *inputs)
+    after(plain, *PASSES[:-1])
+    record = after(module, *PASSES).records[-1]
+    assert len(record.matches) == 1
+    assert calls(module.graph)[-1].kwargs["numbers"] == [1, 2]
+    assert torch.ops.qgalore.random_bits.default not in targets(module.graph)
+    found, expected = (
+        dict(zip(map(str, range(99)), results(each, inputs), strict=False)) for each in (module, plain)
+    )  # fmt: skip
+    assert_within_contract(found, expected)
+
+
+def test_the_states_of_a_fused_layer_are_written_in_place() -> None:
+    built, _ = fused(Layer(weight="int8"))
+    low, up = calls(built.graph)
+    names = built.name_of
+    assert {names.get(base.name) for base in low.kwargs["_all_bases"]} == {"a_m", "a_v", None}
+    assert {names.get(base.name) for base in up.kwargs["_all_bases"]} == {"a_w_codes", "a_w_scale", "a_w_offset"}
+    for base in [*low.kwargs["_all_bases"], *up.kwargs["_all_bases"]]:
+        assert base.op == "placeholder" or base.target is aten.empty.memory_format
+
+
+# -- what stays -------------------------------------------------------------------------------------------------------
+
+
+def skipped(built: Built) -> tuple[str, Any]:
+    before = targets(built.graph)
+    expected = built.run()
+    manager = built.after("update", "fuse")
+    record = manager.records[-1]
+    assert record.matches == []
+    assert targets(built.graph) == before
+    assert_within_contract(built.run(), expected)
+    ((_, reason),) = record.skipped
+    return reason, manager
+
+
+def unknown_rule(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = 0.9 * t["m"] + low
+    return momentum.cumsum(-1), {"m": momentum}
+
+
+def test_a_rule_that_cannot_be_read_leaves_the_layer_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "unknown", unknown_rule)
+    reason, manager = skipped(galore(Layer(rule="unknown")))
+    assert reason == "an operation that generated kernels do not know (at cumsum: aten.cumsum.default)"
+    assert manager.context.notes["a_w"]["not_fused"] == reason
+    assert manager.context.layers[0].region != []
+
+
+def test_a_layer_whose_rows_share_a_statistic_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        momentum = 0.9 * t["m"] + low
+        return momentum / momentum.square().sum((0, 1), keepdim=True).sqrt(), {"m": momentum}
+
+    monkeypatch.setitem(RULES, "normed", normed)
+    reason, _ = skipped(galore(Layer(rule="normed")))
+    assert reason.startswith("a reduction over more or less than one group (at sum_1: aten.sum.dim_IntList)")
+
+
+def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "unknown", unknown_rule)
+    built = galore(Layer("a", rule="unknown"), Layer("b"))
+    expected = built.run()
+    record = built.after("update", "fuse").records[-1]
+    assert (len(record.matches), len(record.skipped)) == (1, 1)
+    assert_within_contract(built.run(), expected)
+
+
+def test_another_device_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("qgalore_compile.passes.fuse"), "_DEVICES", ("xpu",))
+    reason, _ = skipped(galore(Layer()))
+    assert reason == "no generated kernels for 'cpu' yet, only for 'xpu'"
+
+
+# -- full rank --------------------------------------------------------------------------------------------------------
+
+
+def full_rank(size: tuple[int, ...], *, eight_bits: bool = False, int8: bool = False) -> tuple[Any, fx.GraphModule]:
+    """The record of the pass and the graph, compared with the graph before it."""
+
+    def step(g: Tensor, x: Tensor, w: Tensor, m: Tensor, *absmax: Tensor) -> Tensor:
+        gradient = (g.unsqueeze(-1) @ x.unsqueeze(0)).reshape(size) if len(size) == 2 else g * x
+        old = formats.dequantize_dynamic8(m, absmax[0], True) if eight_bits else m
+        momentum = 0.9 * old + 0.1 * gradient
+        aten.copy_.default(w, w * 0.999 - 0.1 * torch.sign(momentum) - 0.01 * momentum)
+        if eight_bits:
+            stored = formats.quantize_dynamic8(momentum, signed=True)
+            aten.copy_.default(m, stored.codes)
+            aten.copy_.default(absmax[0], stored.absmax)
+        else:
+            aten.copy_.default(m, momentum)
+        return gradient.sum()
+
+    momentum: list[Tensor] = [torch.randn(size)]
+    if eight_bits:
+        momentum = list(formats.quantize_dynamic8(momentum[0], signed=True)[:2])
+    factors = [torch.randn(size[0]), torch.randn(size[1])] if len(size) == 2 else [torch.randn(size), torch.ones(size)]
+    inputs = [*factors, torch.randn(size), *momentum]
+    module = traced(step, *inputs, names=["g", "x", "w", "m", "absmax"])
+    expected = results(module, inputs)
+    record = after(module, "update", "fuse").records[-1]
+    found = results(module, inputs)
+    named = [dict(zip(map(str, range(len(each))), each, strict=True)) for each in (found, expected)]
+    assert_within_contract(*named)
+    return record, module
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("size", [(256, 256), (300, 219)])
+def test_a_large_update_at_full_rank_becomes_one_call(size: tuple[int, int], eight_bits: bool) -> None:
+    record, module = full_rank(size, eight_bits=eight_bits)
+    assert record.matches == ["w"]
+    (call,) = calls(module.graph)
+    assert call.args[0] is run_program
+    assert len(call.kwargs["_all_bases"]) == (3 if eight_bits else 2)
+
+
+@pytest.mark.parametrize("size", [(255, 257), (20, 12)])
+def test_a_small_update_at_full_rank_stays(size: tuple[int, int]) -> None:
+    record, module = full_rank(size)
+    assert (record.matches, calls(module.graph)) == ([], [])
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compiles
+def test_a_fused_graph_computes_the_same_compiled() -> None:
+    """Three compiles."""
+    built, _ = fused(Layer(weight="int8", projector="int4", shape=(20, 13)))
+    assert not any(is_gemm(node) and shape(node) == (20, 13) for node in built.graph.nodes)
