@@ -240,7 +240,7 @@ def test_blocks_of_rows_and_groups_are_parts_of_the_whole() -> None:
 # -- any program ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=settings().max_examples // 10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=settings().max_examples // 12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_program_does_what_evaluate_does(seed: int) -> None:
     """One compile an example."""
