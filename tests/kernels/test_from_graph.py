@@ -39,7 +39,7 @@ def check(function: Callable[..., Any], *inputs: Tensor, exact: bool = False) ->
     assert BlockProgram.parse(str(region.program)) == region.program
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     given = dict(zip(placeholders, (each.clone() for each in inputs), strict=True))
-    own = {name: node for name, node in region.outputs.items() if name not in region.buffers}
+    own = {name: output.node for output, name in region.outputs.items() if name not in region.buffers}
     tensors = {name: given[node] for name, node in region.buffers.items()}
     tensors |= {name: torch.empty(shape(node), dtype=value(node).dtype) for name, node in own.items()}
     evaluate(region.program, tensors, region.numbers)

@@ -75,7 +75,8 @@ class Side:
 
 def run(left: Side, right: Side, dtype: torch.dtype, block_bytes: int, patch: pytest.MonkeyPatch) -> int:
     """Run a product, compare it with whole matrices; the largest allocation."""
-    patch.setattr(gemm_cpu, "BLOCK_BYTES", block_bytes)
+    patch.setattr(gemm_cpu, "PRODUCT_BYTES", block_bytes)
+    patch.setattr(gemm_cpu, "OPERAND_BYTES", block_bytes)
     gemm = GemmProgram(left.operand, right.operand, epilogue(DTYPES[dtype]), "product")
     old, most, lr = torch.randn(M, N), torch.empty(M, 6), torch.tensor(0.1)
     w, expected = old.clone(), old - lr * (left.matrix @ right.matrix).float()

@@ -222,7 +222,7 @@ def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPat
 
 
 def test_another_device_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("qgalore_compile.passes.fuse"), "_DEVICES", ("xpu",))
+    monkeypatch.setattr(import_module("qgalore_compile.passes.launch"), "_DEVICES", ("xpu",))
     reason, _ = skipped(galore(Layer()))
     assert reason == "no generated kernels for 'cpu' yet, only for 'xpu'"
 
