@@ -31,6 +31,15 @@ def _same(program: BlockProgram, args: list[int]) -> int:
     return args[0]
 
 
+def _division(program: BlockProgram, args: list[int]) -> int:
+    """By a scalar: one division a launch and a product an element, within a rounding of the quotient.  Not by a value
+    of a group: that may be so small that its reciprocal is infinite."""
+    value, divisor = (program.instructions[arg] for arg in args)
+    if value.extent == "element" and divisor.extent == "scalar":
+        return program.emit("mul", (args[0], program.emit("div", (program.constant(1.0), args[1]))))
+    return program.emit("div", args)
+
+
 def _power(program: BlockProgram, args: list[int]) -> int:
     base, exponent = args
     found = program.instructions[exponent]
@@ -73,7 +82,7 @@ POINTWISE: dict[Any, Spelling] = {
     aten.add.Tensor: _plain("add", arithmetic=True), aten.add.Scalar: _plain("add", arithmetic=True),
     aten.sub.Tensor: _plain("sub", arithmetic=True), aten.sub.Scalar: _plain("sub", arithmetic=True),
     aten.mul.Tensor: _plain("mul", arithmetic=True), aten.mul.Scalar: _plain("mul", arithmetic=True),
-    aten.div.Tensor: _plain("div"), aten.div.Scalar: _plain("div"),
+    aten.div.Tensor: Spelling(_division), aten.div.Scalar: Spelling(_division),
     aten.neg.default: _plain("neg", arithmetic=True), aten.reciprocal.default: Spelling(_reciprocal),
     aten.square.default: Spelling(_square), aten.relu.default: Spelling(_relu),
     aten.minimum.default: _plain("minimum"), aten.maximum.default: _plain("maximum"),
