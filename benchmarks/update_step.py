@@ -1,0 +1,197 @@
+"""Time of one weight's whole update, beside its two GEMMs and beside other optimizers.
+
+    .venv/bin/python benchmarks/update_step.py --rounds 21
+
+Sides, all in one process and interleaved; a round is one call of each, and ratios are taken within a round:
+
+- "gemms": the two products of the sandwich in bfloat16 by the library, operands decoded beforehand, nothing else;
+- "qgalore": `QGaLoreAdamW.step` on an INT8 weight with a bfloat16 gradient, compiled by this backend: down-projection,
+  norm, refresh op (not due), Adam on 8-bit moments, up-projection, write-back;
+- "inductor": the same, compiled by plain Inductor;
+- "baseline": the published arithmetic (`baseline_update.py`), compiled by plain Inductor;
+- "galore-torch", "bitsandbytes", "torchao": AdamW of GaLore's package in float32, AdamW8bit of the other two, which
+  project nothing and write float weights back; those that are not installed are left out and said so.
+
+Before anything is timed, one step of "qgalore" is compared with eager from an equal state.  A second table is of 8-bit
+Adam on 16 M elements that are not projected, beside copying its bytes.  Writes `results/update-step.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch._dynamo
+import typer
+from backends import RESULTS, machine
+from baseline_update import Baseline
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._inductor.utils import fresh_cache
+from train_step import set_due, spread
+
+import qgalore_compile as qg
+
+SHAPES = ((512, 1376, 128), (2048, 2048, 512), (4096, 4096, 1024), (4096, 11008, 1024))
+TARGETS = {(512, 1376): 2.0, (2048, 2048): 1.25, (4096, 4096): 1.1, (4096, 11008): 1.1}
+WARM_UP = 3
+NEVER = 10**9
+
+
+def projected(m: int, n: int, rank: int) -> tuple[Any, Any]:
+    """(optimizer, INT8 weight with a bfloat16 gradient), its subspace found and not due again."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(qg.Int8Weight.from_float((torch.randn(m, n) * 0.02).bfloat16(), 256))
+    group = {"params": [weight], "rank": rank, "update_proj_gap": NEVER, "refresh": "randomized"}
+    opt = qg.QGaLoreAdamW([group], lr=1e-3)
+    weight.grad = (torch.randn(m, n) * 0.01).bfloat16()
+    set_due([opt.state[weight]["schedule"]], True)
+    opt.step()
+    return opt, weight
+
+
+def compiled(step: Callable[[], Any], backend: str) -> Callable[[], Any]:
+    """A step compiled from an empty cache and run once."""
+    torch._dynamo.reset()
+
+    def update() -> None:
+        step()
+
+    run = torch.compile(update, backend=backend, fullgraph=True)
+    with fresh_cache():
+        run()
+    return run
+
+
+def check(m: int, n: int, rank: int) -> dict[str, float]:
+    """How far one compiled step is from eager: the share of codes that differ, and by how much at most."""
+    sides = [projected(m, n, rank) for _ in range(2)]
+    sides[0][0].step()
+    compiled(sides[1][0].step, "qgalore")
+    (one, other) = (weight.codes.int() for _, weight in sides)
+    difference = (one - other).abs()
+    found = {"share": float((difference > 0).float().mean()), "most": float(difference.max())}
+    if found["share"] > 2e-2 or found["most"] > 1:  # bfloat16 products differ by their blocks
+        raise RuntimeError(f"the compiled update of {m}x{n} is not the eager one: {found}")
+    return found
+
+
+def sides_of(m: int, n: int, rank: int, wanted: list[str]) -> dict[str, Callable[[], Any]]:
+    """The sides' steps, compiled and ready."""
+    sides: dict[str, Callable[[], Any]] = {}
+    opt, weight = projected(m, n, rank)
+    grad, right = weight.grad, m >= n
+    shape = (rank, n) if right else (m, rank)
+    p = torch.randn(shape).bfloat16()
+    low = torch.randn((m, rank) if right else (rank, n)).bfloat16()
+
+    def gemms() -> None:
+        if right:
+            torch.mm(grad, p.t())
+            torch.mm(low, p)
+        else:
+            torch.mm(p.t(), grad)
+            torch.mm(p, low)
+
+    sides["gemms"] = gemms
+    sides["qgalore"] = compiled(opt.step, "qgalore")
+    if "inductor" in wanted:
+        sides["inductor"] = compiled(projected(m, n, rank)[0].step, "inductor")
+    if "baseline" in wanted and n % 256 == 0:
+        baseline = Baseline(torch.randn(m, n) * 0.02, p.float(), rank, 1e-3)
+        sides["baseline"] = compiled(lambda: baseline.step(grad), "inductor")
+    for name in ("galore-torch", "bitsandbytes", "torchao"):
+        if name in wanted:
+            try:
+                sides[name] = _others(name, m, n, rank)
+            except ImportError as missing:
+                print(f"{name} is left out: {missing}")
+    return sides
+
+
+def _others(name: str, m: int, n: int, rank: int) -> Callable[[], Any]:
+    weight = nn.Parameter(torch.randn(m, n) * 0.02)
+    weight.grad = torch.randn(m, n) * 0.01
+    if name == "galore-torch":
+        import galore_torch
+
+        group = {"params": [weight], "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
+        optimizer: Any = galore_torch.GaLoreAdamW([group], lr=1e-3)
+    elif name == "bitsandbytes":
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=1e-3)
+    else:
+        from torchao.optim import AdamW8bit
+
+        torch._dynamo.reset()
+        optimizer = AdamW8bit([weight], lr=1e-3)
+    optimizer.step()
+    return optimizer.step  # type: ignore[no-any-return]
+
+
+def unprojected(count: int = 1 << 24) -> dict[str, Callable[[], Any]]:
+    """8-bit Adam on elements that are not projected, and copying as many bytes."""
+    weight = nn.Parameter(torch.randn(count // 512, 512).bfloat16())
+    opt = qg.QGaLoreAdamW([weight], lr=1e-3)
+    weight.grad = torch.randn_like(weight)
+    step = compiled(opt.step, "qgalore")
+    # an element: 2 bytes of gradient, 2 of weight and 2 of codes to read, 2 of weight and 2 of codes to write; the
+    # gradient is read once more for its norm.  A copy reads as many bytes as it writes.
+    half = torch.empty(count * 6, dtype=torch.uint8), torch.empty(count * 6, dtype=torch.uint8)
+
+    def copy() -> None:
+        half[0].copy_(half[1])
+
+    return {"copy": copy, "qgalore": step}
+
+
+def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each side in each round."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(WARM_UP + rounds):
+        for name, step in sides.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 21,
+    sides: Annotated[str, typer.Option(help="Other sides, by comma.")] = "",
+    shapes: Annotated[int, typer.Option(help="How many of the shapes, smallest first.")] = len(SHAPES),
+) -> None:
+    wanted = sides.split(",")
+    report: dict[str, Any] = {}
+    table = Table("weight, rank", "side", "ms: median (p10-p90)", "÷ gemms", "÷ qgalore")
+    for m, n, rank in SHAPES[:shapes]:
+        deviation = check(m, n, rank)
+        times = timed(sides_of(m, n, rank, wanted), rounds)
+        entry: dict[str, Any] = {"target": TARGETS[m, n], "deviation": deviation, "sides": {}}
+        for name, values in times.items():
+            row = {"ms": spread(values)}
+            for other in ("gemms", "qgalore"):
+                row[f"to_{other}"] = spread([a / b for a, b in zip(values, times[other], strict=True)])
+            entry["sides"][name] = row
+            texts = ["{median:.2f} ({p10:.2f}-{p90:.2f})".format(**part) for part in row.values()]
+            table.add_row(f"{m}×{n}, {rank}", name, *texts)
+        report[f"{m}x{n}"] = entry
+    times = timed(unprojected(), rounds)
+    ratio = spread([a / b for a, b in zip(times["qgalore"], times["copy"], strict=True)])
+    report["unprojected"] = {"elements": 1 << 24, "ms": {name: spread(values) for name, values in times.items()},
+                             "to_copy": ratio}  # fmt: skip
+    Console().print(table)
+    median = statistics.median(times["qgalore"])
+    print(f"8-bit Adam, 16 M bf16 elements: {median:.1f} ms, {ratio['median']:.2f} × copying 12 bytes an element")
+    result = {"rounds": rounds, "machine": machine(), "shapes": report}
+    RESULTS.joinpath("update-step.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
