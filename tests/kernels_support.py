@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from qgalore_compile.kernels import cpu
+from qgalore_compile.kernels import cpu, gemm_cpu
 from qgalore_compile.kernels.evaluate import MEMORY_DTYPES, evaluate
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.program import BlockProgram, Buffer, Space
 
 Tensors = dict[str, Tensor]
@@ -66,6 +69,53 @@ def compiled(made: BlockProgram, tensors: Tensors, numbers: Mapping[str, int] | 
     kernel = cpu.kernel(str(made))
     kernel(copies, [(numbers or {})[name] for name in made.numbers])
     return copies
+
+
+class Evaluated:
+    """A kernel that is evaluated rather than compiled, for tests that take milliseconds."""
+
+    def __init__(self, text: str) -> None:
+        self.program = BlockProgram.parse(text)
+
+    def __call__(self, tensors: dict[str, Tensor], numbers: Sequence[int]) -> None:
+        found = evaluated(self.program, tensors, dict(zip(self.program.numbers, numbers, strict=True)))
+        for buffer in self.program.written():
+            tensors[buffer.name].copy_(found[buffer.name])
+
+
+def evaluate_gemm(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """A product as a whole."""
+    gemm = GemmProgram.parse(text)
+    left, right, own = gemm.share(written, read)
+    first, second = operand(gemm.left, left), operand(gemm.right, right)
+    Evaluated(str(gemm.epilogue))({**own, gemm.product: first @ second}, numbers)
+
+
+def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
+    found = tensors[0]
+    if how.prologue is not None:
+        names = [buffer.name for buffer in how.prologue.buffers if buffer.name != VALUE]
+        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[how.prologue.buffer(VALUE).memory]
+        found = torch.empty(how.prologue.space[:2], dtype=dtype)
+        Evaluated(str(how.prologue))({**dict(zip(names, tensors, strict=True)), VALUE: found}, ())
+    return found.t() if how.transposed else found
+
+
+def evaluate_product(text: str, read: Sequence[Tensor]) -> Tensor:
+    """A product without an epilogue, as a whole."""
+    gemm = GemmProgram.parse(text)
+    left, right, _ = gemm.share((), read)
+    return operand(gemm.left, left) @ operand(gemm.right, right)
+
+
+@contextmanager
+def evaluated_kernels() -> Iterator[None]:
+    """Generated kernels are evaluated, not compiled, for tests that take milliseconds."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cpu, "kernel", Evaluated))
+        stack.enter_context(mock.patch.object(gemm_cpu, "run", evaluate_gemm))
+        stack.enter_context(mock.patch.object(gemm_cpu, "product", evaluate_product))
+        yield
 
 
 def assert_like(found: Tensors, expected: Tensors, made: BlockProgram, tolerance: float = 1e-6) -> None:

@@ -11,7 +11,9 @@ from support import Interpreted
 from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
+from qgalore_compile.kernels import ops
 from qgalore_compile.llama import Llama, LlamaConfig
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, shape
 
 VOCABULARY = 97
 TOKENS = (3, 5)  # 15 tokens: no size of a weight, so that an activation is not taken for a gradient
@@ -106,17 +108,13 @@ def test_no_full_rank_gradient_is_formed_in_a_llama(
     weights = {(m, n) for m in widths for n in widths} - {(16, 16), (84, 84), (16, 84), (84, 16)}
 
     # the graph itself holds no product that is shaped like a weight, and neither do the products made opaque
-    functions = dict(gm.named_children())
-    products = {name: body for name, body in functions.items() if "product" in name}
-    updates = {name: body for name, body in functions.items() if "update" in name}
-    for graph in (gm.graph, *(body.graph for body in products.values())):
+    for graph in (gm.graph, *(body.graph for _, body in gm.named_children())):
         assert not weights & set(gemm_shapes(graph))
+    assert not weights & {shape(node) for node in gm.graph.find_nodes(op="call_function", target=ops.gemm)}
 
-    # an update holds its own up-projection, N P, and nothing else; each of the seven matrices of a layer calls one
-    for body in updates.values():
-        assert len(gemm_shapes(body.graph)) == 1
-    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
-    assert sum(call.args[0].target in updates for call in calls) == 7 * layers
+    # each of the seven matrices of a layer is written by one product with its write-back
+    calls = gm.graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
+    assert sum(call.args[0] is ops.run_gemm for call in calls) == 7 * layers
 
 
 # -- other models: matched, or told why not ---------------------------------------------------------------------------

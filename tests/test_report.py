@@ -47,7 +47,7 @@ def test_every_projected_layer_has_its_shape_side_rank_and_what_became_of_its_gr
         assert layer["inequality"] == "operations 9,216 < 19,200; bytes 6,272 < 7,040"
         assert layer["refresh_takes"] == "the factors of the gradient"
         assert layer["refresh_cost"].startswith("svd: about 480*T + 51840 operations")
-        assert layer["update_function"].startswith("qgalore_update_")
+        assert layer["update_function"] == "generated, 2 kernels"
         assert layer["ops"] > 50
 
 
@@ -73,9 +73,10 @@ def test_the_graph_of_one_layer_stands_there_before_and_after(explained: qg.Repo
     assert "f32[12, 20] = mm(" in before  # the gradient, transposed
     assert "refresh_(" in before
     assert "f32[12, 20] = mm(" not in after
-    assert "invoke_subgraph(qgalore_update_0" in after
-    assert "function qgalore_update_0(" in after
-    assert "= decode(" in after  # unpacking is one line
+    assert "= decode(" in before  # unpacking is one line
+    assert "run_program(" in after
+    assert "run_gemm(" in after
+    assert "= random_bits %" in after  # the programs of the kernels, below
 
 
 def test_live_bytes_before_and_after_ordering_say_what_is_largest(explained: qg.Report) -> None:
@@ -89,7 +90,7 @@ def test_the_text_says_all_of_it_in_lines_that_fit(explained: qg.Report) -> None
     text = str(explained)
     first = text.splitlines()[0]
     assert first == "step: 1 graph, 0 recompile(s); 2 of 2 projected layers matched, 2 without a full-rank gradient"
-    for expected in ("model.blocks.0.weight", "20×12", "9,216 <", "not projected: model.embed.weight", "reassociate",
+    for expected in ("model.blocks.0.weight", "20×12", "9,216", "not projected: model.embed.weight", "reassociate",
                      "Live bytes after ordering", "before the passes", "after them"):  # fmt: skip
         assert expected in text
     assert max(map(len, text.splitlines())) <= 140

@@ -2,65 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from graphs import after, results, targets, traced
-from kernels_support import evaluated
+from kernels_support import evaluated_kernels
 from passes_support import RULES, Built, Layer, galore
 from support import assert_within_contract
 from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import cpu, gemm_cpu
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.gemm import GemmProgram
 from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
-from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, anchors, is_gemm, shape, value
 
 aten = torch.ops.aten
 PASSES = ("update", "reassociate", "fuse")
 
 
-class Evaluated:
-    """A kernel that is evaluated rather than compiled, for tests that take milliseconds."""
-
-    def __init__(self, text: str) -> None:
-        self.program = BlockProgram.parse(text)
-
-    def __call__(self, tensors: dict[str, Tensor], numbers: Sequence[int]) -> None:
-        after = evaluated(self.program, tensors, dict(zip(self.program.numbers, numbers, strict=True)))
-        for buffer in self.program.written():
-            tensors[buffer.name].copy_(after[buffer.name])
-
-
-def evaluate_gemm(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    """A product as a whole."""
-    gemm = GemmProgram.parse(text)
-    left, right, own = gemm.share(written, read)
-    first, second = operand(gemm.left, left), operand(gemm.right, right)
-    Evaluated(str(gemm.epilogue))({**own, gemm.product: first @ second}, numbers)
-
-
-def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
-    found = tensors[0]
-    if how.prologue is not None:
-        names = [buffer.name for buffer in how.prologue.buffers if buffer.name != VALUE]
-        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[how.prologue.buffer(VALUE).memory]
-        found = torch.empty(how.prologue.space[:2], dtype=dtype)
-        Evaluated(str(how.prologue))({**dict(zip(names, tensors, strict=True)), VALUE: found}, ())
-    return found.t() if how.transposed else found
-
-
 @pytest.fixture(autouse=True)
-def no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Programs are evaluated, unless the test says that it compiles."""
-    if not request.node.get_closest_marker("compiles"):
-        monkeypatch.setattr(cpu, "kernel", Evaluated)
-        monkeypatch.setattr(gemm_cpu, "run", evaluate_gemm)
+    compiles = request.node.get_closest_marker("compiles")
+    with nullcontext() if compiles else evaluated_kernels():
+        yield
 
 
 def calls(graph: fx.Graph) -> list[fx.Node]:

@@ -38,7 +38,7 @@ def calls_of_graph(graph: fx.Graph) -> list[str]:
         elif node.target is INVOKE:
             found.append([node.args[1], *inputs(node.args[2:])])
         elif node.target is FUNCTIONALIZED:
-            found.append(["refresh"])
+            found.append([node.args[0]._schema.name.removeprefix("qgalore::").removesuffix("_")])
     return [" ".join(words) for words in found]
 
 
@@ -55,8 +55,8 @@ def calls_of_code(code: str) -> list[str]:
             arguments[product[1]] = inputs
         elif product := re.match(r"\s+buf\d+ = (qgalore_\w+)\(", line):
             found.append(" ".join([product[1], *arguments[product[1]]]))
-        elif "torch.ops.qgalore.refresh_" in line:
-            found.append("refresh")
+        elif product := re.search(r"torch\.ops\.qgalore\.(refresh|run_program|run_gemm)", line):
+            found.append(product[1])
     return found
 
 
@@ -89,5 +89,5 @@ def test_inductor_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,) = graphs
     kinds = " ".join(re.sub(r"qgalore_|_\d+", "", call.split()[0]) for call in expected)
     # each layer's update right behind its refresh: with "skip_parameter" it waits for nothing else
-    assert kinds == "mm mm mm mm mm refresh update mm mm refresh update"
+    assert kinds == "mm mm mm mm mm refresh run_program run_gemm mm mm refresh run_program run_gemm"
     assert calls_of_code(code) == expected

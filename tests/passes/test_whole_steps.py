@@ -16,7 +16,7 @@ from qgalore_compile.passes.manager import PassManager
 from qgalore_compile.passes.nodes import is_gemm, shape
 
 ROUNDING = ["refresh", "reassociate"]
-REST = ["opaque", "order"]
+REST = ["fuse", "fuse_products", "opaque", "order"]
 
 
 @pytest.fixture
