@@ -11,7 +11,8 @@ inside (a refresh, Philox' words, a library's packing) is not seen.
 Without `--fake` the step is compiled and run as well.  Torch's profiler records the CPU allocator over one steady step:
 the peak between ops, which has to equal the counted one, and the peak inside an op, with the op's name.  With `--fake`
 no weight exists, no C++ is compiled and nothing is executed.  Writes `results/live-bytes-<preset>.json`;
-`--trace FOLDER` keeps each generated program and its curve, call by call.
+`--trace FOLDER` keeps each generated program and its curve, call by call.  Sides may run one at a time: `--also FILE`
+takes the others from an earlier result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from unittest import mock
 import torch
 import typer
 from backends import RESULTS, machine
-from generated_program import Ledger, Point, Program, walk
+from generated_program import Point, Program, walk
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -117,13 +118,14 @@ def sampled(points: list[Point], count: int = SAMPLES) -> list[int]:
     return [max(point.live for point in points[a:b]) for a, b in pairwise(bounds)]
 
 
-def plot(curves: dict[str, Ledger], title: str, file: Path) -> None:
+def plot(report: dict[str, dict[str, Any]], title: str, file: Path) -> None:
     """The curves of all sides over the fraction of each program's calls."""
     axes = (figure := Figure(figsize=(9, 4.5), layout="constrained")).subplots()
-    for name, ledger in curves.items():
-        label = f"{SIDES[name].title}: peak {ledger.peak / 2**20:,.0f} MiB"
-        places = [index / len(ledger.points) for index in range(len(ledger.points))]
-        axes.plot(places, [point.live / 2**20 for point in ledger.points], label=label)
+    for side in report.values():
+        peak, resident, curve = side["peak_bytes"] / 2**20, side["resident_bytes"] / 2**20, side["curve"]
+        label = f"{side['title']}: at most {peak:,.0f} MiB above {resident:,.0f} resident"
+        places = [index / len(curve) for index in range(len(curve))]
+        axes.plot(places, [live / 2**20 for live in curve], label=label)
     axes.set(xlabel="fraction of the program's calls", ylabel="live, MiB", xlim=(0, 1), ylim=(0, None), title=title)
     axes.legend()
     figure.savefig(file, dpi=150)
@@ -138,16 +140,17 @@ def main(
     sides: Annotated[str, typer.Option(help="Sides, by comma.")] = ",".join(SIDES),
     top: Annotated[int, typer.Option(help="Buffers of each peak to report.")] = 20,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the curves into this PNG file.")] = None,
+    also: Annotated[list[Path], typer.Option(help="Earlier results of other sides, to be kept beside these.")] = [],  # noqa: B006
     trace: Annotated[Path | None, typer.Option(help="Keep programs and whole curves in this folder.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
 ) -> None:
     settings = Settings(preset, layers, batch, seq)
     report: dict[str, dict[str, Any]] = {}
-    curves: dict[str, Ledger] = {}
+    command = shlex.join(["benchmarks/live_bytes.py", *sys.argv[1:]])
     for name in chosen(sides):
         title = SIDES[name].title
         program, measured = generate(SIDES[name], settings, fake)
-        ledger = curves[name] = walk(program)
+        ledger = walk(program)
         place = max(range(len(ledger.points)), key=lambda index: ledger.points[index].live)
         report[name] = {
             "title": title,
@@ -160,6 +163,8 @@ def main(
             "at_peak": [dataclasses.asdict(buffer) for buffer in ledger.at_peak[:top]],
             "at_peak_others": [len(ledger.at_peak[top:]), sum(buffer.bytes for buffer in ledger.at_peak[top:])],
             "curve": sampled(ledger.points),
+            "command": command,
+            "machine": machine(),
         }
         table = Table("buffer", "shape", "dtype", "MiB", "written by", title=f"{title}: live at the peak")
         for buffer in ledger.at_peak[:top]:
@@ -177,11 +182,13 @@ def main(
             (trace / f"{name}.py").write_text(program.source)
             rows = (f"{point.line}\t{point.live}\t{point.op}" for point in ledger.points)
             (trace / f"{name}.tsv").write_text("\n".join(["line\tlive_bytes\top", *rows]) + "\n")
+    for file in also:
+        report = {**json.loads(file.read_text())["sides"], **report}
+    report = {name: report[name] for name in SIDES if name in report}
     if picture:
-        plot(curves, f"{settings.name}, {batch} × {seq} tokens, bfloat16, steady step", picture)
+        plot(report, f"{settings.name}, {batch} × {seq} tokens, bfloat16, steady step", picture)
     described = {**dataclasses.asdict(settings), "model": dataclasses.asdict(settings.model), "dtype": "bfloat16"}
-    command = shlex.join(["benchmarks/live_bytes.py", *sys.argv[1:]])
-    result = {"settings": {**described, "fake": fake}, "machine": machine(), "command": command, "sides": report}
+    result = {"settings": {**described, "fake": fake}, "sides": report}
     text = re.sub(r"\[[\s\d,]+\]", lambda found: " ".join(found[0].split()), json.dumps(result, indent=2))
     out.mkdir(exist_ok=True, parents=True)
     (out / f"live-bytes-{settings.name}.json").write_text(text + "\n")
