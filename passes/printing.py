@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from qgalore_compile.kernels import ops
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, arguments, value
+from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, arguments, previous_version, value
 from qgalore_compile.passes.update import LayerUpdate
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64", "uint8": "u8", "int32": "i32",
@@ -85,6 +85,8 @@ def _lines(graph: fx.Graph, inside: set[fx.Node]) -> list[str]:
 
 def _decoded(facts: Facts, node: fx.Node) -> bool:
     """Whether a node is a stored tensor of integers, unpacked and scaled: nothing float of its own size takes part."""
+    if previous_version(node) is not None or node.target is ANCHOR:  # what an op or an anchor left in the storage
+        return False
     storage = facts.storage(node)
     if node.op != "call_function" or not storage or not isinstance(value(node), Tensor) or value(node).dim() == 0:
         return False

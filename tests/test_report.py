@@ -74,6 +74,7 @@ def test_the_graph_of_one_layer_stands_there_before_and_after(explained: qg.Repo
     assert "refresh_(" in before
     assert "f32[12, 20] = mm(" not in after
     assert "= decode(" in before  # unpacking is one line
+    assert before.count("= copy_(") == after.count("= copy_(") > 3  # what is written, codes too
     assert "run_program(" in after
     assert "run_gemm(" in after
     assert "= random_bits %" in after  # the programs of the kernels, below
