@@ -1,5 +1,19 @@
-"""Kernels: region → program → source.
+"""Kernels: region → program → source.  Knows FX graphs, Triton and C++, and nothing of optimizers or models.
 
-Nothing is generated yet: what the passes leave goes to Inductor.  This package will know Triton and C++, and nothing of
-optimizers or models.
+====================  =================================================================================================
+file                  what it does
+====================  =================================================================================================
+program.py            ``BlockProgram``: what a region does to the groups of a matrix's rows; text in and out
+evaluate.py           runs a program with PyTorch operations: the oracle of every printer
+from_graph.py         a region of an FX graph becomes a program, or there is a typed reason
+spelling.py           how PyTorch's operators are spelled in a program
+patterns.py           formats that take several nodes: nibbles, rows filled up to whole groups
+dynamic8.py           the dynamic 8-bit code in a program's instructions
+cpp_printer.py        program → C++; ``philox.inc`` holds the random bits
+cpu.py                compiles, caches and launches what was printed
+gemm.py               ``GemmProgram``: a product with prologues and an epilogue
+gemm_cpu.py           runs one in blocks around the library's GEMM
+ops.py                the operators that a fused graph calls, with a program's text as an argument
+fx_values.py          what tracing left at a node
+====================  =================================================================================================
 """
