@@ -31,6 +31,11 @@ class Operand(NamedTuple):
         """Tensors that the operand is made of."""
         return 1 if self.prologue is None else len(self.prologue.buffers) - 1
 
+    def kept(self, tensors: Sequence[Tensor], dim: int) -> int:
+        """Size of dimension ``dim`` of the operand, the one that a product keeps: 0 of a left one, 1 of a right one."""
+        place = dim != self.transposed
+        return self.prologue.space[place] if self.prologue else tensors[0].shape[place]
+
 
 @dataclass
 class GemmProgram:
@@ -99,6 +104,6 @@ Named = dict[str, Tensor]
 def named(program: BlockProgram, written: Sequence[Tensor], read: Sequence[Tensor], leave: str = "") -> Named:
     """Tensors by buffer, from those that the program writes and those that it only reads, each in the order of the
     buffers; without ``leave``."""
-    writes = [buffer.name for buffer in program.buffers if buffer.access != "in"]
+    writes = [buffer.name for buffer in program.written()]
     reads = [buffer.name for buffer in program.buffers if buffer.access == "in" and buffer.name != leave]
     return dict(zip([*writes, *reads], [*written, *read], strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qgalore_compile._ops import define
 from qgalore_compile.kernels import cpu, gemm_cpu
-from qgalore_compile.kernels.gemm import GemmProgram, Operand, named
+from qgalore_compile.kernels.gemm import GemmProgram, named
 from qgalore_compile.kernels.program import BlockProgram
 
 
@@ -56,15 +56,9 @@ def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
 def _gemm_fake(program: str, read: Sequence[Tensor]) -> Tensor:
     parsed = gemm_cpu.parsed(program)
     left, right, _ = parsed.share((), read)
-    shape = (_kept(parsed.left, left, 0), _kept(parsed.right, right, 1))
+    shape = (parsed.left.kept(left, 0), parsed.right.kept(right, 1))
     plain = left[0] if parsed.left.prologue is None else right[0]
     return plain.new_empty(shape)
-
-
-def _kept(operand: Operand, tensors: Sequence[Tensor], dim: int) -> int:
-    """The size of the dimension that a product keeps of an operand."""
-    place = dim != operand.transposed
-    return operand.prologue.space[place] if operand.prologue else tensors[0].shape[place]
 
 
 gemm = define("gemm(str program, Tensor[] read) -> Tensor", _gemm, _gemm_fake)
