@@ -131,8 +131,9 @@ def _others(name: str, m: int, n: int, rank: int) -> Callable[[], Any]:
 
         torch._dynamo.reset()
         optimizer = AdamW8bit([weight], lr=1e-3)
-    optimizer.step()
-    return optimizer.step  # type: ignore[no-any-return]
+    step: Callable[[], Any] = optimizer.step
+    step()
+    return step
 
 
 def unprojected(count: int = 1 << 24) -> dict[str, Callable[[], Any]]:

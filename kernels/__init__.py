@@ -6,6 +6,7 @@ file                  what it does
 program.py            ``BlockProgram``: what a region does to the groups of a matrix's rows; text in and out
 evaluate.py           runs a program with PyTorch operations: the oracle of every printer
 from_graph.py         a region of an FX graph becomes a program, or there is a typed reason
+region.py             what it becomes: the program and its arguments; spaces to try; the reasons
 spelling.py           how PyTorch's operators are spelled in a program
 patterns.py           formats that take several nodes: nibbles, rows filled up to whole groups
 dynamic8.py           the dynamic 8-bit code in a program's instructions

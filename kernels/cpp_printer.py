@@ -86,7 +86,6 @@ class _Printer:
     def __init__(self, program: BlockProgram) -> None:
         self.program, self.space = program, program.space
         self.phase, self.users = program.phases(), program.users()
-        self.index = {buffer.name: position for position, buffer in enumerate(program.buffers)}
         self.store_phase, self.until = self._schedule()
         self.last = max([*self.store_phase.values(), 0])
         self.kept = {number for number in range(len(program.instructions))
@@ -102,9 +101,7 @@ class _Printer:
         """
         instructions, stores = self.program.instructions, self.program.stores
         loads = {each.names[0]: number for number, each in enumerate(instructions) if each.operation == "load"}
-        writing = {
-            name: self.phase[value] + int(instructions[value].operation in REDUCTIONS) for name, value in stores
-        }  # fmt: skip
+        writing = {name: self._known(value) for name, value in stores}
         until = list(self.phase)
         while True:
             before = dict(writing)
@@ -218,14 +215,14 @@ class _Printer:
                 yield f"        const {_TYPES[each.type]} v{number} = {self._expression(number)};"
 
     def _known(self, number: int) -> int:
-        """The phase in which a group value is known: a reduction's result in the one behind its loop."""
-        return self.phase[number] + int(self.program.instructions[number].operation in REDUCTIONS)
+        """The phase in which a value is known: a reduction's result in the one behind its loop."""
+        return self.phase[number] + self.program.reduces(number)
 
     def _loop(self, phase: int) -> Iterator[str]:
         """One loop over the elements of a group."""
         reductions = [
             (number, each) for number, each in enumerate(self.program.instructions)
-            if each.operation in REDUCTIONS and self.phase[number] == phase
+            if self.program.reduces(number) and self.phase[number] == phase
         ]  # fmt: skip
         stores = [
             (name, value) for name, value in self.program.stores

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 
@@ -74,8 +73,3 @@ class Arguments:
 def kernel(text: str) -> Kernel:
     """The compiled kernel of a program's text, one a process and one in torch's cache of compiled code."""
     return Kernel(BlockProgram.parse(text))
-
-
-def tensors_of(program: BlockProgram, tensors: Sequence[torch.Tensor]) -> dict[str, Tensor]:
-    """Buffers by name, from tensors in the buffers' order."""
-    return {buffer.name: tensor for buffer, tensor in zip(program.buffers, tensors, strict=True)}

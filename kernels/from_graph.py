@@ -16,69 +16,23 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
+from qgalore_compile import formats
 from qgalore_compile.kernels import dynamic8
 from qgalore_compile.kernels.fx_values import arguments, aten, dtype, is_tensor, shape, value
 from qgalore_compile.kernels.patterns import filled, is_slice, nibbles
 from qgalore_compile.kernels.program import BlockProgram, Buffer, ProgramError, Space
+from qgalore_compile.kernels.region import NARROW, Output, Refusal, RefusedError, Region, memory_of, type_of
 from qgalore_compile.kernels.spelling import CAST, POINTWISE, REDUCTIONS, VIEWS
 
 qgalore = torch.ops.qgalore
 MOST_READINGS = 32
 """A vector of a square matrix may be one of rows or of columns: readings of all inputs that are tried."""
-
-
-class Refusal(Enum):
-    """Why a region is no program; the text is for the user."""
-
-    OPERATION = "an operation that generated kernels do not know"
-    DTYPE = "a type that generated kernels do not compute in"
-    SHAPE = "a shape that is not made of rows and groups of one matrix"
-    BROADCAST = "operands that do not vary over the same rows, columns and groups"
-    REDUCTION = "a reduction over more or less than one group"
-    PADDING = "groups filled up with something other than the row's last element"
-    STRIDES = "a tensor that is not contiguous"
-    SIZE = "a size that is not known before the step runs"
-
-
-class RefusedError(Exception):
-    """A region that is no program."""
-
-    def __init__(self, refusal: Refusal, node: fx.Node) -> None:
-        super().__init__(f"{refusal.value} (at {node.name}: {node.target})")
-        self.refusal, self.node = refusal, node
-
-
-class Output(NamedTuple):
-    """What a region writes: the node, and the input whose storage takes it; None for a tensor of its own."""
-
-    node: fx.Node
-    target: fx.Node | None = None
-
-
-@dataclass
-class Region:
-    """A program and what its arguments are.
-
-    Attributes:
-        program: over ``space``.
-        buffers: the node behind each buffer that is read or updated in place; outputs of their own have none.
-        numbers: the value of each integer argument.
-        outputs: the buffer that each output goes to.
-    """
-
-    program: BlockProgram
-    buffers: dict[str, fx.Node] = field(default_factory=dict)
-    numbers: dict[str, int] = field(default_factory=dict)
-    outputs: dict[Output, str] = field(default_factory=dict)
 
 
 class _Value(NamedTuple):
@@ -94,7 +48,7 @@ def from_graph(nodes: Sequence[fx.Node], outputs: Sequence[Output], spaces: Sequ
     Args:
         nodes: the region, in the order of the graph.
         outputs: what it writes.
-        spaces: spaces to try, in order (:func:`candidates`).
+        spaces: spaces to try, in order (:func:`~qgalore_compile.kernels.region.candidates`).
 
     Raises:
         RefusedError: the region is no program over any of them; the reason is that of the space where reading went
@@ -117,30 +71,6 @@ def from_graph(nodes: Sequence[fx.Node], outputs: Sequence[Output], spaces: Sequ
     if furthest is None:
         raise RefusedError(Refusal.SHAPE, outputs[0].node)
     raise furthest
-
-
-def candidates(nodes: Sequence[fx.Node], domain: Sequence[int]) -> list[Space]:
-    """Spaces for a region on tensors of shape ``domain``: widths that its shapes suggest, matrix before flat."""
-    if not all(isinstance(size, int) for size in domain) or not math.prod(domain):
-        return []
-    *leading, columns = domain or (1,)
-    rows, total = math.prod(leading), math.prod(domain)
-    flat: list[int] = []
-    matrix: list[int] = []
-    for node in nodes:
-        if node.target in (qgalore.quantize_dynamic8.default, qgalore.dequantize_dynamic8.default):
-            flat.append(formats.BLOCK_SIZE)
-        sizes = shape(node)
-        if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
-            continue
-        *before, groups, width = sizes
-        if width > 1 and (groups - 1) * width < columns <= groups * width and math.prod(before) == rows:
-            matrix.append(width)
-        if width > 1 and (groups - 1) * width < total <= groups * width and not before:
-            flat.append(width)
-    plain = [Space(rows, columns, min(columns, formats.BLOCK_SIZE)), Space(1, total, min(total, formats.BLOCK_SIZE))]
-    found = [Space(rows, columns, width) for width in matrix] + [Space(1, total, width) for width in flat]
-    return list(dict.fromkeys([*found, *plain]))
 
 
 def _attempt(reader: _Reader, readings: Sequence[tuple[str, tuple[str, ...]]]) -> Region | RefusedError:
@@ -227,7 +157,7 @@ class _Reader:
         self.pairs: dict[fx.Node, tuple[_Value, _Value]] = {}
         updated = {output.target for output in self.outputs}
         for node, (extent, atoms) in zip(self.inputs, readings, strict=True):
-            number = self._load(node, _memory(node), extent, "inout" if node in updated else "in")
+            number = self._load(node, memory_of(node), extent, "inout" if node in updated else "in")
             self.values[node] = _Value(number, self._split(atoms, shape(node)))
         for node in self.nodes:
             self._node(node)
@@ -261,7 +191,7 @@ class _Reader:
             if target is not None and not value(target).is_contiguous():
                 raise RefusedError(Refusal.STRIDES, target)
             name = f"b{len(self.program.buffers)}"
-            self.program.buffers.append(Buffer(name, _memory(node), extents[atoms], "out"))
+            self.program.buffers.append(Buffer(name, memory_of(node), extents[atoms], "out"))
             if target is not None:
                 self.region.buffers[name] = target
         try:
@@ -374,7 +304,7 @@ class _Reader:
     # -- operations -------------------------------------------------------------------------------------------------
 
     def _constant(self, number: Any, node: fx.Node) -> int:
-        kind = _type(dtype(node), node)
+        kind = type_of(dtype(node), node)
         if not isinstance(number, (int, float)):
             raise RefusedError(Refusal.SIZE, node)
         return self.program.constant(number, kind)
@@ -388,10 +318,10 @@ class _Reader:
         if not all(is_tensor(operand) for operand in operands):
             raise RefusedError(Refusal.SIZE, node)
         dims = self._broadcast(node, [self.values[each] for each in operands], operands, None)
-        result = _type(dtype(node), node)
-        if dtype(node) in _NARROW and spelled.arithmetic:
+        result = type_of(dtype(node), node)
+        if dtype(node) in NARROW and spelled.arithmetic:
             raise RefusedError(Refusal.DTYPE, node)
-        kinds = [_type(dtype(each), each) for each in operands]
+        kinds = [type_of(dtype(each), each) for each in operands]
         if spelled.compares:  # in the type that the operands promote to
             floats = [arg for arg in args if isinstance(arg, float)]
             kind = "f32" if "f32" in kinds or floats else "i32"
@@ -416,7 +346,7 @@ class _Reader:
         if set(node.kwargs) - {"alpha", "dtype", "layout", "device", "pin_memory", "memory_format"}:
             raise RefusedError(Refusal.OPERATION, node)
         number = spelled.build(self.program, numbers)
-        if spelled is CAST and dtype(node) in _NARROW and kinds == ["i32"] and dtype(operands[0]) != dtype(node):
+        if spelled is CAST and dtype(node) in NARROW and kinds == ["i32"] and dtype(operands[0]) != dtype(node):
             if dtype(node) != torch.uint8:
                 raise RefusedError(Refusal.DTYPE, node)
             number = self.program.emit("bitand", (number, self.program.constant(255, "i32")))
@@ -429,7 +359,7 @@ class _Reader:
     def _rounded(self, number: int, node: fx.Node) -> int:
         """A result as its dtype holds it: eager PyTorch rounds every one."""
         rounding = {torch.bfloat16: "round_bf16", torch.float16: "round_f16"}.get(dtype(node))
-        number = self._cast(number, _type(dtype(node), node))
+        number = self._cast(number, type_of(dtype(node), node))
         return self.program.emit(rounding, (number,)) if rounding else number
 
     def _reduce(self, node: fx.Node) -> None:
@@ -439,7 +369,7 @@ class _Reader:
         keep = bool(rest[0]) if rest else bool(node.kwargs.get("keepdim", False))
         if source.dims is None or len(axes) != 1 or source.dims[axes[0]] != ("lane",):
             raise RefusedError(Refusal.REDUCTION, node)
-        operation = REDUCTIONS[node.target]  # type: ignore[index]
+        operation = REDUCTIONS[node.target]
         if dtype(node) != torch.float32:
             raise RefusedError(Refusal.DTYPE, node)
         if self.short and operation == "group_sum":
@@ -486,24 +416,3 @@ class _Reader:
         one_block = rows == 1 and columns == count <= min(width, formats.BLOCK_SIZE)
         if not one_block and (rows, columns, width) != (1, count, formats.BLOCK_SIZE):
             raise RefusedError(Refusal.SHAPE, node)
-
-
-# -- types -------------------------------------------------------------------------------------------------------------
-
-_MEMORY = {
-    torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.uint8: "u8", torch.int8: "i8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool",
-}  # fmt: skip
-_NARROW = {torch.uint8, torch.int8, torch.int16}  # arithmetic wraps around there
-
-
-def _memory(node: fx.Node) -> str:
-    if dtype(node) not in _MEMORY:
-        raise RefusedError(Refusal.DTYPE, node)
-    return _MEMORY[dtype(node)]
-
-
-def _type(kind: torch.dtype, node: fx.Node) -> str:
-    if kind not in _MEMORY:
-        raise RefusedError(Refusal.DTYPE, node)
-    return "bool" if kind == torch.bool else "f32" if kind.is_floating_point else "i32"

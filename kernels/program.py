@@ -233,11 +233,12 @@ class BlockProgram:
         loops over the elements of a group."""
         result: list[int] = []
         for instruction in self.instructions:
-            result.append(max((result[number] + self._reduces(number) for number in instruction.args), default=0))
+            result.append(max((result[number] + self.reduces(number) for number in instruction.args), default=0))
         return result
 
-    def _reduces(self, number: int) -> int:
-        return int(self.instructions[number].operation in REDUCTIONS)
+    def reduces(self, number: int) -> bool:
+        """Whether an instruction's result is there only when its phase is complete."""
+        return self.instructions[number].operation in REDUCTIONS
 
     def users(self) -> list[list[int]]:
         """For each instruction, those that take its value."""

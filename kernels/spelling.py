@@ -27,10 +27,6 @@ def _plain(operation: str, **how: bool) -> Spelling:
     return Spelling(lambda program, args: program.emit(operation, args), **how)
 
 
-def _same(program: BlockProgram, args: list[int]) -> int:
-    return args[0]
-
-
 def _division(program: BlockProgram, args: list[int]) -> int:
     """By a scalar: one division a launch and a product an element, within a rounding of the quotient.  Not by a value
     of a group: that may be so small that its reciprocal is infinite."""
@@ -73,7 +69,7 @@ VIEWS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.detach.default, aten.clone.default,
 }  # fmt: skip
-REDUCTIONS = {
+REDUCTIONS: dict[Any, str] = {
     aten.amin.default: "group_min", aten.amax.default: "group_max", aten.sum.dim_IntList: "group_sum",
     aten.mean.dim: "group_sum",
 }  # fmt: skip

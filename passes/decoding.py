@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import aten, dtype, is_tensor, operands
+from qgalore_compile.passes.nodes import aten, behind, dtype, is_tensor, operands
 
 
 def quantised_operands(facts: Facts, gemm: fx.Node) -> list[fx.Node]:
@@ -23,14 +23,7 @@ def quantised_operands(facts: Facts, gemm: fx.Node) -> list[fx.Node]:
 
 def decoding_of(node: fx.Node) -> list[fx.Node]:
     """What stands between inputs of the graph and a node that follows from nothing else, itself included, in order."""
-    seen = {node: None} if node.op == "call_function" and not _is_version(node) else {}
-    pending = list(seen)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source.op == "call_function" and source not in seen and is_tensor(source) and not _is_version(source):
-                seen[source] = None
-                pending.append(source)
-    return sorted(seen)
+    return sorted(behind(filter(_is_call, [node]), _is_call))
 
 
 def _looks_up(operand: fx.Node) -> bool:
@@ -39,5 +32,6 @@ def _looks_up(operand: fx.Node) -> bool:
     return any(node.target in lookups for node in decoding_of(operand))
 
 
-def _is_version(node: fx.Node) -> bool:
-    return not isinstance(node.target, torch._ops.OpOverload)
+def _is_call(node: fx.Node) -> bool:
+    """Whether a tensor is computed, rather than an input or what an op left in one."""
+    return node.op == "call_function" and is_tensor(node) and isinstance(node.target, torch._ops.OpOverload)

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import fx
 
-from qgalore_compile.kernels import ops
 from qgalore_compile.passes.nodes import (
     TRANSPOSES,
     anchors,
     aten,
     dtype,
     is_gemm,
+    is_product,
     is_scalar,
     is_tensor,
     permutation,
@@ -102,7 +102,7 @@ class Facts:
     def _storage_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
         if node.op == "placeholder":
             return frozenset({node})
-        if is_gemm(node) or node.target is ops.gemm or node.op == "output":
+        if is_product(node) or node.op == "output":
             return None
         storage: frozenset[fx.Node] = frozenset()
         for source in node.all_input_nodes:

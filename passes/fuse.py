@@ -26,14 +26,9 @@ import operator
 import torch
 from torch import fx
 
-from qgalore_compile.kernels.from_graph import (
-    Output,
-    Refusal,
-    RefusedError,
-    candidates,
-    from_graph,
-)
+from qgalore_compile.kernels.from_graph import from_graph
 from qgalore_compile.kernels.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.region import Output, Refusal, RefusedError, candidates
 from qgalore_compile.kernels.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
@@ -41,6 +36,7 @@ from qgalore_compile.passes.launch import erase, launch, matrix_spaces, no_lower
 from qgalore_compile.passes.nodes import (
     anchors,
     aten,
+    behind,
     is_gemm,
     is_scalar,
     operands,
@@ -70,7 +66,7 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             record.skip(node, problem)
             context.note(layer, not_fused=problem)
             continue
-        record.matches.append(node.name)
+        record.match(node)
         context.note(layer, update_function=f"generated, {len(calls)} kernels")
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
@@ -191,25 +187,22 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
         return
 
 
-_LOCAL = {torch.ops.qgalore.quantize_dynamic8.default, torch.ops.qgalore.dequantize_dynamic8.default, _RANDOM,
-          aten.cat.default, aten.slice.Tensor, aten.expand.default, aten.amin.default, aten.amax.default,
-          torch.ops.qgalore.drop_tail.default}  # fmt: skip
+_LOCAL = {
+    operator.getitem, _RANDOM, torch.ops.qgalore.quantize_dynamic8.default,
+    torch.ops.qgalore.dequantize_dynamic8.default, torch.ops.qgalore.drop_tail.default, aten.cat.default,
+    aten.slice.Tensor, aten.expand.default, aten.amin.default, aten.amax.default,
+}  # fmt: skip
 
 
 def _states(stored: fx.Node) -> list[fx.Node]:
     """Inputs that a new value follows from through pointwise operations, formats and views alone."""
-    seen, pending = {stored: None}, [stored]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            found = shape(source) and (source.op == "placeholder" or _is_local(source))
-            if source not in seen and (found or source.target is operator.getitem or source.target in _LOCAL):
-                seen[source] = None
-                pending.append(source)
-    return [node for node in seen if node.op == "placeholder"]
+    return [node for node in behind([stored], _is_local) if node.op == "placeholder"]
 
 
 def _is_local(node: fx.Node) -> bool:
-    return node.target in _LOCAL or node.target in POINTWISE or node.target in VIEWS
+    if node.target in _LOCAL:
+        return True
+    return bool(shape(node)) and (node.op == "placeholder" or node.target in POINTWISE or node.target in VIEWS)
 
 
 def _exclusive(graph: fx.Graph, ends: set[fx.Node]) -> list[fx.Node]:
@@ -225,12 +218,6 @@ def _exclusive(graph: fx.Graph, ends: set[fx.Node]) -> list[fx.Node]:
 
 def _without(region: list[fx.Node], outputs: list[Output], cut: fx.Node) -> list[fx.Node]:
     """A region without a node and what is needed for that alone."""
-    needed: set[fx.Node] = set()
-    pending = [output.node for output in outputs if output.node is not cut]
-    inside = set(region)
-    while pending:
-        node = pending.pop()
-        if node in inside and node is not cut and node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
+    left = set(region) - {cut}
+    needed = set(behind([output.node for output in outputs if output.node in left], left.__contains__))
     return [node for node in region if node in needed]

@@ -16,8 +16,8 @@ from __future__ import annotations
 from torch import fx
 
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.from_graph import RefusedError
 from qgalore_compile.kernels.gemm import GemmProgram
+from qgalore_compile.kernels.region import RefusedError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
@@ -46,7 +46,7 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
         if problem is not None:
             record.skip(gemm, problem)
             continue
-        record.matches.append(gemm.name)
+        record.match(gemm)
         if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
             layer = downs[gemm]
             layer.low = result if layer.low is gemm else layer.low

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.from_graph import Output, Region, candidates, from_graph
+from qgalore_compile.kernels.from_graph import from_graph
 from qgalore_compile.kernels.gemm import VALUE, Operand
 from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.kernels.region import Output, Region, candidates
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRANSPOSES, aten, erase_dead, is_anchor, make, shape, value
 from qgalore_compile.passes.placement import move_behind
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.fx_values import arguments as arguments
 from qgalore_compile.kernels.fx_values import aten as aten
 from qgalore_compile.kernels.fx_values import dtype as dtype
@@ -60,8 +61,13 @@ def is_scalar(node: fx.Node) -> bool:
 
 
 def is_gemm(node: fx.Node) -> bool:
-    """Whether a node is a matrix product."""
+    """Whether a node is a matrix product of PyTorch's."""
     return node.op == "call_function" and node.target in GEMMS
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a matrix product, of PyTorch's or of a generated kernel."""
+    return is_gemm(node) or node.target is ops.gemm
 
 
 def operands(gemm: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -69,6 +75,18 @@ def operands(gemm: fx.Node) -> tuple[fx.Node, fx.Node]:
     first = 1 if gemm.target in (aten.addmm.default, aten.baddbmm.default) else 0
     left, right = arguments(gemm)[first : first + 2]
     return left, right
+
+
+def behind(ends: Iterable[fx.Node], into: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The nodes that `ends` follow from, themselves included, as far back as `into` says; in no particular order."""
+    seen = dict.fromkeys(ends)
+    pending = list(seen)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in seen and into(source):
+                seen[source] = None
+                pending.append(source)
+    return list(seen)
 
 
 def is_anchor(node: fx.Node) -> bool:

@@ -27,16 +27,14 @@ import networkx as nx
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.liveness import REDUCTIONS, Liveness, liveness, readers
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, is_anchor, is_gemm, operands, written
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, is_anchor, is_gemm, is_product, operands, written
 from qgalore_compile.passes.update import LayerUpdate
 
 Time = tuple[int, int]
 """When a node can run: how far the spine has got, and how many products stand between there and the node."""
 
-_GEMM = ops.gemm
 _GATHER = torch.ops.qgalore.gather_gradient.default
 
 
@@ -77,7 +75,7 @@ def _schedule(nodes: list[fx.Node], layers: list[LayerUpdate]) -> list[fx.Node]:
             ready[node] = (time, 0)
         else:
             point, products = max([ready.get(source, (0, 0)) for source in depends.predecessors(node)], default=(0, 0))
-            ready[node] = (point, products + (is_gemm(node) or node.target in (INVOKE, _GEMM)))
+            ready[node] = (point, products + (is_product(node) or node.target is INVOKE))
     downs = {layer.down for layer in layers}
     runs: dict[fx.Node, tuple[Time, int, int]] = {}
     place = {node: index for index, node in enumerate(nodes)}

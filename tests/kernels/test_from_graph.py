@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels.evaluate import evaluate
-from qgalore_compile.kernels.from_graph import Output, Refusal, RefusedError, Region, candidates, from_graph
+from qgalore_compile.kernels.from_graph import from_graph
 from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.kernels.region import Output, Refusal, RefusedError, Region, candidates
 from qgalore_compile.passes.nodes import anchors, shape, value, written
 
 aten = torch.ops.aten

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import after, assert_bit_equal, results, targets, traced
+from quantised_products import GROUP, forward_and_input_gradient, product_and_size, stored_int8, with_bias
 from torch import Tensor, fx
 
 from qgalore_compile import formats
@@ -16,7 +17,6 @@ from qgalore_compile.kernels import ops
 
 aten = torch.ops.aten
 T, M, N, R = 7, 10, 13, 4
-GROUP = 8
 
 
 def check(function: Callable[..., Any], *inputs: Tensor, **how: Any) -> tuple[fx.GraphModule, Any]:
@@ -29,17 +29,8 @@ def check(function: Callable[..., Any], *inputs: Tensor, **how: Any) -> tuple[fx
     return module, record
 
 
-def stored_int8(m: int = M, n: int = N) -> list[Tensor]:
-    return list(formats.quantize_int8(torch.randn(m, n), GROUP)[:3])
-
-
-def forward_and_input_gradient(x: Tensor, dy: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
-    weight = formats.dequantize_int8(*stored, GROUP)
-    return x @ weight.t(), dy @ weight
-
-
 def test_forward_and_input_gradient_of_an_int8_linear_are_all_that_is_left() -> None:
-    module, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8())
+    module, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
     assert (len(record.matches), record.skipped) == (2, [])
     assert targets(module.graph) == [ops.gemm, ops.gemm]
 
@@ -60,7 +51,7 @@ def test_bfloat16_operands_are_decoded_to_bfloat16() -> None:
     def step(x: Tensor, *stored: Tensor) -> Tensor:
         return x @ formats.dequantize_int8(*stored, GROUP, dtype=torch.bfloat16).t()
 
-    inputs = [torch.randn(T, N).bfloat16(), *stored_int8()]
+    inputs = [torch.randn(T, N).bfloat16(), *stored_int8(M, N)]
     module = traced(step, *inputs)
     expected = results(module, inputs)
     assert len(after(module, "update", "fuse_products").records[-1].matches) == 1
@@ -68,7 +59,7 @@ def test_bfloat16_operands_are_decoded_to_bfloat16() -> None:
 
 
 def test_a_symbolic_token_count_is_no_obstacle() -> None:
-    inputs = [torch.randn(T, N), torch.randn(T, M), *stored_int8()]
+    inputs = [torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N)]
     module, record = check(forward_and_input_gradient, *inputs, symbolic=[0, 1])
     assert len(record.matches) == 2
     more = [torch.randn(T + 3, N), torch.randn(T + 3, M), *inputs[2:]]
@@ -78,20 +69,13 @@ def test_a_symbolic_token_count_is_no_obstacle() -> None:
 
 
 def test_a_decoding_that_somebody_else_reads_stays_for_that_reader() -> None:
-    def step(x: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
-        weight = formats.dequantize_int8(*stored, GROUP)
-        return x @ weight.t(), weight.abs().sum()
-
-    module, record = check(step, torch.randn(T, N), *stored_int8())
+    module, record = check(product_and_size, torch.randn(T, N), *stored_int8(M, N))
     assert len(record.matches) == 1
     assert torch.ops.prims.convert_element_type.default in targets(module.graph)
 
 
 def test_a_bias_is_left_with_the_reason() -> None:
-    def step(x: Tensor, bias: Tensor, *stored: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, formats.dequantize_int8(*stored, GROUP), bias)
-
-    module, record = check(step, torch.randn(T, N), torch.randn(M), *stored_int8())
+    module, record = check(with_bias, torch.randn(T, N), torch.randn(M), *stored_int8(M, N))
     assert record.matches == []
     assert "nothing added" in record.skipped[0][1]
     assert aten.addmm.default in targets(module.graph)
@@ -116,7 +100,7 @@ def test_what_a_product_made_of_inputs_alone_gives_is_not_decoded_from_them() ->
     def step(x: Tensor, w: Tensor, *stored: Tensor) -> Tensor:
         return (x @ formats.dequantize_int8(*stored, GROUP).t()) @ w
 
-    module, record = check(step, torch.randn(T, N), torch.randn(M, R), *stored_int8())
+    module, record = check(step, torch.randn(T, N), torch.randn(M, R), *stored_int8(M, N))
     assert len(record.matches) == 1
     assert targets(module.graph) == [ops.gemm, aten.mm.default]
     assert after(module, "opaque").records[-1].matches == []
@@ -124,6 +108,6 @@ def test_what_a_product_made_of_inputs_alone_gives_is_not_decoded_from_them() ->
 
 def test_another_device_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("qgalore_compile.passes.launch"), "_DEVICES", ("xpu",))
-    _, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8())
+    _, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
     assert record.matches == []
     assert "no generated kernels for 'cpu' yet, only for 'xpu'" in record.skipped[0][1]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import after, assert_bit_equal, position, results, targets, traced
+from quantised_products import GROUP, forward_and_input_gradient, product_and_size, stored_int8, with_bias
 from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -22,7 +23,6 @@ from qgalore_compile.passes.opaque import INVOKE
 aten = torch.ops.aten
 
 T, M, N, R = 7, 10, 12, 4
-GROUP = 8
 
 
 def opaque(module: fx.GraphModule) -> Any:
@@ -276,45 +276,28 @@ def test_a_second_run_does_not_take_a_name_that_is_taken() -> None:
 # -- products with a quantised matrix ---------------------------------------------------------------------------------
 
 
-def stored_int8(m: int = M, n: int = N) -> list[Tensor]:
-    return list(formats.quantize_int8(torch.randn(m, n), GROUP)[:3])
-
-
-def forward_and_input_gradient(x: Tensor, dy: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
-    """Dequantised once for both, as traced programs without a pass have it after common subexpressions."""
-    weight = formats.dequantize_int8(*stored, GROUP)
-    return x @ weight.t(), dy @ weight
-
-
 def test_forward_and_input_gradient_of_an_int8_linear_become_a_call_each() -> None:
-    module, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8())
+    module, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
     assert len(record.matches) == 2
     assert len(set(calls(module))) == 2
     assert set(targets(module.graph)) == {INVOKE, operator.getitem}
 
 
 def test_a_decoding_that_two_products_share_stands_in_both_functions_and_nowhere_else() -> None:
-    module, _ = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8())
+    module, _ = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
     decodes = [targets(body).count(torch.ops.prims.convert_element_type.default) for body in functions(module).values()]
     assert decodes == [1, 1]
     assert torch.ops.prims.convert_element_type.default not in targets(module.graph)
 
 
 def test_a_decoding_that_somebody_else_reads_stays_for_that_reader() -> None:
-    def step(x: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
-        weight = formats.dequantize_int8(*stored, GROUP)
-        return x @ weight.t(), weight.abs().sum()
-
-    module, record = check(step, torch.randn(T, N), *stored_int8())
+    module, record = check(product_and_size, torch.randn(T, N), *stored_int8(M, N))
     assert len(record.matches) == 1
     assert torch.ops.prims.convert_element_type.default in targets(module.graph)
 
 
 def test_a_bias_is_an_input_of_the_function() -> None:
-    def step(x: Tensor, bias: Tensor, *stored: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, formats.dequantize_int8(*stored, GROUP), bias)
-
-    module, _ = check(step, torch.randn(T, N), torch.randn(M), *stored_int8())
+    module, _ = check(with_bias, torch.randn(T, N), torch.randn(M), *stored_int8(M, N))
     (body,) = functions(module).values()
     assert aten.addmm.default in targets(body)
     assert len(body.find_nodes(op="placeholder")) == 5
@@ -326,7 +309,7 @@ def test_linears_of_one_shape_share_forward_and_input_gradient() -> None:
             x = torch.relu(x @ formats.dequantize_int8(*stored[index : index + 3], GROUP).t())
         return x
 
-    module, _ = check(step, torch.randn(T, N), *stored_int8(N), *stored_int8(N), *stored_int8(N))
+    module, _ = check(step, torch.randn(T, N), *stored_int8(N, N), *stored_int8(N, N), *stored_int8(N, N))
     assert calls(module) == ["qgalore_product_0"] * 3
 
 
@@ -335,7 +318,7 @@ def test_a_product_of_three_dimensions_becomes_a_call() -> None:
         weight = formats.dequantize_int8(*stored, GROUP)
         return torch.bmm(x, weight.t().expand(x.shape[0], N, M))
 
-    _, record = check(step, torch.randn(3, T, N), *stored_int8())
+    _, record = check(step, torch.randn(3, T, N), *stored_int8(M, N))
     assert len(record.matches) == 1
 
 
@@ -368,7 +351,7 @@ def test_an_embeddings_tokens_are_not_codes(look_up: str) -> None:
 
 
 def test_a_symbolic_token_count_is_no_obstacle() -> None:
-    inputs = [torch.randn(T, N), torch.randn(T, M), *stored_int8()]
+    inputs = [torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N)]
     module = traced(forward_and_input_gradient, *inputs, symbolic=[0, 1])
     other = [torch.randn(T + 3, N), torch.randn(T + 3, M), *inputs[2:]]
     expected = [results(module, each) for each in (inputs, other)]
