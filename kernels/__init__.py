@@ -15,6 +15,8 @@ cpu.py                compiles, caches and launches what was printed
 gemm.py               ``GemmProgram``: a product with prologues and an epilogue
 gemm_cpu.py           runs one in blocks around the library's GEMM
 ops.py                the operators that a fused graph calls, with a program's text as an argument
+targets.py            GPUs by name, with what bounds a kernel on each; occupancy
+ahead.py              compiles a Triton kernel for a GPU that need not be there; what its machine code contains
 fx_values.py          what tracing left at a node
 ====================  =================================================================================================
 """
