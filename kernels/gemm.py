@@ -93,9 +93,14 @@ class GemmProgram:
             written: one for each buffer that the epilogue writes, in order.
             read: those of the left operand, of the right one, and of the epilogue's other buffers.
         """
+        left, right = self.operands(read)
+        rest = read[len(left) + len(right) :]
+        return left, right, named(self.epilogue, written, rest, leave=self.product) if self.epilogue else {}
+
+    def operands(self, read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The left operand's tensors and the right one's, of those that are read."""
         first, second = self.left.tensors(), self.left.tensors() + self.right.tensors()
-        own = named(self.epilogue, written, read[second:], leave=self.product) if self.epilogue else {}
-        return list(read[:first]), list(read[first:second]), own
+        return list(read[:first]), list(read[first:second])
 
 
 Named = dict[str, Tensor]

@@ -15,21 +15,33 @@ from qgalore_compile.kernels import cpu, gemm_cpu
 from qgalore_compile.kernels.gemm import GemmProgram, named
 from qgalore_compile.kernels.program import BlockProgram
 
+DEVICES = ("cpu", "cuda")
+"""Kinds of devices that programs run on; "cuda" is PyTorch's name for AMD's GPUs too."""
 
-def _device_of(tensors: Sequence[Tensor]) -> None:
+
+def _on_gpu(tensors: Sequence[Tensor]) -> bool:
     kind = tensors[0].device.type
-    if kind != "cpu":
-        raise NotImplementedError(f"generated kernels run on CPUs, these tensors are on {kind!r}")
+    if kind not in DEVICES:
+        raise NotImplementedError(f"generated kernels run on {' and '.join(DEVICES)}, these tensors are on {kind!r}")
+    return kind == "cuda"
 
 
 def _run(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    _device_of(written)
+    if _on_gpu(written):
+        from qgalore_compile.kernels import triton_kernels  # which a machine without a GPU need not have
+
+        triton_kernels.run_region(program, written, read, numbers)
+        return
     kernel = cpu.kernel(program)
     kernel(named(kernel.program, written, read), numbers)
 
 
 def _run_gemm(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    _device_of(written)
+    if _on_gpu(written):
+        from qgalore_compile.kernels import triton_kernels
+
+        triton_kernels.run_product(program, written, read, numbers)
+        return
     gemm_cpu.run(program, written, read, numbers)
 
 
@@ -49,7 +61,10 @@ run_gemm = define(
 
 
 def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
-    _device_of(read)
+    if _on_gpu(read):
+        from qgalore_compile.kernels import triton_kernels
+
+        return triton_kernels.product(program, read)
     return gemm_cpu.product(program, read)
 
 

@@ -11,6 +11,7 @@ fuse.py               rounding  turns updates into generated kernels that work i
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
 order.py              exact     places updates as early as they can run, so that factors die early
+triton_calls.py       exact     a GPU's generated kernels become Triton kernels that Inductor knows
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
 context.py                      what passes share and what they tell
@@ -40,6 +41,7 @@ from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
 from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
+from qgalore_compile.passes.triton_calls import triton_calls
 from qgalore_compile.passes.update import update
 
 __all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
@@ -53,4 +55,5 @@ PASSES: tuple[Pass, ...] = (
     Pass("fuse_products", "rounding", fuse_products),
     Pass("opaque", "exact", opaque),
     Pass("order", "exact", order),
+    Pass("triton_calls", "exact", triton_calls),
 )

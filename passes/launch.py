@@ -17,15 +17,13 @@ from qgalore_compile.kernels.region import Output, Region, candidates
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRANSPOSES, aten, erase_dead, is_anchor, make, shape, value
 from qgalore_compile.passes.placement import move_behind
 
-_DEVICES = ("cpu",)
-
 
 def no_lowering(node: fx.Node) -> str | None:
     """Why there are no generated kernels for the device of a node's tensor; None where there are."""
     kind = value(node).device.type
-    if kind in _DEVICES:
+    if kind in ops.DEVICES:
         return None
-    return f"no generated kernels for {kind!r} yet, only for {', '.join(map(repr, _DEVICES))}"
+    return f"no generated kernels for {kind!r}, only for {', '.join(map(repr, ops.DEVICES))}"
 
 
 def through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:

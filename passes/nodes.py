@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.fx_values import arguments as arguments
@@ -45,6 +46,9 @@ VIEWS = TRANSPOSES | {
 
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 """The functional form of an op that changes its arguments: its results are the new versions of ``_all_bases``."""
+
+TRITON = triton_kernel_wrapper_functional
+"""A call of a Triton kernel in the same form: a dictionary of new versions by the names of ``tensors_to_clone``."""
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 """A call of a function of the graph's module: ``(body, name, *inputs)``."""
@@ -110,8 +114,12 @@ def previous_version(node: fx.Node) -> fx.Node | None:
     if node.target is not operator.getitem:
         return None
     call, index = arguments(node)
-    if not isinstance(call, fx.Node) or call.target is not FUNCTIONALIZED:
+    if not isinstance(call, fx.Node) or call.target not in (FUNCTIONALIZED, TRITON):
         return None
+    if call.target is TRITON:
+        tensors: Any = call.kwargs["kwargs"]
+        held: fx.Node = tensors[index]
+        return held
     returned = len(arguments(call)[0]._schema.returns)
     bases: Any = call.kwargs["_all_bases"]
     # results are (what the op returns, or one None where it returns nothing, *bases)

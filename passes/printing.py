@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from qgalore_compile.kernels import ops
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, arguments, previous_version, value
+from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, TRITON, arguments, previous_version, value
 from qgalore_compile.passes.update import LayerUpdate
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64", "uint8": "u8", "int32": "i32",
@@ -42,6 +42,8 @@ def program_text(node: fx.Node) -> str | None:
     """The text of the generated kernel that a node calls; None where it calls none."""
     if node.target is ops.gemm:
         return str(node.args[0])
+    if node.target is TRITON:
+        return str(node.meta["program"])
     text = node.kwargs.get("program") if node.target is FUNCTIONALIZED else None
     return text if isinstance(text, str) else None
 
@@ -76,6 +78,8 @@ def _lines(graph: fx.Graph, inside: set[fx.Node]) -> list[str]:
             call = f"decode({', '.join(f'%{source.name}' for source in stored)})"
         elif node.target is FUNCTIONALIZED:
             call = _functionalized(node)
+        elif node.target is TRITON:
+            call = _triton(node)
         else:
             call = f"{_name(node.target)}({_arguments(node)})"
         result = _type(value(node))
@@ -104,6 +108,14 @@ def _functionalized(node: fx.Node) -> str:
     given = ", ".join(f"{name}={_spelled(argument)}" for name, argument in node.kwargs.items()
                       if not name.startswith("_") and (_has_node(argument) or name == "program"))  # fmt: skip
     return f"{_name(node.args[0])}({changed}, {given})"
+
+
+def _triton(node: fx.Node) -> str:
+    """A Triton kernel with its arguments by name, those that it changes marked likewise."""
+    tensors: Any = node.kwargs["kwargs"]
+    changed: Any = node.kwargs["tensors_to_clone"]
+    given = [f"{name}={_spelled(tensor)}{'!' if name in changed else ''}" for name, tensor in tensors.items()]
+    return f"triton_kernel({', '.join(['program=' + node.meta['program'], *given])})"
 
 
 def _has_node(argument: Any) -> bool:

@@ -1,0 +1,221 @@
+"""A :class:`GemmProgram` as one Triton kernel: operands decoded as tiles are loaded, the epilogue run on the tile that
+the product left in registers.
+
+A program instance computes one tile of the product.  Where the epilogue reduces over groups, or writes one value for
+each, a tile takes whole groups, so that a weight's write-back needs one pass over it.  The product goes to the epilogue
+in float32, not rounded to the operands' type.
+
+Instances walk the tiles in bands of rows, so that those that run at a time share operands in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram
+from qgalore_compile.kernels.triton_printer import PREAMBLE, Body, Tile, arguments, helpers, power_of_two
+
+
+class Matrix(NamedTuple):
+    """A tensor in memory: its format and its strides in elements, both known before the step runs."""
+
+    memory: str
+    strides: tuple[int, int]
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: tiles of m × n that take k at a time, ``band`` rows of tiles that are walked together."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    band: int = 8
+
+
+class Product(NamedTuple):
+    """A product whose sizes and memory are known.
+
+    Attributes:
+        program: what to compute.
+        left, right: the tensors of operands that are not decoded.
+        sizes: (m, n, k); m or n None where they are known only when the step runs.
+        memory: format of the operands.
+        precision: of products of float32 numbers: "ieee", or "tf32" for the tensor cores' 10 bits.
+    """
+
+    program: GemmProgram
+    left: Matrix | None
+    right: Matrix | None
+    sizes: tuple[int | None, int | None, int]
+    memory: str
+    precision: str = "ieee"
+
+    @property
+    def width(self) -> int | None:
+        """Columns that a tile must take whole multiples of; None where any number will do."""
+        program = self.program.epilogue
+        if program is None or not needs_groups(program):
+            return None
+        return program.space.width
+
+    def step(self, n: int) -> int:
+        """Columns from one tile of ``n`` columns to the next: fewer than it has where a group fills no tile."""
+        width = self.width
+        return n if width is None or n % width == 0 else width
+
+    def names(self) -> list[str]:
+        """The kernel's arguments."""
+        program, found = self.program, list[str]()
+        for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
+            found += [name] if operand.prologue is None else arguments(operand.prologue, prefix, VALUE)
+        if program.epilogue:
+            found += arguments(program.epilogue, "e_", program.product)
+        else:
+            found.append("product")
+        return found + [name for name, size in zip("mn", self.sizes[:2], strict=True) if size is None]
+
+
+def needs_groups(program: BlockProgram) -> bool:
+    """Whether a program is to be run on whole groups."""
+    stores = any(program.buffer(name).extent == "group" for name, _ in program.stores)
+    return stores or any(each.operation in REDUCTIONS for each in program.instructions)
+
+
+def print_gemm(product: Product, tiling: Tiling, name: str = "gemm") -> str:
+    """The kernel of a product on a grid of one dimension, one instance a tile."""
+    return "".join(f"# {line}\n" for line in product.program.pretty().splitlines()) + PREAMBLE + "\n\n".join(
+        [*helpers(_programs(product.program)), "\n".join([*_Kernel(product, tiling).lines(name), ""])]
+    )  # fmt: skip
+
+
+def _programs(program: GemmProgram) -> list[BlockProgram]:
+    return [each for each in (program.left.prologue, program.right.prologue, program.epilogue) if each]
+
+
+class _Kernel:
+    def __init__(self, product: Product, tiling: Tiling) -> None:
+        self.product, self.program, self.tiling = product, product.program, tiling
+        self.k = product.sizes[2]
+        self.kind = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}[product.memory]
+
+    def lines(self, name: str) -> Iterator[str]:
+        tiling = self.tiling
+        step = self.product.step(tiling.n)
+        m, n = (size or each for size, each in zip(self.product.sizes, "mn", strict=False))
+        yield "@triton.jit"
+        yield f"def {name}({', '.join(self.product.names())}):"
+        yield "    tile = tl.program_id(0)"
+        yield f"    tiles_m = ({m} + {tiling.m - 1}) // {tiling.m}"
+        yield f"    tiles_n = ({n} + {step - 1}) // {step}"
+        yield f"    band = tile // ({tiling.band} * tiles_n) * {tiling.band}"
+        yield f"    rows = tl.minimum(tiles_m - band, {tiling.band})"
+        yield f"    at = tile % ({tiling.band} * tiles_n)"
+        yield f"    first_m = (band + at % rows) * {tiling.m}"
+        yield f"    first_n = at // rows * {step}"
+        yield f"    at_m = first_m + tl.arange(0, {tiling.m})"
+        yield f"    at_n = first_n + tl.arange(0, {tiling.n})"
+        masked_m = not isinstance(m, int) or m % tiling.m != 0
+        masked_n = not isinstance(n, int) or n % tiling.n != 0
+        if masked_m:
+            yield f"    in_m = at_m < {m}"
+        if masked_n:
+            group = f" & (tl.arange(0, {tiling.n}) < {step})" if step != tiling.n else ""
+            yield f"    in_n = (at_n < {n}){group}"
+        yield f"    acc = tl.full(({tiling.m}, {tiling.n}), 0.0, tl.float32)"
+        yield f"    for first_k in range(0, {self.k}, {tiling.k}):"
+        yield f"        at_k = first_k + tl.arange(0, {tiling.k})"
+        masks = {"m": "in_m" if masked_m else None, "n": "in_n" if masked_n else None, "k": None}
+        if self.k % tiling.k:
+            yield f"        in_k = at_k < {self.k}"
+            masks["k"] = "in_k"
+        yield from self._operand("left", "l_", self.program.left, self.product.left, ("m", "k"), masks)
+        yield from self._operand("right", "r_", self.program.right, self.product.right, ("k", "n"), masks)
+        precision = f', input_precision="{self.product.precision}"' if self.product.memory == "f32" else ""
+        yield f"        acc = tl.dot(a_left, a_right, acc{precision})"
+        inside = _both([masks["m"], masks["n"]])
+        if self.program.epilogue is None:
+            yield f"    there = product + (at_m[:, None] * {n} + at_n[None, :])"
+            yield f"    tl.store(there, acc.to({self.kind}){inside and f', mask={inside}'})"
+        else:
+            yield from self._epilogue(self.program.epilogue, masks, inside)
+
+    def _operand(
+        self, name: str, prefix: str, operand: Operand, matrix: Matrix | None, dims: tuple[str, str],
+        masks: dict[str, str | None],
+    ) -> Iterator[str]:  # fmt: skip
+        """A tile of an operand, ``a_left`` or ``a_right``."""
+        inside = _both([masks[dim] for dim in dims])
+        if operand.prologue is None:
+            assert matrix is not None
+            strides = matrix.strides[::-1] if operand.transposed else matrix.strides
+            place = f"at_{dims[0]}[:, None] * {strides[0]} + at_{dims[1]}[None, :] * {strides[1]}"
+            yield f"        a_{name} = tl.load({name} + ({place}){inside and f', mask={inside}, other=0'})"
+            return
+        row, column = dims[::-1] if operand.transposed else dims
+        body = self._decoded(operand.prologue, prefix, row, column, masks)
+        yield from (f"        {line}" for line in body.values())
+        size = (getattr(self.tiling, row), getattr(self.tiling, column))
+        value = f"({body.result(VALUE)}).to({self.kind})"
+        if body.tile.layout == "groups":
+            value = f"{value}.reshape({size})"
+        if operand.transposed:
+            value = f"{value}.trans()"
+        # what is decoded of codes and scales that are not there need not be zero
+        yield f"        a_{name} = {f'tl.where({inside}, {value}, 0.0)' if inside and masks['k'] else value}"
+
+    def _decoded(self, program: BlockProgram, prefix: str, row: str, column: str, masks: dict[str, str | None]) -> Body:
+        size = (getattr(self.tiling, row), getattr(self.tiling, column))
+        return Body(program, self._tile(program, size, row, column, masks), prefix)
+
+    def _tile(
+        self, program: BlockProgram, size: tuple[int, int], row: str, column: str, masks: dict[str, str | None]
+    ) -> Tile:
+        """The tile of a program over rows and columns of the product's dimensions ``row`` and ``column``."""
+        width, (rows, columns) = program.space.width, size
+        step = self.product.step(columns) if column == "n" else columns
+        found = {"row": masks[row], "column": masks[column], "element": _both([masks[row], masks[column]]) or None}
+        first = f"first_{column}"
+        if width % columns == 0 or step == width:  # a part of a group, or one that does not fill the tile
+            found["group"] = masks[row]
+            layout, group, shape, at = "part", f"({first} // {width})", (rows, columns), f"at_{column}"
+        elif columns % width == 0 and width == power_of_two(width):
+            groups = columns // width
+            layout, shape = "groups", (rows, groups, width)
+            group = f"({first} // {width} + tl.arange(0, {groups}))[None, :]"
+            at = f"({first} + tl.arange(0, {columns})).reshape({groups}, {width})"
+            found = {"row": masks[row]}
+            if masks[column]:
+                found["column"] = f"({at} < {self._size(column)})"
+            row_mask = masks[row]
+            by_row = f"{row_mask}[:, None]" if row_mask else None
+            by_group = f"({group} < {program.space.groups})" if masks[column] else None
+            found["group"] = " & ".join(filter(None, [by_row, by_group])) or None
+            parts = [f"{row_mask}[:, None, None]" if row_mask else None,
+                     f"{found['column']}[None, :, :]" if masks[column] else None]  # fmt: skip
+            found["element"] = " & ".join(filter(None, parts)) or None
+        else:
+            found["group"] = found["element"]
+            layout, shape, at = "free", (rows, columns), f"at_{column}"
+            group = f"(at_{column} // {width})[None, :]"
+        aligned = first if step % 8 == 0 else None
+        return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, shape)
+
+    def _size(self, dim: str) -> str:
+        size = self.product.sizes["mnk".index(dim)]
+        return dim if size is None else str(size)
+
+    def _epilogue(self, program: BlockProgram, masks: dict[str, str | None], inside: str) -> Iterator[str]:
+        tile = self._tile(program, (self.tiling.m, self.tiling.n), "m", "n", masks)
+        given = "acc" if tile.layout != "groups" else f"acc.reshape({tile.shape})"
+        body = Body(program, tile, "e_", (self.program.product, given))
+        yield from (f"    {line}" for line in [*body.values(), *body.stores()])
+
+
+def _both(masks: list[str | None]) -> str:
+    """The mask of a tile from those of its rows and its columns."""
+    rows, columns = masks
+    return " & ".join([f"{rows}[:, None]"] * bool(rows) + [f"{columns}[None, :]"] * bool(columns))

@@ -1,0 +1,214 @@
+"""Which tiles a kernel works on, chosen by a model of the chip: registers, shared memory, bytes, waves.
+
+The model of a product:
+
+- A tile fits if its registers and its shared memory do.  Registers of a thread are estimated from its share of the
+  accumulators: once and a half that, the addresses and what is being decoded, and 3.3 times that where an epilogue
+  works on them.  Both factors are from kernels compiled for sm_80 to sm_120: 64 accumulators a thread and the
+  write-back of an INT8 weight come to 205-255 registers without a spill.
+- A block takes the longest of: its multiply-adds at its share of the peak, its operands from shared memory at 128
+  bytes a cycle, its loads at 64 bytes a cycle.  The grid takes as many of those as it has waves.
+
+``traffic`` is the model behind the two columns of bytes in the table of ``qgalore compile``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import product as combinations
+from typing import NamedTuple
+
+from qgalore_compile.kernels.gemm import Operand
+from qgalore_compile.kernels.gemm_triton import Product, Tiling
+from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.targets import Target
+from qgalore_compile.kernels.triton_printer import power_of_two
+
+TOKENS = 4096
+"""Rows of a batch that a product's tiles are chosen for where the number is known only when the step runs."""
+
+REGION_ELEMENTS = 16
+"""Elements of a region that a thread works on: 16 bytes of codes, which is one access."""
+
+REGION_WARPS = 4
+
+_CLOCK = 1.7e9
+_SIZES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
+
+
+class NoTilingError(ValueError):
+    """No tile of a product fits the chip."""
+
+
+def region_rows(program: BlockProgram) -> int:
+    """Groups of a region that a block works on."""
+    return max(1, REGION_ELEMENTS * REGION_WARPS * 32 // power_of_two(program.space.width))
+
+
+def tiling(product: Product, target: Target) -> Tiling:
+    """The fastest tiling by the model.
+
+    Raises:
+        NoTilingError: none fits.
+    """
+    fitting = [each for each in _candidates(product) if registers(product, each, target) <= target.registers_per_thread
+               and shared(product, each) <= target.shared_per_block]  # fmt: skip
+    if not fitting:
+        raise NoTilingError(
+            f"no tile of a product of {product.sizes} fits {target.name}: groups of {product.width} columns are too "
+            f"wide; choose a smaller group size"
+        )
+    return min(fitting, key=lambda each: (seconds(product, each, target), each))
+
+
+def _candidates(product: Product) -> Iterator[Tiling]:
+    width = product.width
+    exact = product.memory == "f32" and product.precision == "ieee"
+    if width is None:
+        columns = [32, 64] if exact else [64, 128, 256]
+    elif width != power_of_two(width) or width >= 128:
+        columns = [max(16, power_of_two(width))]
+    else:
+        columns = [each for each in (16, 32, 64, 128) if each % width == 0]
+    depths = [16] if exact else [32, 64]
+    for m, n, k, warps, stages in combinations([16, 32, 64, 128], columns, depths, [4, 8], [2, 3, 4]):
+        yield Tiling(m, n, k, warps, stages)
+
+
+def registers(product: Product, tiling: Tiling, target: Target) -> float:
+    """Estimate of a thread's registers."""
+    threads = tiling.warps * target.warp_size
+    own = tiling.m * tiling.n / threads
+    if product.memory == "f32" and product.precision == "ieee":  # no tensor cores: a thread holds k of each operand
+        return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
+    decoded = sum(tiling.k * side / threads for side, each in zip((tiling.m, tiling.n), _operands(product), strict=True)
+                  if each.prologue)  # fmt: skip
+    return 40 + own * (3.3 if product.program.epilogue else 1.5) + decoded * _SIZES[product.memory] / 4
+
+
+def shared(product: Product, tiling: Tiling) -> float:
+    """Estimate of a block's shared memory in bytes: operands of each stage as they are in memory, decoded ones once,
+    and a tile that changes its layout."""
+    size = _SIZES[product.memory]
+    loaded = decoded = 0.0
+    for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True):
+        loaded += tiling.k * side * element_bytes(product, operand)
+        decoded += tiling.k * side * size if operand.prologue else 0
+    return max(tiling.stages * loaded + decoded, 2.0 * tiling.m * tiling.n)
+
+
+def seconds(product: Product, tiling: Tiling, target: Target) -> float:
+    """Estimate of a kernel's time."""
+    exact = product.memory == "f32" and product.precision == "ieee"
+    peak = target.fp32_flops if exact else target.tf32_flops if product.memory == "f32" else target.bf16_flops
+    k = -(-product.sizes[2] // tiling.k) * tiling.k
+    size = _SIZES[product.memory]
+    bytes_in = sum(k * side * element_bytes(product, operand)
+                   for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True))  # fmt: skip
+    cycles = max(
+        2.0 * tiling.m * tiling.n * k / (peak / target.multiprocessors / _CLOCK),
+        k * (tiling.m + tiling.n) * size / 128,
+        (bytes_in + _epilogue_bytes(product, tiling)) / 64,
+    )
+    held = target.occupancy(
+        min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
+    ).blocks
+    if held == 0:
+        return math.inf
+    tiles = math.prod(grid(product, tiling, *_sizes(product)))
+    waves = math.ceil(tiles / (target.multiprocessors * held))
+    # one block alone does not overlap its loads and its arithmetic, whatever its stages
+    alone = 1.3 if held * tiling.warps < 8 else 1.0
+    return waves * held * cycles * alone / _CLOCK
+
+
+def _sizes(product: Product) -> tuple[int, int]:
+    m, n, _ = product.sizes
+    return m or TOKENS, n or TOKENS
+
+
+def grid(product: Product, tiling: Tiling, m: int, n: int) -> tuple[int, int]:
+    """Tiles down and across."""
+    return -(-m // tiling.m), -(-n // product.step(tiling.n))
+
+
+def _operands(product: Product) -> tuple[Operand, Operand]:
+    return product.program.left, product.program.right
+
+
+def element_bytes(product: Product, operand: Operand) -> float:
+    """Bytes in memory of an operand's element, scales and offsets included."""
+    if operand.prologue is None:
+        return _SIZES[product.memory]
+    return operand_bytes(product, operand, 0, 0) / math.prod(operand.prologue.space[:2])
+
+
+def operand_bytes(product: Product, operand: Operand, rows: int, columns: int) -> float:
+    """Bytes in memory of an operand; one that is decoded has a size of its own."""
+    if operand.prologue is None:
+        return rows * columns * _SIZES[product.memory]
+    return sum(operand.prologue.bytes_of(each) for each in operand.prologue.buffers if each.access == "in")
+
+
+def _epilogue_bytes(product: Product, tiling: Tiling) -> float:
+    """Bytes that a tile's epilogue reads and writes."""
+    epilogue = product.program.epilogue
+    if epilogue is None:
+        return tiling.m * tiling.n * _SIZES[product.memory]
+    own = epilogue.bytes() - epilogue.bytes_of(epilogue.buffer(product.program.product))
+    return own * tiling.m * tiling.n / math.prod(epilogue.space[:2])
+
+
+class Traffic(NamedTuple):
+    """Bytes of one launch.
+
+    Attributes:
+        least: each operand and each of the epilogue's buffers once in each direction that it is used in.
+        issued: what the tiles' loads and stores ask for.
+        dram: what of that passes the L2 cache.
+        wave: of operands, what the tiles that run at a time hold.
+    """
+
+    least: float
+    issued: float
+    dram: float
+    wave: float
+
+
+def traffic(product: Product, tiling: Tiling, target: Target, held: int = 1) -> Traffic:
+    """Bytes by a model of the L2 cache: panels of operands (a tile's rows or columns, all of k) in least recently used
+    order, tiles in waves of ``held`` a multiprocessor; what the epilogue touches is touched once and passes through.
+    """
+    m, n = _sizes(product)
+    k, (down, across) = product.sizes[2], grid(product, tiling, m, n)
+    sides = dict(zip("mn", _operands(product), strict=True))
+    panel = {"m": tiling.m * k * element_bytes(product, sides["m"]),
+             "n": product.step(tiling.n) * k * element_bytes(product, sides["n"])}  # fmt: skip
+    operands = sum(operand_bytes(product, sides[side], k, size) for side, size in (("m", m), ("n", n)))
+    own = _epilogue_bytes(product, tiling) * m * n / (tiling.m * tiling.n)
+    cache: OrderedDict[tuple[str, int], float] = OrderedDict()
+    loaded = widest = 0.0
+    wave = target.multiprocessors * held
+    for first in range(0, down * across, wave):
+        places = [place(tile, down, across, tiling.band) for tile in range(first, min(first + wave, down * across))]
+        wanted = dict.fromkeys([("m", row) for row, _ in places] + [("n", column) for _, column in places])
+        widest = max(widest, sum(panel[side] for side, _ in wanted))
+        for each in wanted:
+            if each not in cache:
+                loaded += panel[each[0]]
+                cache[each] = panel[each[0]]
+            cache.move_to_end(each)
+        while sum(cache.values()) > target.l2_bytes and len(cache) > 1:
+            cache.popitem(last=False)
+    issued = down * across * sum(panel.values()) + own
+    return Traffic(operands + own, issued, loaded + own, widest)
+
+
+def place(tile: int, down: int, across: int, band: int) -> tuple[int, int]:
+    """(row, column) of the tile that an instance of a kernel computes; as ``gemm_triton`` spells it."""
+    first = tile // (band * across) * band
+    rows = min(down - first, band)
+    within = tile % (band * across)
+    return first + within % rows, within // rows

@@ -1,0 +1,244 @@
+"""Programs on a GPU: choose tiles, print, load and launch.
+
+A kernel is specialised by its program's text, by what is known of its arguments' memory, and by the target; every call
+that agrees in these shares one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
+
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand, named
+from qgalore_compile.kernels.gemm_triton import Matrix, Product, print_gemm
+from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.targets import Target
+from qgalore_compile.kernels.tiling import REGION_WARPS, region_rows, tiling
+from qgalore_compile.kernels.triton_printer import POINTER, arguments, print_region
+
+FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A printed kernel and how it is launched.
+
+    Attributes:
+        name: of the function in ``source``.
+        source: a module that needs Triton alone.
+        signature: by argument, Triton's type: "*bf16", "i64", ….
+        params: arguments that hold a parameter's number, as pointers to one i32.
+        grid: instances, where that is known; else
+        tile: (rows, columns) from one tile of the product to the next.
+        warps, stages: of a block; of the pipelined loop.
+    """
+
+    name: str
+    source: str
+    signature: dict[str, str]
+    params: frozenset[str]
+    grid: int | None
+    tile: tuple[int, int]
+    warps: int
+    stages: int
+
+    def instances(self, m: Any = 1, n: Any = 1) -> Any:
+        """How many instances a product of m × n takes; sizes may be symbolic."""
+        if self.grid is not None:
+            return self.grid
+        return ((m + self.tile[0] - 1) // self.tile[0]) * ((n + self.tile[1] - 1) // self.tile[1])
+
+
+def region_kernel(program: BlockProgram) -> Kernel:
+    """The kernel of a region."""
+    rows = region_rows(program)
+    grid = -(-program.space.rows * program.space.groups // rows)
+    return Kernel(
+        "region", print_region(program, rows), _signature(program, "", ""), params(program), grid, (0, 0),
+        REGION_WARPS, 1,
+    )  # fmt: skip
+
+
+def product_kernel(product: Product, target: Target) -> Kernel:
+    """The kernel of a product."""
+    chosen = tiling(product, target)
+    program, signature = product.program, dict[str, str]()
+    for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
+        if operand.prologue is None:
+            signature[name] = f"*{POINTER[product.memory]}"
+        else:
+            signature |= _signature(operand.prologue, prefix, VALUE)
+    numbers = frozenset[str]()
+    if program.epilogue is None:
+        signature["product"] = f"*{POINTER[product.memory]}"
+    else:
+        signature |= _signature(program.epilogue, "e_", program.product)
+        numbers = params(program.epilogue, "e_")
+    m, n, _ = product.sizes
+    signature |= {name: "i32" for name, size in (("m", m), ("n", n)) if size is None}
+    step = (chosen.m, product.step(chosen.n))
+    grid = None if m is None or n is None else -(-m // step[0]) * -(-n // step[1])
+    return Kernel(
+        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def kernel_of(
+    text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
+    precision: str, target: Target,
+) -> Kernel:  # fmt: skip
+    """The kernel of a product's text; one a process."""
+    return product_kernel(Product(GemmProgram.parse(text), left, right, sizes, memory, precision), target)
+
+
+@lru_cache(maxsize=1024)
+def region_of(text: str) -> Kernel:
+    """The kernel of a region's text; one a process."""
+    return region_kernel(BlockProgram.parse(text))
+
+
+def params(program: BlockProgram, prefix: str = "") -> frozenset[str]:
+    """Arguments that are pointers to a parameter's number."""
+    return frozenset(
+        f"{prefix}{each.names[1]}" for each in program.instructions if each.operation == "random_bits"
+    )  # fmt: skip
+
+
+def _signature(program: BlockProgram, prefix: str, leave: str) -> dict[str, str]:
+    """Triton's types of a program's arguments."""
+    buffers = {f"{prefix}{each.name}": f"*{POINTER[each.memory]}" for each in program.buffers}
+    pointers = params(program, prefix)
+    return {name: buffers.get(name) or ("*i32" if name in pointers else "i64")
+            for name in arguments(program, prefix, leave)}  # fmt: skip
+
+
+@cache
+def load(kernel: Kernel) -> Any:
+    """The kernel as Triton's function."""
+    return getattr(PyCodeCache.load(kernel.source), kernel.name)
+
+
+@cache
+def tuned(kernel: Kernel) -> Any:
+    """The kernel with its warps and stages, as graphs and launches take it."""
+    import triton
+
+    return triton.autotune([triton.Config({}, num_warps=kernel.warps, num_stages=kernel.stages)], key=[])(load(kernel))
+
+
+# -- what is known of a call's arguments -------------------------------------------------------------------------------
+
+
+def matrix(tensor: Tensor) -> Matrix | None:
+    """What a kernel must know of a plain operand; None where its strides are known only when the step runs."""
+    rows, columns = tensor.stride()
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        return None
+    return Matrix(FORMATS[tensor.dtype], (rows, columns))
+
+
+def size(operand: Operand, tensors: Sequence[Tensor], dim: int) -> Any:
+    """Size of a dimension of an operand, 0 or 1."""
+    place = dim != operand.transposed
+    return operand.prologue.space[place] if operand.prologue else tensors[0].shape[place]
+
+
+def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Target, precision: str) -> tuple[
+    Kernel, tuple[Any, Any]
+]:  # fmt: skip
+    """(the kernel of a product's call, the product's m and n), from its operands' tensors, real or fake."""
+    left, right = program.operands(read)
+    m, n = size(program.left, left, 0), size(program.right, right, 1)
+    k = size(program.left, left, 1)
+    if not isinstance(k, int):
+        k = size(program.right, right, 0)
+    first, second = (
+        matrix(tensors[0]) if operand.prologue is None else None
+        for operand, tensors in ((program.left, left), (program.right, right))
+    )
+    memory = next(
+        FORMATS[tensors[0].dtype] if operand.prologue is None else operand.prologue.buffer(VALUE).memory
+        for operand, tensors in ((program.left, left), (program.right, right))
+    )
+    sizes = tuple(each if isinstance(each, int) else None for each in (m, n))
+    kernel = kernel_of(text, first, second, (sizes[0], sizes[1], k), memory, precision, target)
+    return kernel, (m, n)
+
+
+def bind(
+    program: BlockProgram | GemmProgram, written: Sequence[Any], read: Sequence[Any], numbers: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """(tensors by argument, numbers by argument, the arguments that are written) of a call."""
+    if isinstance(program, BlockProgram):
+        found = named(program, written, read)
+        values = dict(zip(program.numbers, numbers, strict=True))
+        return dict(found), values, [each.name for each in program.written()]
+    left, right, own = program.share(written, read)
+    tensors: dict[str, Any] = {}
+    for prefix, name, operand, given in (("l_", "left", program.left, left), ("r_", "right", program.right, right)):
+        if operand.prologue is None:
+            tensors[name] = given[0]
+        else:
+            names = [each.name for each in operand.prologue.buffers if each.name != VALUE]
+            tensors |= {f"{prefix}{each}": tensor for each, tensor in zip(names, given, strict=True)}
+    if program.epilogue is None:
+        return tensors, {}, []
+    tensors |= {f"e_{each}": tensor for each, tensor in own.items()}
+    values = {f"e_{each}": number for each, number in zip(program.epilogue.numbers, numbers, strict=True)}
+    return tensors, values, [f"e_{each.name}" for each in program.epilogue.written()]
+
+
+def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], m: int = 1, n: int = 1) -> None:
+    """Run a kernel on tensors."""
+    device = next(iter(tensors.values())).device
+    given: dict[str, Any] = dict(tensors)
+    for name, number in numbers.items():
+        is_param = name in kernel.params
+        given[name] = torch.tensor(number, dtype=torch.int32, device=device) if is_param else number
+    given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
+    tuned(kernel)[(kernel.instances(m, n),)](*(given[name] for name in kernel.signature))
+
+
+def run_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """Run a :class:`BlockProgram` (its text) on tensors of a GPU; they are as for ``gemm.named``."""
+    tensors, values, _ = bind(BlockProgram.parse(text), written, read, numbers)
+    launch(region_of(text), tensors, values)
+
+
+def run_product(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """Run a :class:`GemmProgram` (its text) with an epilogue likewise; tensors as for ``GemmProgram.share``."""
+    program = GemmProgram.parse(text)
+    kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
+    tensors, values, _ = bind(program, written, read, numbers)
+    launch(kernel, tensors, values, m, n)
+
+
+def product(text: str, read: Sequence[Tensor]) -> Tensor:
+    """The product (m, n) of a :class:`GemmProgram` without an epilogue."""
+    program = GemmProgram.parse(text)
+    kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
+    tensors, _, _ = bind(program, (), read, ())
+    plain = tensors["left" if program.left.prologue is None else "right"]
+    out = plain.new_empty((m, n))
+    launch(kernel, {**tensors, "product": out}, {}, m, n)
+    return out
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """What a GPU is, as kernels are made for it."""
+    if torch.version.hip:
+        return Target.named(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    return Target.of(torch.cuda.get_device_capability(device))
+
+
+def precision() -> str:
+    """Of float32 products, as the user has set it for PyTorch's own."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

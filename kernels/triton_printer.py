@@ -1,0 +1,381 @@
+"""A :class:`BlockProgram` as Triton, on one tile at a time.
+
+A *tile* is what one program instance works on.  Values have the extents of the program, in these shapes:
+
+========  ===============  ==================  ===================  ==============
+layout    row              group               column               element
+========  ===============  ==================  ===================  ==============
+"tasks"   (R,)             (R,)                (R, C)               (R, C)
+"part"    (R,)             (R,)                (C,)                 (R, C)
+"groups"  (R,)             (R, K)              (K, W)               (R, K, W)
+"free"    (R,)             (R, C)              (C,)                 (R, C)
+========  ===============  ==================  ===================  ==============
+
+"tasks": every row of the tile is one group, of whichever row of the space.  "part": the tile lies within one group of
+columns.  "groups": it takes K whole groups of W columns.  "free": it lies anywhere, so a group's value is loaded once
+for each of its elements, and nothing can be reduced.
+
+The arithmetic is float32 with divisions and roots to nearest; no function of a device library, which the interpreter
+would not run.  All loads stand before all stores, and no tile reads what another one writes, so an output may be the
+storage of an input.  Random bits depend on row and column alone, not on how the space is tiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
+
+POINTER = {
+    "f32": "fp32", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16", "i32": "i32",
+    "i64": "i64", "bool": "i1",
+}  # fmt: skip
+"""Triton's name for what a buffer's pointer points to."""
+
+_TYPES = {"f32": "tl.float32", "i32": "tl.int32", "bool": "tl.int1"}
+_MEMORY = {
+    "f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "u8": "tl.uint8", "i8": "tl.int8",
+    "i16": "tl.int16", "i32": "tl.int32", "i64": "tl.int64", "bool": "tl.int1",
+}  # fmt: skip
+
+_SPELLING = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
+    "abs": "tl.abs({0})", "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({0}))",
+    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
+    "log10": "tl.log2({0}) * 0.30102999566398120", "erf": "tl.erf({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})",
+    "sigmoid": "tl.div_rn(1.0, 1.0 + tl.exp(-{0}))", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})",
+    "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
+    # 1.5 * 2**23 pushes the fraction out of the significand, where the hardware rounds to even
+    "round": "tl.where(tl.abs({0}) < 4194304.0, ({0} + 12582912.0) - 12582912.0, {0})",
+    "expm1": "_expm1({0})", "log1p": "_log1p({0})", "tanh": "_tanh({0})", "pow": "_pow({0}, {1})",
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
+    "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}", "not": "{0} == 0",
+    "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
+    "where": "tl.where({0}, {1}, {2})", "f32": "({0}).to(tl.float32)", "i32": "({0}).to(tl.int32)",
+    "bool": "{0} != 0", "round_bf16": "({0}).to(tl.bfloat16).to(tl.float32)",
+    "round_f16": "({0}).to(tl.float16).to(tl.float32)",
+}  # fmt: skip
+
+_HELPERS = {
+    "_least": "    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
+    "_most": "    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)",
+    "_sum": "    return a + b",
+    # Kahan's: what 1 + x or exp(x) lost to rounding cancels in the quotient
+    "_log1p": "    u = 1.0 + a\n"
+              "    return tl.where((u == 1.0) | (u == float('inf')), a, tl.log(u) * tl.div_rn(a, u - 1.0))",
+    "_expm1": "    u = tl.exp(a)\n"
+              "    small = (u - 1.0) * tl.div_rn(a, tl.log(u))\n"
+              "    return tl.where(u == 1.0, a, tl.where(tl.abs(a) > 1.0, u - 1.0, small))",
+    "_tanh": "    u = _expm1(2.0 * tl.minimum(tl.abs(a), 20.0, propagate_nan=tl.PropagateNan.ALL))\n"
+             "    size = tl.div_rn(u, u + 2.0)\n"
+             "    return tl.where(a < 0, -size, size)",
+    "_pow": "    size = tl.exp2(b * tl.log2(tl.abs(a)))\n"
+            "    whole = tl.floor(b) == b\n"
+            "    odd = whole & (tl.floor(b * 0.5) * 2.0 != b)\n"
+            "    signed = tl.where(a < 0, tl.where(whole, tl.where(odd, -size, size), float('nan')), size)\n"
+            "    return tl.where((b == 0.0) | (a == 1.0), 1.0, signed)",
+    "_philox": "    # Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3)\n"
+               "    for _ in tl.static_range(10):\n"
+               "        b0 = c0\n"
+               "        b2 = c2\n"
+               "        c0 = tl.umulhi(b2, 0xCD9E8D57) ^ c1 ^ k0\n"
+               "        c2 = tl.umulhi(b0, 0xD2511F53) ^ c3 ^ k1\n"
+               "        c1 = b2 * 0xCD9E8D57\n"
+               "        c3 = b0 * 0xD2511F53\n"
+               "        k0 += 0x9E3779B9\n"
+               "        k1 += 0xBB67AE85\n"
+               "    return c0, c1, c2, c3",
+}  # fmt: skip
+_PARAMETERS = {"_philox": "c0, c1, c2, c3, k0, k1", "_log1p": "a", "_expm1": "a", "_tanh": "a"}
+_NEEDS = {"tanh": ("_expm1", "_tanh"), "random_bits": ("_philox",), "group_min": ("_least",), "group_max": ("_most",),
+          "group_sum": ("_sum",), "expm1": ("_expm1",), "log1p": ("_log1p",), "pow": ("_pow",)}  # fmt: skip
+
+_SPREAD = {
+    "tasks": {("row", "group"): "", ("row", "element"): "[:, None]", ("group", "element"): "[:, None]",
+              ("column", "element"): ""},
+    "part": {("row", "group"): "", ("row", "element"): "[:, None]", ("group", "element"): "[:, None]",
+             ("column", "element"): "[None, :]"},
+    "groups": {("row", "group"): "[:, None]", ("row", "element"): "[:, None, None]",
+               ("group", "element"): "[:, :, None]", ("column", "element"): "[None, :, :]"},
+    "free": {("row", "group"): "[:, None]", ("row", "element"): "[:, None]", ("group", "element"): "",
+             ("column", "element"): "[None, :]"},
+}  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Where a program's values lie, in names of the kernel's variables; see the module's docstring for shapes.
+
+    Attributes:
+        layout: "tasks", "part", "groups" or "free".
+        row, column, group: indices, in the shapes of those extents.
+        masks: by extent, a variable that is false where a value of it lies outside; an extent that has none is whole.
+        first: the tile's first column, a multiple of 8; for "tasks" (R,).  None where it may be any column.
+        shape: of elements.
+    """
+
+    layout: str
+    row: str
+    column: str
+    group: str
+    masks: dict[str, str]
+    first: str | None
+    shape: tuple[int, ...]
+
+
+def helpers(programs: list[BlockProgram]) -> Iterator[str]:
+    """The functions that the kernels of some programs call."""
+    wanted: dict[str, None] = {}
+    for program in programs:
+        for each in program.instructions:
+            wanted.update(dict.fromkeys(_NEEDS.get(each.operation, ())))
+    for name in wanted:
+        yield f"@triton.jit\ndef {name}({_PARAMETERS.get(name, 'a, b')}):\n{_HELPERS[name]}\n"
+
+
+class Body:
+    """Prints what a program does on a tile.
+
+    Args:
+        program: what to print.
+        tile: where.
+        prefix: of the names of its variables and arguments.
+        given: the buffer whose value a variable holds already, in float32 and in the shape of elements.
+    """
+
+    def __init__(self, program: BlockProgram, tile: Tile, prefix: str = "", given: tuple[str, str] = ("", "")) -> None:
+        self.program, self.tile, self.prefix, self.given = program, tile, prefix, given
+        self.random = 0
+
+    def values(self) -> Iterator[str]:
+        """Loads and arithmetic."""
+        for number, each in enumerate(self.program.instructions):
+            if each.operation == "random_bits":
+                yield from self._draws(number, each)
+            elif each.operation == "lookup":
+                yield from self._look_up(number, each)
+            else:
+                yield f"{self.name(number)} = {self._expression(each)}"
+
+    def stores(self, leave: str = "") -> Iterator[str]:
+        """Stores, but for one to the buffer ``leave``."""
+        for name, value in self.program.stores:
+            if name != leave:
+                buffer = self.program.buffer(name)
+                stored = self._spread(value, buffer.extent)
+                if buffer.memory not in ("f32", "i32", "bool"):
+                    stored = f"({stored}).to({_MEMORY[buffer.memory]})"
+                mask = self._mask(buffer.extent)
+                yield f"tl.store({self._pointer(name)}, {stored}{mask and f', mask={mask}'})"
+
+    def result(self, name: str) -> str:
+        """The value that a buffer would be given, in the shape of elements."""
+        value = next(value for buffer, value in self.program.stores if buffer == name)
+        return self._spread(value, "element")
+
+    def name(self, number: int) -> str:
+        """The variable of an instruction's value."""
+        return f"{self.prefix}v{number}"
+
+    # -- one instruction --------------------------------------------------------------------------------------------
+
+    def _expression(self, each: Instruction) -> str:
+        if each.operation == "load":
+            return self._load(each.names[0], each.type)
+        if each.operation == "constant":
+            return f"tl.full((), {_literal(each)}, {_TYPES[each.type]})"
+        if each.operation in REDUCTIONS:
+            return self._reduction(each)
+        args = [self._spread(arg, each.extent) for arg in each.args]
+        if each.operation in ("minimum", "maximum"):
+            nan = ", propagate_nan=tl.PropagateNan.ALL" if each.type == "f32" else ""
+            return f"tl.{each.operation}({args[0]}, {args[1]}{nan})"
+        if each.operation == "sign":
+            one = "1.0" if each.type == "f32" else "1"
+            return f"tl.where({args[0]} > 0, {one}, tl.where({args[0]} < 0, -{one}, {args[0]} * 0))"
+        return _SPELLING[each.operation].format(*args)
+
+    def _spread(self, number: int, extent: str) -> str:
+        """A value in the shape of a larger extent."""
+        own = self.program.instructions[number].extent
+        if own in ("scalar", extent):
+            return self.name(number)
+        return self.name(number) + _SPREAD[self.tile.layout][own, extent]
+
+    def _reduction(self, each: Instruction) -> str:
+        source, mask = self._spread(each.args[0], "element"), self.tile.masks.get("element")
+        neutral = {"group_min": "float('inf')", "group_max": "-float('inf')", "group_sum": "0.0"}[each.operation]
+        combine = {"group_min": "_least", "group_max": "_most", "group_sum": "_sum"}[each.operation]
+        if mask:
+            source = f"tl.where({mask}, {source}, {neutral})"
+        return f"tl.reduce({source}, {len(self.tile.shape) - 1}, {combine})"
+
+    def _load(self, name: str, kind: str) -> str:
+        if name == self.given[0]:
+            return self.given[1]
+        buffer = self.program.buffer(name)
+        mask = self._mask(buffer.extent)
+        loaded = f"tl.load({self._pointer(name)}{mask and f', mask={mask}, other=0'})"
+        if buffer.memory == "u4":
+            return f"(({loaded} >> {self._half()[1]}) & 15).to(tl.int32)"
+        if kind == "bool":
+            return f"({loaded} != 0)"
+        return loaded if buffer.memory == kind else f"{loaded}.to({_TYPES[kind]})"
+
+    def _mask(self, extent: str) -> str:
+        return self.tile.masks.get(extent, "")
+
+    def _pointer(self, name: str) -> str:
+        buffer, tile, space = self.program.buffer(name), self.tile, self.program.space
+        pointer = f"{self.prefix}{name}"
+        if buffer.extent == "scalar":
+            return pointer
+        if buffer.extent == "row":
+            return f"{pointer} + {tile.row}"
+        if buffer.extent == "column":
+            return f"{pointer} + {tile.column}"
+        spread, row = _SPREAD[tile.layout], tile.row
+        if space.rows * space.columns >= 1 << 31:
+            row = f"{row}.to(tl.int64)"
+        if buffer.extent == "group":
+            return f"{pointer} + ({row}{spread['row', 'group']} * {space.groups} + {tile.group})"
+        columns = tile.column + spread["column", "element"]
+        pitch = space.columns
+        if buffer.memory == "u4":
+            columns, pitch = f"({columns} - {self._half()[0]})", -(-space.columns // 2)
+        return f"{pointer} + ({row}{spread['row', 'element']} * {pitch} + {columns})"
+
+    def _half(self) -> tuple[str, str]:
+        """(what a column's byte lies behind the column, by how much its nibble is shifted): low nibbles hold the first
+        half of a row."""
+        tile, half = self.tile, -(-self.program.space.columns // 2)
+        column = tile.column + _SPREAD[tile.layout]["column", "element"]
+        if tile.first is not None and half % math.prod(tile.shape[1:]) == 0:  # the tile lies in one half
+            column = tile.first + ("[:, None]" if tile.layout == "tasks" else "")
+        return f"tl.where({column} < {half}, 0, {half})", f"tl.where({column} < {half}, 0, 4).to(tl.uint8)"
+
+    # -- random bits and tables -------------------------------------------------------------------------------------
+
+    def _draws(self, number: int, each: Instruction) -> Iterator[str]:
+        seed, param = (f"{self.prefix}{name}" for name in each.names)
+        tile, name, shape = self.tile, self.name(number), self.tile.shape
+        spread = _SPREAD[tile.layout]
+        row = tile.row + spread["row", "element"]
+        together = tile.first is not None and shape[-1] % 8 == 0 and (tile.layout != "groups" or shape[-1] >= 8)
+        yield f"{name}_seed = tl.full((), 0, tl.int64) + {seed}"  # an argument equal to 1 is no tensor
+        if together:
+            counter = self._counters(shape)
+        else:
+            counter = f"{tile.column}{spread['column', 'element']} // 8"
+        size = (*shape[:-1], shape[-1] // 8) if together else shape
+        zero = f"tl.full({size}, 0, tl.uint32)"
+        yield f"{name}_step = {self._spread(each.args[0], 'scalar')}.to(tl.int32).to(tl.uint32)"
+        words = ", ".join(f"{name}_w{word}" for word in range(4))
+        yield (
+            f"{words} = _philox({zero} + ({counter}).to(tl.uint32), {zero} + ({row}).to(tl.uint32), "
+            f"{zero} + {name}_step, {zero} + tl.load({param}).to(tl.uint32), "
+            f"{name}_seed.to(tl.uint32), ({name}_seed >> 32).to(tl.uint32))"
+        )
+        w0, w1, w2, w3 = words.split(", ")
+        if together:
+            even = f"tl.join({w0}, {w2})"  # words 0 2 and 1 3 interleave to 0 1 2 3, a word's halves then to draws
+            yield f"{name}_w = tl.join({even}, tl.join({w1}, {w3}))"
+            yield f"{name} = tl.join({name}_w & 0xFFFF, {name}_w >> 16).reshape({shape}).to(tl.int32)"
+            return
+        column = f"({tile.column}{spread['column', 'element']})"
+        low, high = (f"tl.where(({column} & 2) != 0, {b}, {a})" for a, b in ((w0, w1), (w2, w3)))
+        yield f"{name}_w = tl.where(({column} & 4) != 0, {high}, {low})"
+        yield f"{name} = (({name}_w >> (({column} & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)"
+
+    def _counters(self, shape: tuple[int, ...]) -> str:
+        """Counters of eight draws each."""
+        first, last = self.tile.first, f"tl.arange(0, {shape[-1] // 8})"
+        if self.tile.layout == "groups":
+            return f"({first} // 8 + tl.arange(0, {shape[1]}) * {shape[2] // 8})[None, :, None] + {last}[None, None, :]"
+        return f"({first} // 8){'[:, None]' if self.tile.layout == 'tasks' else ''} + {last}[None, :]"
+
+    def _look_up(self, number: int, each: Instruction) -> Iterator[str]:
+        """A table as a tree of selections: Triton has no constants in memory."""
+        index, name = self.name(each.args[0]), self.name(number)
+        values = [_float(value) for value in self.program.tables[each.names[0]]]
+        level = 0
+        while len(values) > 1:
+            bit = f"({index} & {1 << level}) != 0"
+            pairs = [values[at : at + 2] for at in range(0, len(values), 2)]
+            values = []
+            for at, pair in enumerate(pairs):
+                if len(pair) == 1 or pair[0] == pair[1]:
+                    values.append(pair[0])
+                    continue
+                values.append(f"{name}_{level}_{at}")
+                yield f"{values[-1]} = tl.where({bit}, {pair[1]}, {pair[0]}).to(tl.float32)"
+            level += 1
+        yield f"{name} = {index} * 0.0 + {values[0]}"
+
+
+def _literal(each: Instruction) -> str:
+    value = number_of(each.names[0])
+    return _float(value) if each.type == "f32" else str(int(value))
+
+
+def _float(value: float) -> str:
+    if math.isfinite(value):
+        return repr(float(value))
+    return f"float('{value}')"
+
+
+PREAMBLE = "import triton\nimport triton.language as tl\n\n\n"
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least ``count``."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def arguments(program: BlockProgram, prefix: str = "", leave: str = "") -> list[str]:
+    """Names of a kernel's arguments: buffers without ``leave``, then numbers."""
+    return [f"{prefix}{name}" for name in [*(b.name for b in program.buffers if b.name != leave), *program.numbers]]
+
+
+def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
+    """A kernel that runs a program over its space, ``rows`` groups (a power of two) an instance on a grid of one
+    dimension; arguments as :func:`arguments` names them, of which parameters' numbers are pointers to one i32."""
+    space, width = program.space, power_of_two(program.space.width)
+    if _is_flat(program):
+        space = space._replace(rows=1, columns=space.rows * space.columns)
+        program = dataclasses.replace(program, space=space)
+    count = space.rows * space.groups
+    lines = [f"at = tl.program_id(0) * {rows} + tl.arange(0, {rows})"]
+    if space.rows == 1:
+        lines += ["at_row = at * 0", "at_group = at"]
+    else:
+        lines += [f"at_row = at // {space.groups}", f"at_group = at % {space.groups}"]
+    lines += [f"first = at_group * {space.width}", f"at_column = first[:, None] + tl.arange(0, {width})[None, :]"]
+    masks, conditions = {}, []
+    if count % rows:
+        lines.append(f"there = at < {count}")
+        masks = {"row": "there", "group": "there"}
+        conditions.append("there[:, None]")
+    if width != space.width:
+        conditions.append(f"(tl.arange(0, {width}) < {space.width})[None, :]")
+    if space.columns % space.width:
+        conditions.append(f"(at_column < {space.columns})")
+    if conditions:
+        lines.append(f"inside = {' & '.join(conditions)}")
+        masks |= {"element": "inside", "column": "inside"}
+    first = "first" if space.width % 8 == 0 else None
+    body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, (rows, width)))
+    lines += [*body.values(), *body.stores()]
+    head = f"@triton.jit\ndef {name}({', '.join(arguments(program))}):\n"
+    text = "".join(f"# {line}\n" for line in program.pretty().splitlines())
+    return text + PREAMBLE + "\n\n".join([*helpers([program]), head + "".join(f"    {line}\n" for line in lines)])
+
+
+def _is_flat(program: BlockProgram) -> bool:
+    """Whether groups follow one upon the other in memory, and nothing asks for rows and columns."""
+    if program.space.columns % program.space.width or any(b.memory == "u4" for b in program.buffers):
+        return False
+    asked = {b.extent for b in program.buffers} & {"row", "column"}
+    return not asked and all(each.operation != "random_bits" for each in program.instructions)

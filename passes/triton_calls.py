@@ -1,0 +1,205 @@
+"""Call a GPU's kernels as what they are: Triton kernels that Inductor knows.
+
+    Before    auto_functionalized(run_program, "…", read=[%r, …], _all_bases=[%codes, …])
+              %y = gemm("…", [%x, %codes, %scale, %offset])
+    After     %call = triton_kernel_wrapper_functional(kernel, grid, {b0: %codes, …}, tensors_to_clone=[b0, …])
+              %y = getitem(triton_kernel_wrapper_functional(kernel, grid, {left: %x, …, product: empty(…)}), "product")
+
+Requires  calls that :mod:`qgalore_compile.passes.fuse` and :mod:`qgalore_compile.passes.fuse_products` made, with tensors
+          on a GPU.  Strides of what a kernel reads that are known; where they are not, a copy has them.
+Tier      exact.
+
+Inductor then owns buffers, streams and launches: a call costs what its own kernels cost, a written tensor that nobody
+reads any more is written in place, and CUDA graphs take it in.  Each text of a program becomes one kernel of the emitted
+code, whatever number of layers calls it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+from qgalore_compile.kernels import ops, triton_kernels
+from qgalore_compile.kernels.gemm import GemmProgram
+from qgalore_compile.kernels.tiling import NoTilingError
+from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, make, value
+
+_CALLS = (ops.run_program, ops.run_gemm)
+
+
+def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    """Replace every call of a generated kernel on a GPU."""
+    lowering = _Lowering(graph)
+    for node in list(graph.nodes):
+        functional = node.target is FUNCTIONALIZED and node.args[0] in _CALLS
+        if not functional and node.target is not ops.gemm:
+            continue
+        device = value(node.kwargs["_all_bases"][0] if functional else node).device
+        if not on_gpu(device):
+            continue
+        try:
+            call = lowering.functional(node, device) if functional else lowering.product(node, device)
+        except NoTilingError as error:  # the operator itself says so again, at the step
+            record.skip(node, str(error))
+            continue
+        record.match(call)
+        for layer in context.layers:
+            layer.up, layer.down = (call if each is node else each for each in (layer.up, layer.down))
+        graph.erase_node(node)
+    lowering.finish()
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether a device's kernels are Triton's."""
+    return device.type == "cuda"
+
+
+class _Lowering:
+    """The calls of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.numbers: dict[torch.device, fx.Node] = {}
+        self.most = 0
+
+    def functional(self, node: fx.Node, device: torch.device) -> fx.Node:
+        """Replace a call that changes tensors; the node is left without readers."""
+        text: Any = node.kwargs["program"]
+        bases: Any = node.kwargs["_all_bases"]
+        reads: Any = node.kwargs["read"]
+        numbers: Any = node.kwargs["numbers"]
+        program = ops.program_of(text)
+        sizes: tuple[Any, Any] = (1, 1)
+        with self.graph.inserting_before(node):
+            if isinstance(program, GemmProgram):
+                reads = self._strided(program, reads)
+                kernel, sizes = self._product(program, text, reads, device)
+            else:
+                kernel = triton_kernels.region_of(text)
+            tensors, values, written = triton_kernels.bind(program, bases, reads, numbers)
+            call = self._call(kernel, tensors, values, written, sizes, text, device)
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.args = (call, written[int(user.args[1]) - 1])  # type: ignore[call-overload]  # behind one None
+        return call
+
+    def product(self, node: fx.Node, device: torch.device) -> fx.Node:
+        """Replace a product that is read."""
+        text: Any = node.args[0]
+        reads: Any = node.args[1]
+        program = GemmProgram.parse(text)
+        fake = value(node)
+        with self.graph.inserting_before(node):
+            reads = self._strided(program, reads)
+            kernel, sizes = self._product(program, text, reads, device)
+            tensors, _, _ = triton_kernels.bind(program, (), reads, ())
+            sized = [self._size(program, reads, dim, size) for dim, size in enumerate(sizes)]
+            out = make(self.graph, aten.empty.memory_format, sized, dtype=fake.dtype, device=device, pin_memory=False)
+            call = self._call(kernel, {**tensors, "product": out}, {}, ["product"], tuple(sized), text, device)
+            result = self.graph.call_function(operator.getitem, (call, "product"))
+        result.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+        node.replace_all_uses_with(result)
+        return call
+
+    def finish(self) -> None:
+        """Make the table of parameters' numbers as long as it must be."""
+        for table in self.numbers.values():
+            steps = table.args[0]
+            assert isinstance(steps, fx.Node)
+            steps.args = (0, 4 * (self.most + 1))
+            fake = value(steps)
+            steps.meta["val"] = table.meta["val"] = fake.new_empty(4 * (self.most + 1))
+
+    def _product(
+        self, program: GemmProgram, text: str, reads: list[fx.Node], device: torch.device
+    ) -> tuple[Kernel, tuple[Any, Any]]:
+        fakes = [value(each) for each in reads]
+        return triton_kernels.of_call(
+            program, text, fakes, triton_kernels.target_of(device), triton_kernels.precision()
+        )
+
+    def _strided(self, program: GemmProgram, reads: list[fx.Node]) -> list[fx.Node]:
+        """What a product reads, plain operands with strides that are known."""
+        reads = list(reads)
+        for at, operand in ((0, program.left), (program.left.tensors(), program.right)):
+            if operand.prologue is None and triton_kernels.matrix(value(reads[at])) is None:
+                layout = torch.contiguous_format
+                reads[at] = make(self.graph, aten.clone.default, reads[at], memory_format=layout)
+        return reads
+
+    def _size(self, program: GemmProgram, reads: list[fx.Node], dim: int, size: Any) -> Any:
+        """A size of a product as a number or as a node."""
+        if isinstance(size, int):
+            return size
+        plain = reads[0] if dim == 0 else reads[program.left.tensors()]
+        operand = program.right if dim else program.left
+        return make(self.graph, aten.sym_size.int, plain, int(dim != operand.transposed))
+
+    def _call(
+        self, kernel: Kernel, tensors: dict[str, Any], values: dict[str, int], written: list[str],
+        sizes: tuple[Any, ...], text: str, device: torch.device,
+    ) -> fx.Node:  # fmt: skip
+        constants: dict[str, Any] = {}
+        for name, number in values.items():
+            if name in kernel.params:
+                tensors[name] = self._number(number, device)
+            else:
+                constants[name] = number
+        grid: Any = kernel.grid
+        if grid is None:
+            grid = self._instances(kernel, sizes)
+            for name, size in zip("mn", sizes, strict=True):
+                if name in kernel.signature:
+                    (tensors if isinstance(size, fx.Node) else constants)[name] = size
+        function = triton_kernels.tuned(kernel)
+        call = self.graph.call_function(
+            TRITON, (),
+            {"kernel_idx": kernel_side_table.add_kernel(function),
+             "constant_args_idx": kernel_side_table.add_constant_args(constants),
+             "grid": [(grid, 1, 1)], "tma_descriptor_metadata": {}, "kwargs": tensors, "tensors_to_clone": written},
+        )  # fmt: skip
+        call.meta = {"val": {name: value(tensors[name]) for name in written}, "program": text}
+        return call
+
+    def _instances(self, kernel: Kernel, sizes: tuple[Any, ...]) -> Any:
+        """The grid of a product of which a size is known only when the step runs: a node."""
+        counts = []
+        for size, step in zip(sizes, kernel.tile, strict=True):
+            if isinstance(size, fx.Node):
+                more = self._arithmetic(operator.add, size, step - 1)
+                counts.append(self._arithmetic(operator.floordiv, more, step))
+            else:
+                counts.append(-(-size // step))
+        return self._arithmetic(operator.mul, *counts)
+
+    def _arithmetic(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = function(*(value(each) if isinstance(each, fx.Node) else each for each in args))
+        return node
+
+    def _number(self, number: int, device: torch.device) -> fx.Node:
+        """A parameter's number as a tensor that a kernel can point to.
+
+        As an integer argument it would make a kernel of its own of every layer, since Inductor keeps kernels apart by
+        the values of their integers.  All of a graph's stand in one tensor, 16 bytes apart: Inductor tells aligned
+        pointers from others.
+        """
+        self.most = max(self.most, number)
+        if device not in self.numbers:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                steps = make(
+                    self.graph, aten.arange.start_step, 0, 4, dtype=torch.int32, device=device, pin_memory=False
+                )
+                self.numbers[device] = make(self.graph, aten.bitwise_right_shift.Tensor_Scalar, steps, 2)
+        table = self.numbers[device]
+        node = self.graph.call_function(aten.select.int, (table, 0, 4 * number))
+        node.meta["val"] = value(table).new_empty(())
+        return node
