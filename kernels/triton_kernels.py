@@ -6,7 +6,9 @@ that agrees in these shares one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand, named
-from qgalore_compile.kernels.gemm_triton import Matrix, Product, print_gemm
+from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.tiling import REGION_WARPS, region_rows, tiling
@@ -37,6 +39,8 @@ class Kernel:
         grid: instances, where that is known; else
         tile: (rows, columns) from one tile of the product to the next.
         warps, stages: of a block; of the pipelined loop.
+        work: what it computes.
+        tiling: of a product.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Kernel:
     tile: tuple[int, int]
     warps: int
     stages: int
+    work: BlockProgram | Product
+    tiling: Tiling | None = None
 
     def instances(self, m: Any = 1, n: Any = 1) -> Any:
         """How many instances a product of m × n takes; sizes may be symbolic."""
@@ -61,7 +67,7 @@ def region_kernel(program: BlockProgram) -> Kernel:
     grid = -(-program.space.rows * program.space.groups // rows)
     return Kernel(
         "region", print_region(program, rows), _signature(program, "", ""), params(program), grid, (0, 0),
-        REGION_WARPS, 1,
+        REGION_WARPS, 1, program,
     )  # fmt: skip
 
 
@@ -85,7 +91,7 @@ def product_kernel(product: Product, target: Target) -> Kernel:
     step = (chosen.m, product.step(chosen.n))
     grid = None if m is None or n is None else -(-m // step[0]) * -(-n // step[1])
     return Kernel(
-        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages
+        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages, product, chosen,
     )  # fmt: skip
 
 
@@ -127,7 +133,7 @@ def load(kernel: Kernel) -> Any:
 
 @cache
 def tuned(kernel: Kernel) -> Any:
-    """The kernel with its warps and stages, as graphs and launches take it."""
+    """The kernel with its warps and stages, as launches take it."""
     import triton
 
     return triton.autotune([triton.Config({}, num_warps=kernel.warps, num_stages=kernel.stages)], key=[])(load(kernel))
@@ -195,6 +201,14 @@ def bind(
     return tensors, values, [f"e_{each.name}" for each in program.epilogue.written()]
 
 
+def called(kernel: Kernel) -> Any:
+    """The kernel as a graph calls it."""
+    made_for = _made_for.get()
+    if made_for is not None:
+        made_for[1][kernel] = made_for[1].get(kernel, 0) + 1
+    return tuned(kernel)
+
+
 def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], m: int = 1, n: int = 1) -> None:
     """Run a kernel on tensors."""
     device = next(iter(tensors.values())).device
@@ -231,12 +245,36 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
     return out
 
 
-@cache
+def on_gpu(device: torch.device) -> bool:
+    """Whether a device's kernels are Triton's."""
+    return device.type == "cuda" or _made_for.get() is not None
+
+
 def target_of(device: torch.device) -> Target:
     """What a GPU is, as kernels are made for it."""
+    made_for = _made_for.get()
+    return _target_of(device) if made_for is None else made_for[0]
+
+
+@cache
+def _target_of(device: torch.device) -> Target:
     if torch.version.hip:
         return Target.named(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
     return Target.of(torch.cuda.get_device_capability(device))
+
+
+_made_for: ContextVar[tuple[Target, dict[Kernel, int]] | None] = ContextVar("made_for", default=None)
+
+
+@contextmanager
+def made_for(target: Target) -> Iterator[dict[Kernel, int]]:
+    """Graphs get kernels for a target, whatever device their tensors are on; how often each kernel is called."""
+    kernels: dict[Kernel, int] = {}
+    token = _made_for.set((target, kernels))
+    try:
+        yield kernels
+    finally:
+        _made_for.reset(token)
 
 
 def precision() -> str:

@@ -265,10 +265,7 @@ class Body:
         row = tile.row + spread["row", "element"]
         together = tile.first is not None and shape[-1] % 8 == 0 and (tile.layout != "groups" or shape[-1] >= 8)
         yield f"{name}_seed = tl.full((), 0, tl.int64) + {seed}"  # an argument equal to 1 is no tensor
-        if together:
-            counter = self._counters(shape)
-        else:
-            counter = f"{tile.column}{spread['column', 'element']} // 8"
+        counter = self._counters(shape) if together else f"{tile.column}{spread['column', 'element']} // 8"
         size = (*shape[:-1], shape[-1] // 8) if together else shape
         zero = f"tl.full({size}, 0, tl.uint32)"
         yield f"{name}_step = {self._spread(each.args[0], 'scalar')}.to(tl.int32).to(tl.uint32)"

@@ -5,13 +5,13 @@
     After     %call = triton_kernel_wrapper_functional(kernel, grid, {b0: %codes, …}, tensors_to_clone=[b0, …])
               %y = getitem(triton_kernel_wrapper_functional(kernel, grid, {left: %x, …, product: empty(…)}), "product")
 
-Requires  calls that :mod:`qgalore_compile.passes.fuse` and :mod:`qgalore_compile.passes.fuse_products` made, with tensors
-          on a GPU.  Strides of what a kernel reads that are known; where they are not, a copy has them.
+Requires  calls that :mod:`qgalore_compile.passes.fuse` and :mod:`qgalore_compile.passes.fuse_products` made, with
+          tensors on a GPU.  Where the strides of what a kernel reads are not known, it reads a copy.
 Tier      exact.
 
 Inductor then owns buffers, streams and launches: a call costs what its own kernels cost, a written tensor that nobody
-reads any more is written in place, and CUDA graphs take it in.  Each text of a program becomes one kernel of the emitted
-code, whatever number of layers calls it.
+reads any more is written in place, and CUDA graphs take it in.  Each text of a program becomes one kernel of the
+emitted code, whatever number of layers calls it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         if not functional and node.target is not ops.gemm:
             continue
         device = value(node.kwargs["_all_bases"][0] if functional else node).device
-        if not on_gpu(device):
+        if not triton_kernels.on_gpu(device):
             continue
         try:
             call = lowering.functional(node, device) if functional else lowering.product(node, device)
@@ -54,11 +54,6 @@ def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             layer.up, layer.down = (call if each is node else each for each in (layer.up, layer.down))
         graph.erase_node(node)
     lowering.finish()
-
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether a device's kernels are Triton's."""
-    return device.type == "cuda"
 
 
 class _Lowering:
@@ -158,7 +153,7 @@ class _Lowering:
             for name, size in zip("mn", sizes, strict=True):
                 if name in kernel.signature:
                     (tensors if isinstance(size, fx.Node) else constants)[name] = size
-        function = triton_kernels.tuned(kernel)
+        function = triton_kernels.called(kernel)
         call = self.graph.call_function(
             TRITON, (),
             {"kernel_idx": kernel_side_table.add_kernel(function),

@@ -1,8 +1,7 @@
-"""Triton kernels on CPU tensors: Triton's interpreter, with what it gets wrong put right, and a graph that calls them."""
+"""Triton kernels on CPU tensors: Triton's interpreter, with what it gets wrong put right, and graphs that call it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -21,8 +20,6 @@ from triton.runtime import interpreter
 from qgalore_compile.kernels import triton_kernels
 from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.triton_kernels import Kernel
-
-triton_calls = sys.modules["qgalore_compile.passes.triton_calls"]  # the module; the name is the pass's
 
 _binary_op = interpreter.InterpreterBuilder.binary_op
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -135,15 +132,12 @@ class Calls:
 def triton_on_cpus(target: str = "sm_80") -> Iterator[Calls]:
     """Graphs on CPU tensors are compiled as if they were on a GPU, up to Inductor's code generation."""
     calls = Calls()
-    tuned = triton_kernels.tuned
+    called = triton_kernels.called
 
     def recorded(kernel: Kernel) -> Any:
-        found = tuned(kernel)
+        found = called(kernel)
         calls.kernels[id(found)] = kernel
         return found
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_calls, "on_gpu", lambda device: True))
-        stack.enter_context(mock.patch.object(triton_kernels, "target_of", lambda device: Target.named(target)))
-        stack.enter_context(mock.patch.object(triton_kernels, "tuned", recorded))
+    with triton_kernels.made_for(Target.named(target)), mock.patch.object(triton_kernels, "called", recorded):
         yield calls
