@@ -90,9 +90,8 @@ def product_kernel(product: Product, target: Target) -> Kernel:
     signature |= {name: "i32" for name, size in (("m", m), ("n", n)) if size is None}
     step = (chosen.m, product.step(chosen.n))
     grid = None if m is None or n is None else -(-m // step[0]) * -(-n // step[1])
-    return Kernel(
-        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages, product, chosen,
-    )  # fmt: skip
+    source = print_gemm(product, chosen)
+    return Kernel("gemm", source, signature, numbers, grid, step, chosen.warps, chosen.stages, product, chosen)
 
 
 @lru_cache(maxsize=1024)
