@@ -7,7 +7,8 @@ The model of a product:
   works on them.  Both factors are from kernels compiled for sm_80 to sm_120: 64 accumulators a thread and the
   write-back of an INT8 weight come to 205-255 registers without a spill.
 - A block takes the longest of: its multiply-adds at its share of the peak, its operands from shared memory at 128
-  bytes a cycle, its loads at 64 bytes a cycle.  The grid takes as many of those as it has waves.
+  bytes a cycle, its loads at 64 bytes a cycle; and on top, decoding at 128 instructions a cycle, and a barrier for
+  every step along k, of which more stages hide more.  The grid takes as many of those as it has waves.
 
 ``traffic`` is the model behind the two columns of bytes in the table of ``qgalore compile``.
 """
@@ -35,6 +36,10 @@ REGION_ELEMENTS = 16
 REGION_WARPS = 4
 
 _CLOCK = 1.7e9
+_DECODING = 6
+"""Instructions an element: widen, convert, scale, shift, narrow, store."""
+_BARRIER = {2: 200, 3: 100, 4: 80}
+"""Cycles."""
 _SIZES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
 
 
@@ -85,7 +90,8 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
     decoded = sum(tiling.k * side / threads for side, each in zip((tiling.m, tiling.n), _operands(product), strict=True)
                   if each.prologue)  # fmt: skip
-    return 40 + own * (3.3 if product.program.epilogue else 1.5) + decoded * _SIZES[product.memory] / 4
+    loop = 40 + own * 1.5 + decoded * _SIZES[product.memory] / 4
+    return max(loop, 40 + own * 3.3) if product.program.epilogue else loop
 
 
 def shared(product: Product, tiling: Tiling) -> float:
@@ -112,6 +118,8 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
         k * (tiling.m + tiling.n) * size / 128,
         (bytes_in + _epilogue_bytes(product, tiling)) / 64,
     )
+    decoded = sum(k * side for side, each in zip((tiling.m, tiling.n), _operands(product), strict=True) if each.prologue)
+    cycles += decoded * _DECODING / 128 + k / tiling.k * _BARRIER[tiling.stages]
     held = target.occupancy(
         min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
     ).blocks

@@ -29,7 +29,7 @@ from qgalore_compile.kernels.gemm import GemmProgram
 from qgalore_compile.kernels.tiling import NoTilingError
 from qgalore_compile.kernels.triton_kernels import Kernel
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, make, value
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, make, prims, value
 
 _CALLS = (ops.run_program, ops.run_gemm)
 
@@ -63,6 +63,7 @@ class _Lowering:
         self.graph = graph
         self.numbers: dict[torch.device, fx.Node] = {}
         self.most = 0
+        self.moved: dict[tuple[fx.Node, torch.device], fx.Node] = {}
 
     def functional(self, node: fx.Node, device: torch.device) -> fx.Node:
         """Replace a call that changes tensors; the node is left without readers."""
@@ -106,11 +107,11 @@ class _Lowering:
     def finish(self) -> None:
         """Make the table of parameters' numbers as long as it must be."""
         for table in self.numbers.values():
-            steps = table.args[0]
-            assert isinstance(steps, fx.Node)
-            steps.args = (0, 4 * (self.most + 1))
-            fake = value(steps)
-            steps.meta["val"] = table.meta["val"] = fake.new_empty(4 * (self.most + 1))
+            (counter,) = table.all_input_nodes
+            length = 4 * (self.most + 1)
+            counter.args = (length,)
+            for node in (counter, table):
+                node.meta["val"] = value(node).new_empty(length)
 
     def _product(
         self, program: GemmProgram, text: str, reads: list[fx.Node], device: torch.device
@@ -142,6 +143,8 @@ class _Lowering:
         sizes: tuple[Any, ...], text: str, device: torch.device,
     ) -> fx.Node:  # fmt: skip
         constants: dict[str, Any] = {}
+        tensors = {name: tensor if name in written else self._on_device(tensor, device)
+                   for name, tensor in tensors.items()}  # fmt: skip
         for name, number in values.items():
             if name in kernel.params:
                 tensors[name] = self._number(number, device)
@@ -188,13 +191,27 @@ class _Lowering:
         """
         self.most = max(self.most, number)
         if device not in self.numbers:
-            first = next(node for node in self.graph.nodes if node.op != "placeholder")
-            with self.graph.inserting_before(first):
-                steps = make(
-                    self.graph, aten.arange.start_step, 0, 4, dtype=torch.int32, device=device, pin_memory=False
-                )
-                self.numbers[device] = make(self.graph, aten.bitwise_right_shift.Tensor_Scalar, steps, 2)
+            with self.graph.inserting_before(self._first()):
+                # not aten.arange, which Inductor expects to have been decomposed by now
+                counter = make(
+                    self.graph, prims.iota.default, 4, start=0, step=1, dtype=torch.int32, device=device,
+                    requires_grad=False,
+                )  # fmt: skip
+                self.numbers[device] = make(self.graph, aten.bitwise_right_shift.Tensor_Scalar, counter, 2)
         table = self.numbers[device]
         node = self.graph.call_function(aten.select.int, (table, 0, 4 * number))
         node.meta["val"] = value(table).new_empty(())
         return node
+
+    def _on_device(self, tensor: fx.Node, device: torch.device) -> fx.Node:
+        """A scalar that PyTorch's own operators would take from the CPU as it is, the learning rate: copied once."""
+        if value(tensor).device == device:
+            return tensor
+        if (tensor, device) not in self.moved:
+            at = self._first() if tensor.op == "placeholder" else tensor.next
+            with self.graph.inserting_before(at):
+                self.moved[tensor, device] = make(self.graph, prims.device_put.default, tensor, device)
+        return self.moved[tensor, device]
+
+    def _first(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op != "placeholder")
