@@ -30,6 +30,9 @@ from qgalore_compile.kernels.triton_printer import power_of_two
 TOKENS = 4096
 """Rows of a batch that a product's tiles are chosen for where the number is known only when the step runs."""
 
+REGISTERS = 252
+"""Of a thread, by the estimate, at most."""
+
 REGION_ELEMENTS = 16
 """Elements of a region that a thread works on: 16 bytes of codes, which is one access."""
 
@@ -58,7 +61,7 @@ def tiling(product: Product, target: Target) -> Tiling:
     Raises:
         NoTilingError: none fits.
     """
-    fitting = [each for each in _candidates(product) if registers(product, each, target) <= target.registers_per_thread
+    fitting = [each for each in _candidates(product) if registers(product, each, target) <= REGISTERS
                and shared(product, each) <= target.shared_per_block]  # fmt: skip
     if not fitting:
         raise NoTilingError(
@@ -84,23 +87,38 @@ def _candidates(product: Product) -> Iterator[Tiling]:
 
 def registers(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a thread's registers."""
-    threads = tiling.warps * target.warp_size
-    own = tiling.m * tiling.n / threads
+    size = _SIZES[product.memory]
+    own = tiling.m * tiling.n / (tiling.warps * target.warp_size)
     if product.memory == "f32" and product.precision == "ieee":  # no tensor cores: a thread holds k of each operand
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
-    decoded = sum(tiling.k * side / threads for side, each in zip((tiling.m, tiling.n), _operands(product), strict=True)
-                  if each.prologue)  # fmt: skip
-    loop = 40 + own * 1.5 + decoded * _SIZES[product.memory] / 4
+    sides = zip((tiling.m, tiling.n), _operands(product), _warps(tiling, target), strict=True)
+    decoded = sum(tiling.k * side / (target.warp_size * warps) for side, operand, warps in sides if operand.prologue)
+    loop = 40 + own * 1.5 + decoded * size / 4
     return max(loop, 40 + own * 3.3) if product.program.epilogue else loop
 
 
+def _warps(tiling: Tiling, target: Target) -> tuple[int, int]:
+    """Among how many warps a decoded operand's rows, or columns, are shared out.  Where the tensor cores take operands
+    from registers, each warp holds all that its part of the tile needs; where they take them from shared memory, all
+    warps decode a part each."""
+    if target.name in ("sm_90", "sm_100"):
+        return tiling.warps, tiling.warps
+    down = across = 1
+    while down * across < tiling.warps:  # as Triton does, by tiles of 16 x 16
+        if tiling.m / down >= tiling.n / across:
+            down *= 2
+        else:
+            across *= 2
+    return down, across
+
+
 def shared(product: Product, tiling: Tiling) -> float:
-    """Estimate of a block's shared memory in bytes: operands of each stage as they are in memory, decoded ones once,
-    and a tile that changes its layout."""
+    """Estimate of a block's shared memory in bytes: operands of each stage as they are loaded, decoded ones once, and a
+    tile that changes its layout."""
     size = _SIZES[product.memory]
     loaded = decoded = 0.0
     for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True):
-        loaded += tiling.k * side * element_bytes(product, operand)
+        loaded += tiling.k * side * element_bytes(product, operand, loaded=True)
         decoded += tiling.k * side * size if operand.prologue else 0
     return max(tiling.stages * loaded + decoded, 2.0 * tiling.m * tiling.n)
 
@@ -111,14 +129,15 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     peak = target.fp32_flops if exact else target.tf32_flops if product.memory == "f32" else target.bf16_flops
     k = -(-product.sizes[2] // tiling.k) * tiling.k
     size = _SIZES[product.memory]
-    bytes_in = sum(k * side * element_bytes(product, operand)
+    bytes_in = sum(k * side * element_bytes(product, operand, loaded=True)
                    for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True))  # fmt: skip
     cycles = max(
         2.0 * tiling.m * tiling.n * k / (peak / target.multiprocessors / _CLOCK),
         k * (tiling.m + tiling.n) * size / 128,
         (bytes_in + _epilogue_bytes(product, tiling)) / 64,
     )
-    decoded = sum(k * side for side, each in zip((tiling.m, tiling.n), _operands(product), strict=True) if each.prologue)
+    sides = zip((tiling.m, tiling.n), _operands(product), strict=True)
+    decoded = sum(k * side for side, operand in sides if operand.prologue)
     cycles += decoded * _DECODING / 128 + k / tiling.k * _BARRIER[tiling.stages]
     held = target.occupancy(
         min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
@@ -146,11 +165,13 @@ def _operands(product: Product) -> tuple[Operand, Operand]:
     return product.program.left, product.program.right
 
 
-def element_bytes(product: Product, operand: Operand) -> float:
-    """Bytes in memory of an operand's element, scales and offsets included."""
+def element_bytes(product: Product, operand: Operand, *, loaded: bool = False) -> float:
+    """Bytes in memory of an operand's element, scales and offsets included; ``loaded``: those that a tile asks for,
+    which of two nibbles in a byte is the byte for each."""
     if operand.prologue is None:
         return _SIZES[product.memory]
-    return operand_bytes(product, operand, 0, 0) / math.prod(operand.prologue.space[:2])
+    found = operand_bytes(product, operand, 0, 0) / math.prod(operand.prologue.space[:2])
+    return found + 0.5 * (loaded and any(each.memory == "u4" for each in operand.prologue.buffers))
 
 
 def operand_bytes(product: Product, operand: Operand, rows: int, columns: int) -> float:
@@ -210,7 +231,9 @@ def traffic(product: Product, tiling: Tiling, target: Target, held: int = 1) -> 
             cache.move_to_end(each)
         while sum(cache.values()) > target.l2_bytes and len(cache) > 1:
             cache.popitem(last=False)
-    issued = down * across * sum(panel.values()) + own
+    asked = sum(k * side * element_bytes(product, operand, loaded=True)
+                for side, operand in ((tiling.m, sides["m"]), (product.step(tiling.n), sides["n"])))  # fmt: skip
+    issued = down * across * asked + own
     return Traffic(operands + own, issued, loaded + own, widest)
 
 

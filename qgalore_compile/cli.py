@@ -181,6 +181,40 @@ def train(
         raise typer.Exit(pretrain(config).exit_status)
 
 
+@app.command(name="compile")
+def compile_(
+    target: Annotated[str, typer.Option(help="GPU: sm_80, sm_89, sm_90, sm_100, sm_120 or gfx942.")],
+    preset: Annotated[str, typer.Option(help="tiny, 60m, 130m, 350m, 1b or 7b.")],
+    out: Annotated[str, typer.Option(help="Folder for sources, PTX, machine code and kernels.csv.")],
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")] = "bfloat16",
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products use tensor cores.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step. [default: the preset's]")] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence. [default: the preset's]")] = None,
+) -> None:
+    """Compile the GPU kernels of a preset's training step, on a machine that needs no GPU, and look into them.
+
+    Exit status: 0 every kernel compiled and keeps its values in registers, 1 one spills, 2 a wrong option, or a kernel
+    that does not compile.
+    """
+    from qgalore_compile.ahead_of_time import compile_ahead, table
+    from qgalore_compile.kernels.ahead import CompileError
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    with user_errors():
+        try:
+            with console.status("tracing the step") as status:
+                rows = compile_ahead(
+                    preset, target, out, dtype=dtype, tf32=tf32, batch=batch, seq=seq,
+                    progress=lambda kernel: status.update(f"compiling {kernel}"),
+                )  # fmt: skip
+        except CompileError as error:
+            _fail(str(error))
+        console.print(table(rows, target, preset))
+        raise typer.Exit(int(any(row.spills for row in rows)))
+
+
 def main() -> None:
     """Entry point of the command `qgalore`."""
     app()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_map_only
 
 from qgalore_compile import formats
@@ -165,8 +166,8 @@ _NO_INT8_FORM = "holds NaN or Inf, or spans more than float32 does, and has no I
 
 
 def _has_int8_form(value: Tensor) -> bool:
-    """Whether max - min is a finite float32; a meta tensor holds no values to ask."""
-    if value.is_meta or value.numel() == 0 or isinstance(value, Int8Weight):
+    """Whether max - min is a finite float32; a meta tensor or a fake one holds no values to ask."""
+    if value.is_meta or is_fake(value) or value.numel() == 0 or isinstance(value, Int8Weight):
         return True
     low, high = value.detach().aminmax()
     return bool(torch.isfinite(high.to(torch.float32) - low.to(torch.float32)))

@@ -76,7 +76,7 @@ class Launches:
                 "grid": [(triton.cdiv(numel, BLOCK), 1, 1)],
                 "tma_descriptor_metadata": {},
                 "kwargs": {"p": p, "g": g, "count": count},
-    "tensors_to_clone": ["p"]
+                "tensors_to_clone": ["p"],
             },
         )
         launch.meta["val"] = {"p": p.meta["val"]}

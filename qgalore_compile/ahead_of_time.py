@@ -1,0 +1,253 @@
+"""``qgalore compile``: the GPU kernels of a preset's step, compiled on a machine that needs no GPU.
+
+The step is traced on tensors without contents, the passes run as they would for that GPU, and every kernel that the
+graph calls is compiled and looked into.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from qgalore_compile.groups import param_groups
+from qgalore_compile.llama import Llama, find_preset
+from qgalore_compile.optim import QGaLoreAdamW
+from qgalore_compile.weights import quantize_
+
+if TYPE_CHECKING:
+    from qgalore_compile.kernels.ahead import Binary
+    from qgalore_compile.kernels.gemm import Operand
+    from qgalore_compile.kernels.targets import Target
+    from qgalore_compile.kernels.triton_kernels import Kernel
+
+LAYERS = 2
+"""Layers that are traced: the first and the last call whatever those between them call."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target.
+
+    Attributes:
+        kernel: name of its files.
+        what: formats of its operands and whether a program follows.
+        calls: in a step of the layers that were traced.
+        registers: of a thread.
+        spills: bytes that a thread keeps in local memory; 0 where all values stay in registers.
+        shared: bytes of a block.
+        occupancy: of a multiprocessor's warps, those that are resident.
+        tensor: tensor-core instructions in the machine code.
+        widest, narrowest: bytes of a thread's accesses to global memory.
+        bytes: that must move, each buffer once in each direction that it is used in.
+        issued: that loads and stores ask for.
+        dram: of those, what passes an L2 cache of the chip's size (``kernels/tiling.py`` has the model).
+        operations: a multiply-add counts two.
+        floor_us: the longer of those bytes at the chip's bandwidth and those operations at its peak, µs.
+        limit: which of the two, "bytes" or "operations".
+    """
+
+    kernel: str
+    what: str
+    calls: int
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    tensor: int
+    widest: int
+    narrowest: int
+    bytes: int
+    issued: int
+    dram: int
+    operations: int
+    floor_us: float
+    limit: str
+
+
+def compile_ahead(
+    preset: str, target: str, out: str | Path, *, dtype: str = "bfloat16", tf32: bool = False, batch: int | None = None,
+    seq: int | None = None, progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:  # fmt: skip
+    """Compile every generated kernel of a preset's training step for a GPU.
+
+    Args:
+        preset: of the model, as for ``qgalore train``.
+        target: "sm_90", "gfx942", …: see :mod:`qgalore_compile.kernels.targets`.
+        out: folder for each kernel's source, PTX (or AMD's counterpart) and machine code, and ``kernels.csv``.
+        dtype: of weights and activations, "bfloat16" or "float32".
+        tf32: let float32 products use tensor cores.
+        batch, seq: of a step; the preset's by default.
+        progress: is told each kernel's name.
+
+    Raises:
+        ValueError: an unknown preset, target or dtype.
+        CompileError: a kernel does not compile; what was compiled before it is in ``out``.
+    """
+    from qgalore_compile.kernels.targets import Target
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is bfloat16 or float32, got {dtype!r}")
+    chip, folder = Target.named(target), Path(out)
+    kernels = traced(preset, chip, getattr(torch, dtype), tf32=tf32, batch=batch, seq=seq)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for kernel, calls in kernels.items():
+        name = f"{len(rows):02}-{_name(kernel)}"
+        progress(name)
+        binary = compiled(kernel, chip)
+        text, code = (".ptx", ".cubin") if chip.backend == "cuda" else (".amdgcn", ".hsaco")
+        (folder / f"{name}.py").write_text(kernel.source)
+        (folder / f"{name}{text}").write_text(binary.text)
+        (folder / f"{name}{code}").write_bytes(binary.code)
+        (folder / f"{name}.asm").write_text(binary.assembly)
+        rows.append(row(kernel, binary, name, calls))
+        _write(folder / "kernels.csv", rows)
+    return rows
+
+
+def traced(
+    preset: str, target: Target, dtype: torch.dtype, *, tf32: bool = False, batch: int | None = None,
+    seq: int | None = None,
+) -> dict[Kernel, int]:  # fmt: skip
+    """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each."""
+    from torch._subclasses import FakeTensorMode
+
+    from qgalore_compile.kernels.triton_kernels import made_for
+    from qgalore_compile.report import explain
+
+    chosen = find_preset(preset)
+    with FakeTensorMode():
+        model = Llama(replace(chosen.model, num_layers=min(LAYERS, chosen.model.num_layers)))
+        for module in model.modules():  # not model.to(), which cannot swap parameters without contents
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(dtype))
+        quantize_(model)
+        optimizer = QGaLoreAdamW(param_groups(model, rank=chosen.rank), lr=chosen.lr)
+        tokens = torch.zeros((batch or chosen.batch, seq or chosen.seq), dtype=torch.int64)
+
+    def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with made_for(target) as kernels:
+            explain(step, tokens, tokens.clone())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return kernels
+
+
+def compiled(kernel: Kernel, target: Target) -> Binary:
+    """A kernel's machine code for a target; CompileError where it has none."""
+    from qgalore_compile.kernels.ahead import compile_kernel
+    from qgalore_compile.kernels.triton_kernels import load
+
+    # sizes that are not known before the step are multiples of 16 or Triton compiles another variant then
+    sizes = tuple(name for name in ("m", "n") if name in kernel.signature)
+    return compile_kernel(
+        load(kernel), kernel.signature, {}, target, num_warps=kernel.warps, num_stages=kernel.stages,
+        fp_fusion=True, multiples=sizes,
+    )  # fmt: skip
+
+
+def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
+    """What there is to say of a compiled kernel."""
+    from qgalore_compile.kernels.program import BlockProgram
+    from qgalore_compile.kernels.tiling import traffic
+
+    work, chip = kernel.work, binary.target
+    widths = {**binary.loads, **binary.stores}
+    if isinstance(work, BlockProgram):
+        least = issued = dram = work.bytes()
+        operations = _work(work)
+        seconds = operations / chip.fp32_flops
+    else:
+        assert kernel.tiling is not None
+        moved = traffic(work, kernel.tiling, chip, max(1, binary.occupancy.blocks))
+        least, issued, dram = (round(each) for each in (moved.least, moved.issued, moved.dram))
+        own = 2 * math.prod(size or 0 for size in work.sizes)
+        exact = work.memory == "f32" and work.precision == "ieee"
+        peak = chip.fp32_flops if exact else chip.tf32_flops if work.memory == "f32" else chip.bf16_flops
+        after = _work(work.program.epilogue) if work.program.epilogue else 0
+        operations, seconds = own + after, own / peak + after / chip.fp32_flops
+    moving = least / chip.dram_bytes_per_second
+    return Row(
+        name, _what(kernel), calls, binary.registers, max(binary.stack, binary.spilled), binary.shared,
+        round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), least, issued, dram,
+        operations, round(max(moving, seconds) * 1e6, 2), "bytes" if moving >= seconds else "operations",
+    )  # fmt: skip
+
+
+def _work(program: Any) -> int:
+    """Operations of a program: an instruction an element, or a group, or a row."""
+    rows, columns, _ = program.space
+    counts = {"element": rows * columns, "group": rows * program.space.groups, "row": rows, "column": columns}
+    return sum(
+        counts.get(each.extent, 1) for each in program.instructions if each.operation not in ("load", "constant")
+    )
+
+
+def _name(kernel: Kernel) -> str:
+    from qgalore_compile.kernels.program import BlockProgram
+
+    if isinstance(kernel.work, BlockProgram):
+        rows, columns, width = kernel.work.space
+        return f"region-{rows}x{columns}-groups-of-{width}"
+    sizes = "x".join("T" if size is None else str(size) for size in kernel.work.sizes)
+    return f"gemm-{sizes}{'-write-back' if kernel.work.program.epilogue else ''}"
+
+
+def _what(kernel: Kernel) -> str:
+    from qgalore_compile.kernels.program import BlockProgram
+
+    if isinstance(kernel.work, BlockProgram):
+        formats = dict.fromkeys(each.memory for each in kernel.work.buffers if each.extent == "element")
+        return f"{len(kernel.work.instructions)} instructions on {', '.join(formats)}"
+    program = kernel.work.program
+    left, right = (_format(each, kernel.work.memory) for each in (program.left, program.right))
+    return f"{left} × {right}{' → write-back' if program.epilogue else ''}"
+
+
+def _format(operand: Operand, memory: str) -> str:
+    if operand.prologue is None:
+        return f"{memory}{'ᵀ' if operand.transposed else ''}"
+    held = {each.memory for each in operand.prologue.buffers}
+    return f"{'INT4' if 'u4' in held else 'INT8' if 'u8' in held else 'decoded'}{'ᵀ' if operand.transposed else ''}"
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+def table(rows: Iterable[Row], target: str, preset: str) -> Table:
+    """The rows for a terminal."""
+    found = Table(title=f"{preset} on {target}: bytes as least / issued / DRAM by the model of its L2, MB")
+    for column in ("kernel", "what", "calls", "registers", "spills", "shared", "occupancy", "tensor", "access",
+                   "bytes", "operations", "floor, µs"):  # fmt: skip
+        found.add_column(column, justify="left" if column in ("kernel", "what") else "right")
+    for each in rows:
+        moved = " / ".join(f"{count / 1e6:.3g}" for count in (each.bytes, each.issued, each.dram))
+        found.add_row(
+            each.kernel, each.what, str(each.calls), str(each.registers), str(each.spills), str(each.shared),
+            f"{each.occupancy:.2f}", str(each.tensor), f"{each.narrowest}-{each.widest}", moved,
+            f"{each.operations:.3g}", f"{each.floor_us:.1f} ({each.limit})",
+        )  # fmt: skip
+    return found
