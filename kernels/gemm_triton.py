@@ -44,7 +44,8 @@ class Product(NamedTuple):
         left, right: the tensors of operands that are not decoded.
         sizes: (m, n, k); m or n None where they are known only when the step runs.
         memory: format of the operands.
-        precision: of products of float32 numbers: "ieee", or "tf32" for the tensor cores' 10 bits.
+        precision: of products of float32 numbers: "ieee"; "tf32" for the tensor cores' 10 bits; "tf32x3" for three such
+            products, whose error is about that of float32.
     """
 
     program: GemmProgram

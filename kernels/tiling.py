@@ -61,7 +61,7 @@ def tiling(product: Product, target: Target) -> Tiling:
     Raises:
         NoTilingError: none fits.
     """
-    fitting = [each for each in _candidates(product) if registers(product, each, target) <= REGISTERS
+    fitting = [each for each in _candidates(product) if _in_registers(product, each, target)
                and shared(product, each) <= target.shared_per_block]  # fmt: skip
     if not fitting:
         raise NoTilingError(
@@ -69,6 +69,19 @@ def tiling(product: Product, target: Target) -> Tiling:
             f"wide; choose a smaller group size"
         )
     return min(fitting, key=lambda each: (seconds(product, each, target), each))
+
+
+def _in_registers(product: Product, tiling: Tiling, target: Target) -> bool:
+    """Whether a thread keeps all its values in registers."""
+    wanted = registers(product, tiling, target)
+    if not _in_shared(target) and 104 < wanted < 152 and tiling.warps == 8:
+        return False  # ptxas takes 128, for a second block, and spills the few that are missing
+    return wanted <= REGISTERS
+
+
+def _in_shared(target: Target) -> bool:
+    """Whether the tensor cores read operands from shared memory rather than from registers."""
+    return target.name in ("sm_90", "sm_100")
 
 
 def _candidates(product: Product) -> Iterator[Tiling]:
@@ -81,7 +94,11 @@ def _candidates(product: Product) -> Iterator[Tiling]:
     else:
         columns = [each for each in (16, 32, 64, 128) if each % width == 0]
     depths = [16] if exact else [32, 64]
-    for m, n, k, warps, stages in combinations([16, 32, 64, 128], columns, depths, [4, 8], [2, 3, 4]):
+    # below 64 rows the tensor cores of sm_90 idle, and on older chips every warp holds all of a decoded left operand:
+    # 32 x 256 spills on sm_80.  An epilogue on wide groups may leave no choice.
+    short = product.program.epilogue is not None or (product.sizes[0] or TOKENS) < 64
+    rows = [16, 32, 64, 128] if short else [64, 128]
+    for m, n, k, warps, stages in combinations(rows, columns, depths, [4, 8], [2, 3, 4]):
         yield Tiling(m, n, k, warps, stages)
 
 
@@ -93,7 +110,7 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
     sides = zip((tiling.m, tiling.n), _operands(product), _warps(tiling, target), strict=True)
     decoded = sum(tiling.k * side / (target.warp_size * warps) for side, operand, warps in sides if operand.prologue)
-    loop = 40 + own * 1.5 + decoded * size / 4
+    loop = 40 + own * 1.5 + decoded * size / 4 * (2 if product.precision == "tf32x3" else 1)
     return max(loop, 40 + own * 3.3) if product.program.epilogue else loop
 
 
@@ -101,7 +118,7 @@ def _warps(tiling: Tiling, target: Target) -> tuple[int, int]:
     """Among how many warps a decoded operand's rows, or columns, are shared out.  Where the tensor cores take operands
     from registers, each warp holds all that its part of the tile needs; where they take them from shared memory, all
     warps decode a part each."""
-    if target.name in ("sm_90", "sm_100"):
+    if _in_shared(target):
         return tiling.warps, tiling.warps
     down = across = 1
     while down * across < tiling.warps:  # as Triton does, by tiles of 16 x 16
@@ -127,6 +144,7 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a kernel's time."""
     exact = product.memory == "f32" and product.precision == "ieee"
     peak = target.fp32_flops if exact else target.tf32_flops if product.memory == "f32" else target.bf16_flops
+    peak /= 3 if product.precision == "tf32x3" else 1
     k = -(-product.sizes[2] // tiling.k) * tiling.k
     size = _SIZES[product.memory]
     bytes_in = sum(k * side * element_bytes(product, operand, loaded=True)

@@ -183,6 +183,7 @@ def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
         own = 2 * math.prod(size or 0 for size in work.sizes)
         exact = work.memory == "f32" and work.precision == "ieee"
         peak = chip.fp32_flops if exact else chip.tf32_flops if work.memory == "f32" else chip.bf16_flops
+        peak /= 3 if work.precision == "tf32x3" else 1
         after = _work(work.program.epilogue) if work.program.epilogue else 0
         operations, seconds = own + after, own / peak + after / chip.fp32_flops
     moving = least / chip.dram_bytes_per_second
