@@ -6,6 +6,7 @@ The model of a product:
   accumulators: once and a half that, the addresses and what is being decoded, and 3.3 times that where an epilogue
   works on them.  Both factors are from kernels compiled for sm_80 to sm_120: 64 accumulators a thread and the
   write-back of an INT8 weight come to 205-255 registers without a spill.
+- Tiles are walked in the bands that read least from memory by ``traffic``.
 - A block takes the longest of: its multiply-adds at its share of the peak, its operands from shared memory at 128
   bytes a cycle, its loads at 64 bytes a cycle; and on top, decoding at 128 instructions a cycle, and a barrier for
   every step along k, of which more stages hide more.  The grid takes as many of those as it has waves.
@@ -41,7 +42,7 @@ REGION_WARPS = 4
 _CLOCK = 1.7e9
 _DECODING = 6
 """Instructions an element: widen, convert, scale, shift, narrow, store."""
-_BARRIER = {2: 200, 3: 100, 4: 80}
+_BARRIER = {1: 600, 2: 200, 3: 100, 4: 80}
 """Cycles."""
 _SIZES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
 
@@ -68,7 +69,10 @@ def tiling(product: Product, target: Target) -> Tiling:
             f"no tile of a product of {product.sizes} fits {target.name}: groups of {product.width} columns are too "
             f"wide; choose a smaller group size"
         )
-    return min(fitting, key=lambda each: (seconds(product, each, target), each))
+    chosen = min(fitting, key=lambda each: (seconds(product, each, target), each))
+    down, _ = grid(product, chosen, *_sizes(product))
+    bands = [chosen._replace(band=band) for band in (8, 16, 32, 64, down)]
+    return min(bands, key=lambda each: round(traffic(product, each, target).dram))
 
 
 def _in_registers(product: Product, tiling: Tiling, target: Target) -> bool:
@@ -93,12 +97,12 @@ def _candidates(product: Product) -> Iterator[Tiling]:
         columns = [max(16, power_of_two(width))]
     else:
         columns = [each for each in (16, 32, 64, 128) if each % width == 0]
-    depths = [16] if exact else [32, 64]
+    depths = [16] if exact else [16, 32, 64]
     # below 64 rows the tensor cores of sm_90 idle, and on older chips every warp holds all of a decoded left operand:
     # 32 x 256 spills on sm_80.  An epilogue on wide groups may leave no choice.
     short = product.program.epilogue is not None or (product.sizes[0] or TOKENS) < 64
     rows = [16, 32, 64, 128] if short else [64, 128]
-    for m, n, k, warps, stages in combinations(rows, columns, depths, [4, 8], [2, 3, 4]):
+    for m, n, k, warps, stages in combinations(rows, columns, depths, [4, 8], [1, 2, 3, 4]):
         yield Tiling(m, n, k, warps, stages)
 
 
