@@ -14,6 +14,10 @@ cpp_printer.py        program → C++; ``philox.inc`` holds the random bits
 cpu.py                compiles, caches and launches what was printed
 gemm.py               ``GemmProgram``: a product with prologues and an epilogue
 gemm_cpu.py           runs one in blocks around the library's GEMM
+triton_printer.py     program → Triton, on one tile at a time
+gemm_triton.py        a product as one Triton kernel
+tiling.py             which tiles, by a model of the chip; bytes by a model of its cache
+triton_kernels.py     what a GPU runs for a program's text: prints, loads and launches it
 ops.py                the operators that a fused graph calls, with a program's text as an argument
 targets.py            GPUs by name, with what bounds a kernel on each; occupancy
 ahead.py              compiles a Triton kernel for a GPU that need not be there; what its machine code contains

@@ -86,6 +86,14 @@ def needs_groups(program: BlockProgram) -> bool:
     return stores or any(each.operation in REDUCTIONS for each in program.instructions)
 
 
+def layout_of(program: BlockProgram, columns: int, step: int) -> str:
+    """The layout (see ``triton_printer``) of tiles that are so wide and begin at multiples of ``step``."""
+    width = program.space.width
+    if program.space.groups == 1 or width % columns == 0 or step == width:
+        return "part"  # of a group, which may not fill the tile
+    return "groups" if columns % width == 0 and width == power_of_two(width) else "free"
+
+
 def print_gemm(product: Product, tiling: Tiling, name: str = "gemm") -> str:
     """The kernel of a product on a grid of one dimension, one instance a tile."""
     return "".join(f"# {line}\n" for line in product.program.pretty().splitlines()) + PREAMBLE + "\n\n".join(
@@ -180,12 +188,13 @@ class _Kernel:
         step = self.product.step(columns) if column == "n" else columns
         found = {"row": masks[row], "column": masks[column], "element": _both([masks[row], masks[column]]) or None}
         first = f"first_{column}"
-        if width % columns == 0 or step == width:  # a part of a group, or one that does not fill the tile
+        layout = layout_of(program, columns, step)
+        if layout == "part":
             found["group"] = masks[row]
-            layout, group, shape, at = "part", f"({first} // {width})", (rows, columns), f"at_{column}"
-        elif columns % width == 0 and width == power_of_two(width):
+            group, shape, at = f"({first} // {width})", (rows, columns), f"at_{column}"
+        elif layout == "groups":
             groups = columns // width
-            layout, shape = "groups", (rows, groups, width)
+            shape = (rows, groups, width)
             group = f"({first} // {width} + tl.arange(0, {groups}))[None, :]"
             at = f"({first} + tl.arange(0, {columns})).reshape({groups}, {width})"
             found = {"row": masks[row]}
@@ -200,7 +209,7 @@ class _Kernel:
             found["element"] = " & ".join(filter(None, parts)) or None
         else:
             found["group"] = found["element"]
-            layout, shape, at = "free", (rows, columns), f"at_{column}"
+            shape, at = (rows, columns), f"at_{column}"
             group = f"(at_{column} // {width})[None, :]"
         aligned = first if step % 8 == 0 else None
         return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, shape)

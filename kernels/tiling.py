@@ -23,7 +23,7 @@ from itertools import product as combinations
 from typing import NamedTuple
 
 from qgalore_compile.kernels.gemm import Operand
-from qgalore_compile.kernels.gemm_triton import Product, Tiling
+from qgalore_compile.kernels.gemm_triton import Product, Tiling, layout_of
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.triton_printer import power_of_two
@@ -138,8 +138,12 @@ def shared(product: Product, tiling: Tiling) -> float:
     tile that changes its layout."""
     size = _SIZES[product.memory]
     loaded = decoded = 0.0
-    for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True):
+    for side, operand, kept in zip((tiling.m, tiling.n), _operands(product), (0, 1), strict=True):
         loaded += tiling.k * side * element_bytes(product, operand, loaded=True)
+        if operand.prologue:
+            columns = side if kept != operand.transposed else tiling.k
+            if layout_of(operand.prologue, columns, columns) == "free":  # a group's value is loaded for each element
+                loaded += 4 * tiling.k * side * sum(each.extent == "group" for each in operand.prologue.buffers)
         decoded += tiling.k * side * size if operand.prologue else 0
     return max(tiling.stages * loaded + decoded, 2.0 * tiling.m * tiling.n)
 
