@@ -91,7 +91,8 @@ def product_kernel(product: Product, target: Target) -> Kernel:
     step = (chosen.m, product.step(chosen.n))
     grid = None if m is None or n is None else -(-m // step[0]) * -(-n // step[1])
     return Kernel(
-        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages, product, chosen,
+        "gemm", print_gemm(product, chosen), signature, numbers, grid, step, chosen.warps, chosen.stages, product,
+        chosen,
     )  # fmt: skip
 
 
