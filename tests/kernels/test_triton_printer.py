@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,11 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
+from qgalore_compile.kernels.ahead import compile_kernel
 from qgalore_compile.kernels.program import POINTWISE, BlockProgram, Buffer, Space
+from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.triton_kernels import Kernel, region_kernel
+from qgalore_compile.kernels.triton_kernels import load as load_kernel
 from qgalore_compile.kernels.triton_printer import print_region
 
 pytestmark = pytest.mark.triton
@@ -380,3 +384,27 @@ def test_any_program_does_what_evaluate_does(seed: int, rows: int | None) -> Non
     kernel = kernel_of(made, rows)
     assert not any("fp64" in each for each in kernel.signature.values())
     assert "float64" not in kernel.source
+
+
+# -- compilers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_operation_compiles_and_none_of_it_computes_in_fp64(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four compiles a target.  NVIDIA's own sine and cosine reduce large angles in fp64."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    angles = ("sin", "cos")
+    others = tuple(each for each in LIBRARY if each not in angles)
+    for kind, operations in (
+        ("f32", OF_FLOATS + others), ("f32", angles), ("i32", OF_INTEGERS + OF_SMALL), ("bool", OF_BOOLS)
+    ):  # fmt: skip
+        made = pointwise(kind, operations, 1)
+        made.space = Space(4, 256, 32)
+        kernel = region_kernel(made)
+        binary = compile_kernel(
+            load_kernel(kernel), kernel.signature, {}, Target.named(target), kernel.warps, kernel.stages
+        )
+        if operations is not angles:
+            assert not re.search(r"\b(add|mul|fma|div)\.\w*\.?f64|\bv_\w+_f64", binary.text)
