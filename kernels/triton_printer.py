@@ -119,6 +119,7 @@ class Tile(NamedTuple):
         row, column, group: indices, in the shapes of those extents.
         masks: by extent, a variable that is false where a value of it lies outside; an extent that has none is whole.
         first: the tile's first column, a multiple of 8; for "tasks" (R,).  None where it may be any column.
+        step: columns from one tile to the next, which all tiles of a row begin at multiples of.
         shape: of elements.
     """
 
@@ -128,6 +129,7 @@ class Tile(NamedTuple):
     group: str
     masks: dict[str, str]
     first: str | None
+    step: int
     shape: tuple[int, ...]
 
 
@@ -257,7 +259,7 @@ class Body:
         half of a row."""
         tile, half = self.tile, -(-self.program.space.columns // 2)
         column = tile.column + _SPREAD[tile.layout]["column", "element"]
-        if tile.first is not None and half % math.prod(tile.shape[1:]) == 0:  # the tile lies in one half
+        if tile.first is not None and half % tile.step == 0:  # the tile lies in one half
             column = tile.first + ("[:, None]" if tile.layout == "tasks" else "")
         return f"tl.where({column} < {half}, 0, {half})", f"tl.where({column} < {half}, 0, 4).to(tl.uint8)"
 
@@ -368,7 +370,7 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
         lines.append(f"inside = {' & '.join(conditions)}")
         masks |= {"element": "inside", "column": "inside"}
     first = "first" if space.width % 8 == 0 else None
-    body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, (rows, width)))
+    body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, space.width, (rows, width)))
     lines += [*body.values(), *body.stores()]
     head = f"@triton.jit\ndef {name}({', '.join(arguments(program))}):\n"
     text = "".join(f"# {line}\n" for line in program.pretty().splitlines())
