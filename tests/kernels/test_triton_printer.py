@@ -233,8 +233,16 @@ def test_every_format_is_loaded_and_stored(space: Space) -> None:
 
 @pytest.mark.parametrize(
     "space",
-    # halves that begin with a group; within one; within one of a width that is no power of two; within a byte
-    [Space(3, 64, 16), Space(3, 32, 32), Space(2, 48, 12), Space(2, 60, 24), Space(3, 45, 8), Space(5, 1, 8)],
+    # halves that begin with a group; within one; within one of a width that is no power of two; at an odd column
+    [
+        Space(3, 64, 16),
+        Space(3, 32, 32),
+        Space(2, 48, 12),
+        Space(2, 60, 24),
+        Space(2, 64, 24),
+        Space(3, 45, 8),
+        Space(5, 1, 8),
+    ],
     ids=lambda space: "x".join(map(str, space)),
 )
 def test_packed_nibbles_are_loaded_wherever_the_second_half_of_a_row_begins(space: Space) -> None:
