@@ -185,9 +185,10 @@ class _Kernel:
         step = self.product.step(columns) if column == "n" else columns
         found = {"row": masks[row], "column": masks[column], "element": _both([masks[row], masks[column]]) or None}
         first = f"first_{column}"
+        shape: tuple[int, ...] = size
         if width % step == 0:  # a part of a group, or one that does not fill the tile
             found["group"] = masks[row]
-            layout, group, shape, at = "part", f"({first} // {width})", (rows, columns), f"at_{column}"
+            layout, group, at = "part", f"({first} // {width})", f"at_{column}"
         elif step % width == 0 and width == power_of_two(width):
             groups = columns // width
             layout, shape = "groups", (rows, groups, width)
@@ -205,7 +206,7 @@ class _Kernel:
             found["element"] = " & ".join(filter(None, parts)) or None
         else:
             found["group"] = found["element"]
-            layout, shape, at = "free", (rows, columns), f"at_{column}"
+            layout, at = "free", f"at_{column}"
             group = f"(at_{column} // {width})[None, :]"
         aligned = first if step % 8 == 0 else None
         return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, step, shape)

@@ -241,7 +241,7 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
     kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
     tensors, _, _ = bind(program, (), read, ())
     plain = tensors["left" if program.left.prologue is None else "right"]
-    out = plain.new_empty((m, n))
+    out: Tensor = plain.new_empty((m, n))
     launch(kernel, {**tensors, "product": out}, {}, m, n)
     return out
 
