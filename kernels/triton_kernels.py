@@ -217,7 +217,8 @@ def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], 
     for name, number in numbers.items():
         is_param = name in kernel.params
         given[name] = torch.tensor(number, dtype=torch.int32, device=device) if is_param else number
-    given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
+    if kernel.grid is None:  # else m and n may be names of a region's buffers
+        given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
     tuned(kernel)[(kernel.instances(m, n),)](*(given[name] for name in kernel.signature))
 
 
