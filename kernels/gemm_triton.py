@@ -10,7 +10,7 @@ Instances walk the tiles in bands of rows, so that those that run at a time shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
@@ -86,12 +86,12 @@ def needs_groups(program: BlockProgram) -> bool:
     return stores or any(each.operation in REDUCTIONS for each in program.instructions)
 
 
-def layout_of(program: BlockProgram, columns: int, step: int) -> str:
-    """The layout (see ``triton_printer``) of tiles that are so wide and begin at multiples of ``step``."""
+def layout_of(program: BlockProgram, step: int) -> str:
+    """The layout (see ``triton_printer``) of tiles that begin at multiples of ``step`` columns."""
     width = program.space.width
-    if program.space.groups == 1 or width % columns == 0 or step == width:
+    if program.space.groups == 1 or width % step == 0:
         return "part"  # of a group, which may not fill the tile
-    return "groups" if columns % width == 0 and width == power_of_two(width) else "free"
+    return "groups" if step % width == 0 and width == power_of_two(width) else "free"
 
 
 def print_gemm(product: Product, tiling: Tiling, name: str = "gemm") -> str:
@@ -128,7 +128,7 @@ class _Kernel:
         yield f"    at_m = first_m + tl.arange(0, {tiling.m})"
         yield f"    at_n = first_n + tl.arange(0, {tiling.n})"
         masked_m = not isinstance(m, int) or m % tiling.m != 0
-        masked_n = not isinstance(n, int) or n % tiling.n != 0
+        masked_n = not isinstance(n, int) or n % tiling.n != 0 or step != tiling.n
         if masked_m:
             yield f"    in_m = at_m < {m}"
         if masked_n:
@@ -147,7 +147,8 @@ class _Kernel:
         yield f"        acc = tl.dot(a_left, a_right, acc{precision})"
         inside = _both([masks["m"], masks["n"]])
         if self.program.epilogue is None:
-            yield f"    there = product + (at_m[:, None] * {n} + at_n[None, :])"
+            row = "at_m" if isinstance(n, int) and _fit(self.product.sizes[:2], (n, 1)) else "at_m.to(tl.int64)"
+            yield f"    there = product + ({row}[:, None] * {n} + at_n[None, :])"
             yield f"    tl.store(there, acc.to({self.kind}){inside and f', mask={inside}'})"
         else:
             yield from self._epilogue(self.program.epilogue, masks, inside)
@@ -161,7 +162,12 @@ class _Kernel:
         if operand.prologue is None:
             assert matrix is not None
             strides = matrix.strides[::-1] if operand.transposed else matrix.strides
-            place = f"at_{dims[0]}[:, None] * {strides[0]} + at_{dims[1]}[None, :] * {strides[1]}"
+            rows, columns = (f"at_{dim}" for dim in dims)
+            sizes = [self.product.sizes["mnk".index(dim)] for dim in dims]
+            if not _fit(sizes, strides):
+                rows, columns = (rows, f"{columns}.to(tl.int64)") if strides[0] < strides[1] else (
+                    f"{rows}.to(tl.int64)", columns)  # fmt: skip
+            place = f"{rows}[:, None] * {strides[0]} + {columns}[None, :] * {strides[1]}"
             yield f"        a_{name} = tl.load({name} + ({place}){inside and f', mask={inside}, other=0'})"
             return
         row, column = dims[::-1] if operand.transposed else dims
@@ -188,10 +194,10 @@ class _Kernel:
         step = self.product.step(columns) if column == "n" else columns
         found = {"row": masks[row], "column": masks[column], "element": _both([masks[row], masks[column]]) or None}
         first = f"first_{column}"
-        layout = layout_of(program, columns, step)
+        layout, shape = layout_of(program, step), size
         if layout == "part":
             found["group"] = masks[row]
-            group, shape, at = f"({first} // {width})", (rows, columns), f"at_{column}"
+            group, at = f"({first} // {width})", f"at_{column}"
         elif layout == "groups":
             groups = columns // width
             shape = (rows, groups, width)
@@ -209,10 +215,10 @@ class _Kernel:
             found["element"] = " & ".join(filter(None, parts)) or None
         else:
             found["group"] = found["element"]
-            shape, at = (rows, columns), f"at_{column}"
+            at = f"at_{column}"
             group = f"(at_{column} // {width})[None, :]"
         aligned = first if step % 8 == 0 else None
-        return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, shape)
+        return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, step, shape)
 
     def _size(self, dim: str) -> str:
         size = self.product.sizes["mnk".index(dim)]
@@ -223,6 +229,13 @@ class _Kernel:
         given = "acc" if tile.layout != "groups" else f"acc.reshape({tile.shape})"
         body = Body(program, tile, "e_", (self.program.product, given))
         yield from (f"    {line}" for line in [*body.values(), *body.stores()])
+
+
+def _fit(sizes: Sequence[int | None], strides: Sequence[int]) -> bool:
+    """Whether 32 bits hold every offset into a matrix, for sure."""
+    if any(size is None and stride > 1 for size, stride in zip(sizes, strides, strict=True)):
+        return False
+    return sum(((size or 1) - 1) * stride for size, stride in zip(sizes, strides, strict=True)) < 1 << 31
 
 
 def _both(masks: list[str | None]) -> str:

@@ -62,7 +62,7 @@ def tiling(product: Product, target: Target) -> Tiling:
     Raises:
         NoTilingError: none fits.
     """
-    fitting = [each for each in _candidates(product) if _in_registers(product, each, target)
+    fitting = [each for each in _candidates(product, target) if _in_registers(product, each, target)
                and shared(product, each) <= target.shared_per_block]  # fmt: skip
     if not fitting:
         raise NoTilingError(
@@ -88,7 +88,7 @@ def _in_shared(target: Target) -> bool:
     return target.name in ("sm_90", "sm_100")
 
 
-def _candidates(product: Product) -> Iterator[Tiling]:
+def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
     width = product.width
     exact = product.memory == "f32" and product.precision == "ieee"
     if width is None:
@@ -97,7 +97,8 @@ def _candidates(product: Product) -> Iterator[Tiling]:
         columns = [max(16, power_of_two(width))]
     else:
         columns = [each for each in (16, 32, 64, 128) if each % width == 0]
-    depths = [16] if exact else [16, 32, 64]
+    # 64 float32 numbers of both operands are more than a thread can hold beside its sums
+    depths = [16] if exact else [16, 32] if product.memory == "f32" and not _in_shared(target) else [16, 32, 64]
     # below 64 rows the tensor cores of sm_90 idle, and on older chips every warp holds all of a decoded left operand:
     # 32 x 256 spills on sm_80.  An epilogue on wide groups may leave no choice.
     short = product.program.epilogue is not None or (product.sizes[0] or TOKENS) < 64
@@ -114,6 +115,8 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
     sides = zip((tiling.m, tiling.n), _operands(product), _warps(tiling, target), strict=True)
     decoded = sum(tiling.k * side / (target.warp_size * warps) for side, operand, warps in sides if operand.prologue)
+    if target.backend == "cuda" and (product.sizes[0] or TOKENS) % tiling.m:
+        own += 1  # a tile that is not full keeps what is outside
     loop = 40 + own * 1.5 + decoded * size / 4 * (2 if product.precision == "tf32x3" else 1)
     return max(loop, 40 + own * 3.3) if product.program.epilogue else loop
 
@@ -142,7 +145,7 @@ def shared(product: Product, tiling: Tiling) -> float:
         loaded += tiling.k * side * element_bytes(product, operand, loaded=True)
         if operand.prologue:
             columns = side if kept != operand.transposed else tiling.k
-            if layout_of(operand.prologue, columns, columns) == "free":  # a group's value is loaded for each element
+            if layout_of(operand.prologue, columns) == "free":  # a group's value is loaded for each element
                 loaded += 4 * tiling.k * side * sum(each.extent == "group" for each in operand.prologue.buffers)
         decoded += tiling.k * side * size if operand.prologue else 0
     return max(tiling.stages * loaded + decoded, 2.0 * tiling.m * tiling.n)

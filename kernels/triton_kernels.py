@@ -218,7 +218,8 @@ def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], 
     for name, number in numbers.items():
         is_param = name in kernel.params
         given[name] = torch.tensor(number, dtype=torch.int32, device=device) if is_param else number
-    given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
+    if kernel.grid is None:  # else m and n may be names of a region's buffers
+        given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
     tuned(kernel)[(kernel.instances(m, n),)](*(given[name] for name in kernel.signature))
 
 
@@ -242,7 +243,7 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
     kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
     tensors, _, _ = bind(program, (), read, ())
     plain = tensors["left" if program.left.prologue is None else "right"]
-    out = plain.new_empty((m, n))
+    out: Tensor = plain.new_empty((m, n))
     launch(kernel, {**tensors, "product": out}, {}, m, n)
     return out
 

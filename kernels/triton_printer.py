@@ -16,8 +16,10 @@ columns.  "groups": it takes K whole groups of W columns.  "free": it lies anywh
 for each of its elements, and nothing can be reduced.
 
 The arithmetic is float32 with divisions and roots to nearest; no function of a device library, which the interpreter
-would not run.  All loads stand before all stores, and no tile reads what another one writes, so an output may be the
-storage of an input.  Random bits depend on row and column alone, not on how the space is tiled.
+would not run.  The sign of a zero may be lost where it is a constant's or what a fraction is rounded to.
+
+All loads stand before all stores, and no tile reads what another one writes, so an output may be the storage of an
+input.  Random bits depend on row and column alone, not on how the space is tiled.
 """
 
 from __future__ import annotations
@@ -42,15 +44,14 @@ _MEMORY = {
 }  # fmt: skip
 
 _SPELLING = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "{0} * -1",
     "abs": "tl.abs({0})", "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({0}))",
     "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
     "log10": "tl.log2({0}) * 0.30102999566398120", "erf": "tl.erf({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})",
     "sigmoid": "tl.div_rn(1.0, 1.0 + tl.exp(-{0}))", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})",
     "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
-    # 1.5 * 2**23 pushes the fraction out of the significand, where the hardware rounds to even
-    "round": "tl.where(tl.abs({0}) < 4194304.0, ({0} + 12582912.0) - 12582912.0, {0})",
-    "expm1": "_expm1({0})", "log1p": "_log1p({0})", "tanh": "_tanh({0})", "pow": "_pow({0}, {1})",
+    "round": "_round({0})", "expm1": "_expm1({0})", "log1p": "_log1p({0})", "tanh": "_tanh({0})",
+    "pow": "_pow({0}, {1})",
     "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
     "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}", "not": "{0} == 0",
     "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
@@ -63,6 +64,9 @@ _HELPERS = {
     "_least": "    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
     "_most": "    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)",
     "_sum": "    return a + b",
+    # 2**23 pushes the fraction out of the significand, where the hardware rounds to even
+    "_round": "    high = tl.where(a < 0, -8388608.0, 8388608.0)\n"
+              "    return tl.where(tl.abs(a) < 8388608.0, (a + high) - high, a)",
     # Kahan's: what 1 + x or exp(x) lost to rounding cancels in the quotient
     "_log1p": "    u = 1.0 + a\n"
               "    return tl.where((u == 1.0) | (u == float('inf')), a, tl.log(u) * tl.div_rn(a, u - 1.0))",
@@ -73,10 +77,11 @@ _HELPERS = {
              "    size = tl.div_rn(u, u + 2.0)\n"
              "    return tl.where(a < 0, -size, size)",
     "_pow": "    size = tl.exp2(b * tl.log2(tl.abs(a)))\n"
-            "    whole = tl.floor(b) == b\n"
-            "    odd = whole & (tl.floor(b * 0.5) * 2.0 != b)\n"
-            "    signed = tl.where(a < 0, tl.where(whole, tl.where(odd, -size, size), float('nan')), size)\n"
-            "    return tl.where((b == 0.0) | (a == 1.0), 1.0, signed)",
+            "    size = tl.where((tl.abs(a) == 1.0) & (b == b), 1.0, size)\n"
+            "    odd = (tl.floor(b) == b) & (tl.floor(b * 0.5) * 2.0 != b)\n"
+            "    signed = tl.where(odd & ((a < 0) | (tl.div_rn(1.0, a) < 0)), size * -1.0, size)\n"
+            "    root = (a < 0) & (a != -float('inf')) & (tl.floor(b) != b)\n"
+            "    return tl.where((b == 0.0) | (a == 1.0), 1.0, tl.where(root, float('nan'), signed))",
     "_philox": "    # Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3)\n"
                "    for _ in tl.static_range(10):\n"
                "        b0 = c0\n"
@@ -89,9 +94,10 @@ _HELPERS = {
                "        k1 += 0xBB67AE85\n"
                "    return c0, c1, c2, c3",
 }  # fmt: skip
-_PARAMETERS = {"_philox": "c0, c1, c2, c3, k0, k1", "_log1p": "a", "_expm1": "a", "_tanh": "a"}
+_PARAMETERS = {"_philox": "c0, c1, c2, c3, k0, k1", "_log1p": "a", "_expm1": "a", "_tanh": "a", "_round": "a"}
 _NEEDS = {"tanh": ("_expm1", "_tanh"), "random_bits": ("_philox",), "group_min": ("_least",), "group_max": ("_most",),
-          "group_sum": ("_sum",), "expm1": ("_expm1",), "log1p": ("_log1p",), "pow": ("_pow",)}  # fmt: skip
+          "group_sum": ("_sum",), "expm1": ("_expm1",), "log1p": ("_log1p",), "pow": ("_pow",),
+          "round": ("_round",)}  # fmt: skip
 
 _SPREAD = {
     "tasks": {("row", "group"): "", ("row", "element"): "[:, None]", ("group", "element"): "[:, None]",
@@ -113,6 +119,7 @@ class Tile(NamedTuple):
         row, column, group: indices, in the shapes of those extents.
         masks: by extent, a variable that is false where a value of it lies outside; an extent that has none is whole.
         first: the tile's first column, a multiple of 8; for "tasks" (R,).  None where it may be any column.
+        step: columns from one tile to the next, which all tiles of a row begin at multiples of.
         shape: of elements.
     """
 
@@ -122,6 +129,7 @@ class Tile(NamedTuple):
     group: str
     masks: dict[str, str]
     first: str | None
+    step: int
     shape: tuple[int, ...]
 
 
@@ -193,8 +201,7 @@ class Body:
             nan = ", propagate_nan=tl.PropagateNan.ALL" if each.type == "f32" else ""
             return f"tl.{each.operation}({args[0]}, {args[1]}{nan})"
         if each.operation == "sign":
-            one = "1.0" if each.type == "f32" else "1"
-            return f"tl.where({args[0]} > 0, {one}, tl.where({args[0]} < 0, -{one}, {args[0]} * 0))"
+            return f"(({args[0]} > 0).to({_TYPES[each.type]}) - ({args[0]} < 0).to({_TYPES[each.type]}))"
         return _SPELLING[each.operation].format(*args)
 
     def _spread(self, number: int, extent: str) -> str:
@@ -252,7 +259,7 @@ class Body:
         half of a row."""
         tile, half = self.tile, -(-self.program.space.columns // 2)
         column = tile.column + _SPREAD[tile.layout]["column", "element"]
-        if tile.first is not None and half % math.prod(tile.shape[1:]) == 0:  # the tile lies in one half
+        if tile.first is not None and half % tile.step == 0:  # the tile lies in one half
             column = tile.first + ("[:, None]" if tile.layout == "tasks" else "")
         return f"tl.where({column} < {half}, 0, {half})", f"tl.where({column} < {half}, 0, 4).to(tl.uint8)"
 
@@ -363,7 +370,7 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
         lines.append(f"inside = {' & '.join(conditions)}")
         masks |= {"element": "inside", "column": "inside"}
     first = "first" if space.width % 8 == 0 else None
-    body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, (rows, width)))
+    body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, space.width, (rows, width)))
     lines += [*body.values(), *body.stores()]
     head = f"@triton.jit\ndef {name}({', '.join(arguments(program))}):\n"
     text = "".join(f"# {line}\n" for line in program.pretty().splitlines())

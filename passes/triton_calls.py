@@ -83,7 +83,8 @@ class _Lowering:
             call = self._call(kernel, tensors, values, written, sizes, text, device)
         for user in list(node.users):
             if user.target is operator.getitem:
-                user.args = (call, written[int(user.args[1]) - 1])  # type: ignore[call-overload]  # behind one None
+                place: Any = user.args[1]
+                user.args = (call, written[place - 1])  # behind one None
         return call
 
     def product(self, node: fx.Node, device: torch.device) -> fx.Node:
