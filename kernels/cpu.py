@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch._dynamo.exc import ShortenTraceback
+from torch._inductor import config
 from torch._inductor.codecache import CppCodeCache
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from qgalore_compile.kernels.cpp_printer import print_cpp
 from qgalore_compile.kernels.program import BlockProgram
@@ -16,6 +21,37 @@ from qgalore_compile.kernels.program import BlockProgram
 # Inductor's flags switch loop vectorisation off for GCC, since it vectorises itself; they keep errno, for which no
 # square root vectorises, and with GCC end up with trapping arithmetic, for which no floor does.
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math")
+
+_INSTALL = {
+    "linux": "`apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, or conda's package gxx",
+    "darwin": "`xcode-select --install`",
+    "win32": 'the Visual Studio Build Tools, with "Desktop development with C++"',
+}
+
+
+class NoCompilerError(ShortenTraceback, RuntimeError):
+    """No C++ compiler; the message says what was looked for and what to install.
+
+    A ``ShortenTraceback``, which Dynamo hands through as it is instead of wrapping it.
+    """
+
+    def __init__(self) -> None:
+        named = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else [config.cpp.cxx]
+        looked_for = ", ".join(repr(each) for each in named if each)
+        super().__init__(
+            f"backend 'qgalore' found no C++ compiler: looked for {looked_for}, which the environment variable CXX "
+            f"sets. Install one: {_INSTALL.get(sys.platform, 'GCC or Clang')}. On a CPU no option goes on without it, "
+            "since Inductor's own code is C++ too; the step runs without torch.compile",
+            first_useful_frame=None,
+        )
+
+
+def check_compiler() -> None:
+    """Raise :class:`NoCompilerError` unless there is a C++ compiler that runs."""
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:  # OSError: found, but not to be executed
+        raise NoCompilerError from error
 
 
 class Kernel:
@@ -27,6 +63,7 @@ class Kernel:
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
+        check_compiler()
         library: Any = CppCodeCache.load(print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS)
         self._run = library.run
         self._run.restype = None

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import torch
 import torch._dynamo
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
 from qgalore_compile import compilation
+from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES, PassManager
 
 torch._dynamo.config.trace_autograd_ops = True
@@ -134,10 +135,13 @@ def qgalore(
 
     Raises:
         OptionError: an unknown option or value.
+        NoCompilerError: a step on the CPU, and no C++ compiler; before anything of it is compiled, or runs.
         UnfusedError: ``strict``, and a projected layer is unfused.
     """
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(torch._inductor.list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
+    if not compile_fx_arguments and _on_cpu(example_inputs):
+        cpu.check_compiler()
     manager = chosen.passes(compilation.input_names(gm), compilation.parameters(gm, example_inputs))
     patches["post_grad_custom_post_pass"] = [
         *get_custom_graph_passes(inductor_config.post_grad_custom_post_pass),
@@ -150,6 +154,11 @@ def qgalore(
     if chosen.strict:
         _refuse_unfused(record)
     return cast("Callable[..., Any]", compiled)
+
+
+def _on_cpu(example_inputs: Sequence[Any]) -> bool:
+    """Whether all tensors are on the CPU, so that Inductor's code will be C++."""
+    return {given.device.type for given in example_inputs if isinstance(given, Tensor)} == {"cpu"}
 
 
 def _refuse_unfused(record: compilation.Compilation) -> None:

@@ -18,8 +18,11 @@ from support import (
     Toy,
     assert_same_step,
     assert_within_contract,
+    data,
     decoded,
+    small,
     snapshot,
+    step_of,
     tokens,
     toy,
     training_step,
@@ -30,6 +33,7 @@ from torch._inductor import config as inductor_config
 
 import qgalore_compile as qg
 from qgalore_compile.backend import OptionError, Options, qgalore
+from qgalore_compile.kernels.cpu import NoCompilerError
 from qgalore_compile.passes import PASSES
 
 
@@ -367,6 +371,17 @@ def test_mode_is_handed_on_to_inductor() -> None:
     run = qgalore(gm, [torch.ones(2)], mode="max-autotune", inner_compile=spy)
     run(torch.ones(2))
     assert modes == [True]
+
+
+def test_without_a_compiler_the_step_is_refused_before_anything_of_it_runs_and_explain_needs_none() -> None:
+    model, opt = small(int8=True)
+    before = snapshot(model, opt)
+    step = torch.compile(step_of(model, opt), backend="qgalore", fullgraph=True)
+    with inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(NoCompilerError, match=r"found no C\+\+ compiler: looked for 'no-such-compiler'"):
+            step(data())
+        assert len(qg.explain(step, data()).layers) == 2
+    assert_within_contract(snapshot(model, opt), before)
 
 
 # -- the real thing: by the string alone, generated C++, and a warm cache in a second process -------------------------
