@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor
@@ -54,21 +55,41 @@ def check_compiler() -> None:
         raise NoCompilerError from error
 
 
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """Threads that each wait for a compiler; as many as Inductor would have processes for it."""
+    return ThreadPoolExecutor(max(1, config.compile_threads or 1), thread_name_prefix="qgalore-compiler")
+
+
 class Kernel:
-    """A program, compiled.
+    """A program, compiled on another thread from when this is made, and loaded when it is first needed.
 
     Attributes:
         program: what it runs.
+
+    Raises:
+        NoCompilerError: no C++ compiler.
     """
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
         check_compiler()
-        library: Any = CppCodeCache.load(print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS)
-        self._run = library.run
-        self._run.restype = None
-        self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        self._load: Any = CppCodeCache.load_async(
+            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=_compilers().submit
+        )
         self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
+
+    @cached_property
+    def _run(self) -> Any:
+        run = self._load().run
+        run.restype = None
+        run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        return run
+
+    def wait(self) -> None:
+        """Return when it can be launched; raises ``torch._inductor.exc.CppCompileError``, with what the compiler says,
+        where it cannot."""
+        _ = self._run
 
     def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
         """What a launch takes, from one contiguous tensor for each buffer."""
@@ -108,5 +129,5 @@ class Arguments:
 
 @cache
 def kernel(text: str) -> Kernel:
-    """The compiled kernel of a program's text, one a process and one in torch's cache of compiled code."""
+    """The kernel of a program's text, one a process, and its code one in torch's cache of compiled code."""
     return Kernel(BlockProgram.parse(text))

@@ -106,13 +106,15 @@ class Options:
         self,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
+        *,
+        compiles: bool = False,
     ) -> PassManager:
         """The manager of the passes that these options leave; arguments as for :class:`PassManager`."""
         chosen = [each for each in PASSES if each.name not in self.disable and (each.tier == "exact" or not self.exact)]
         # where no pass contracts the factors, the gradient exists, and the refresh op may as well take it
         contracts = any(each.name == "reassociate" for each in chosen)
         mode = self.reassociate if contracts else "never"
-        return PassManager(chosen, reassociate=mode, input_names=input_names, parameters=parameters)
+        return PassManager(chosen, reassociate=mode, input_names=input_names, parameters=parameters, compiles=compiles)
 
 
 def qgalore(
@@ -140,9 +142,11 @@ def qgalore(
     """
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(torch._inductor.list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
-    if not compile_fx_arguments and _on_cpu(example_inputs):
+    compiles = not compile_fx_arguments
+    if compiles and _on_cpu(example_inputs):
         cpu.check_compiler()
-    manager = chosen.passes(compilation.input_names(gm), compilation.parameters(gm, example_inputs))
+    names, parameters = compilation.input_names(gm), compilation.parameters(gm, example_inputs)
+    manager = chosen.passes(names, parameters, compiles=compiles)
     patches["post_grad_custom_post_pass"] = [
         *get_custom_graph_passes(inductor_config.post_grad_custom_post_pass),
         manager,
@@ -150,6 +154,8 @@ def qgalore(
     record = compilation.begin(gm, into)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
     compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
+        kernel.wait()
     compilation.finish(record, manager, name)
     if chosen.strict:
         _refuse_unfused(record)

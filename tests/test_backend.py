@@ -33,7 +33,7 @@ from torch._inductor import config as inductor_config
 
 import qgalore_compile as qg
 from qgalore_compile.backend import OptionError, Options, qgalore
-from qgalore_compile.kernels.cpu import NoCompilerError
+from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES
 
 
@@ -378,10 +378,29 @@ def test_without_a_compiler_the_step_is_refused_before_anything_of_it_runs_and_e
     before = snapshot(model, opt)
     step = torch.compile(step_of(model, opt), backend="qgalore", fullgraph=True)
     with inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        with pytest.raises(NoCompilerError, match=r"found no C\+\+ compiler: looked for 'no-such-compiler'"):
+        with pytest.raises(cpu.NoCompilerError, match=r"found no C\+\+ compiler: looked for 'no-such-compiler'"):
             step(data())
         assert len(qg.explain(step, data()).layers) == 2
     assert_within_contract(snapshot(model, opt), before)
+
+
+@pytest.mark.compiles
+def test_a_kernel_that_does_not_compile_is_an_error_before_anything_of_the_step_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "print_cpp", lambda program: "this is no C++")
+    weight, momentum = nn.Parameter(torch.zeros(256, 256)), torch.zeros(256, 256)
+
+    def step(x: Tensor) -> None:
+        (x @ weight).sum().backward()
+        with torch.no_grad():
+            momentum.mul_(0.9).add_(weight.grad)
+            weight.sub_(0.1 * momentum)
+        weight.grad = None
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"error: .*this"):
+        torch.compile(step, backend="qgalore", fullgraph=True)(torch.ones(2, 256))
+    assert not momentum.any()
 
 
 # -- the real thing: by the string alone, generated C++, and a warm cache in a second process -------------------------
