@@ -52,6 +52,7 @@ class PassManager(CustomGraphPass):
         passes: in order.
         lint: check the graph after every pass (``graph.lint()``); for tests and debugging.
         reassociate: "memory", "cost" or "never".
+        gemm: "same" or "bf16".
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
@@ -70,6 +71,7 @@ class PassManager(CustomGraphPass):
         *,
         lint: bool = False,
         reassociate: str = "memory",
+        gemm: str = "same",
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
         compiles: bool = False,
@@ -77,6 +79,7 @@ class PassManager(CustomGraphPass):
         self.passes = tuple(passes)
         self.lint = lint
         self.reassociate = reassociate
+        self.gemm = gemm
         self.input_names = dict(input_names or {})
         self.parameters = parameters
         self.records: list[PassRecord] = []
@@ -91,7 +94,7 @@ class PassManager(CustomGraphPass):
         name_of = {name: names[origin] for name, origin in origin_of.items() if origin in names}
         parameters = self.parameters
         known = None if parameters is None else frozenset(name for name, at in origin_of.items() if at in parameters)
-        self.context = Context(self.reassociate, name_of, known, origin_of)
+        self.context = Context(self.reassociate, name_of, known, origin_of, gemm=self.gemm)
         self.records = []
         shown: LayerUpdate | None = None
         for each in self.passes:
@@ -128,7 +131,7 @@ class PassManager(CustomGraphPass):
     def uuid(self) -> str:
         """What Inductor may reuse a cached graph for: the sources, the passes chosen, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        return f"{_source_hash()}/{names}/{self.reassociate}/{torch.__version__}/{_triton_version()}"
+        return f"{_source_hash()}/{names}/{self.reassociate}/{self.gemm}/{torch.__version__}/{_triton_version()}"
 
 
 def _kernels(graph: fx.Graph) -> list[cpu.Kernel]:

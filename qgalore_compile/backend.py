@@ -57,6 +57,7 @@ class UnfusedError(ShortenTraceback, RuntimeError):
 
 
 REASSOCIATE = ("memory", "cost", "never")
+GEMM = ("same", "bf16")
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ class Options:
         exact: run only the passes that keep every result bit for bit.
         reassociate: "memory" contracts a gradient's factors with the projector wherever that is possible, "cost" where
             it takes fewer operations and bytes, "never" nowhere.
+        gemm: "bf16" takes the projections and the products with INT8 weights of a float32 model in bfloat16; "same"
+            leaves every product the type that it has.
     """
 
     strict: bool = False
     disable: tuple[str, ...] = ()
     exact: bool = False
     reassociate: str = "memory"
+    gemm: str = "same"
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -88,11 +92,16 @@ class Options:
         for name in ("strict", "exact"):
             if not isinstance(options.get(name, False), bool):
                 raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
-        reassociate = options.get("reassociate", "memory")
-        if reassociate not in REASSOCIATE:
+        for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
+            if options.get(name, allowed[0]) not in allowed:
+                raise OptionError(
+                    f"backend 'qgalore': option {name!r} must be one of {', '.join(map(repr, allowed))}, "
+                    f"got {options[name]!r}"
+                )
+        if options.get("exact") and options.get("gemm") == "bf16":
             raise OptionError(
-                f"backend 'qgalore': option 'reassociate' must be one of {', '.join(map(repr, REASSOCIATE))}, "
-                f"got {reassociate!r}"
+                "backend 'qgalore': option 'exact' keeps every result bit for bit, which 'gemm': 'bf16' does not; "
+                "choose one"
             )
         disable = options.get("disable", ())
         disable = (disable,) if isinstance(disable, str) else tuple(disable)
@@ -100,7 +109,7 @@ class Options:
         for name in disable:
             if name not in names:
                 raise OptionError(f"backend 'qgalore': no pass is called {name!r}; passes: {', '.join(names)}")
-        return cls(options.get("strict", False), disable, options.get("exact", False), reassociate)
+        return cls(**{**options, "disable": disable})
 
     def passes(
         self,
@@ -114,7 +123,14 @@ class Options:
         # where no pass contracts the factors, the gradient exists, and the refresh op may as well take it
         contracts = any(each.name == "reassociate" for each in chosen)
         mode = self.reassociate if contracts else "never"
-        return PassManager(chosen, reassociate=mode, input_names=input_names, parameters=parameters, compiles=compiles)
+        return PassManager(
+            chosen,
+            reassociate=mode,
+            gemm=self.gemm,
+            input_names=input_names,
+            parameters=parameters,
+            compiles=compiles,
+        )
 
 
 def qgalore(

@@ -289,7 +289,7 @@ def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> N
 def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     model, opt = toy()
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
-    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate"):
+    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm"):
         step(tokens())
 
 
@@ -300,6 +300,8 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
         ({"exact": 1}, "'exact' must be True or"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),
+        ({"gemm": "fp8"}, "'gemm' must be one of 'same', 'bf16', got 'fp8'"),
+        ({"gemm": "bf16", "exact": True}, "'exact' keeps every result bit for bit, which 'gemm': 'bf16' does not"),
     ],
 )
 def test_an_option_with_a_wrong_value_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
