@@ -15,6 +15,7 @@ cpu.py                compiles, caches and launches what was printed
 gemm.py               ``GemmProgram``: a product with prologues and an epilogue
 gemm_cpu.py           runs one in blocks around the library's GEMM
 ops.py                the operators that a fused graph calls, with a program's text as an argument
+rows.py               the operator that sums an embedding's gradient
 fx_values.py          what tracing left at a node
 ====================  =================================================================================================
 """

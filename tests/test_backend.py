@@ -289,7 +289,9 @@ def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> N
 def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     model, opt = toy()
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
-    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm"):
+    with pytest.raises(
+        ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm"
+    ):
         step(tokens())
 
 
