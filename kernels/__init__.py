@@ -21,6 +21,7 @@ triton_kernels.py     what a GPU runs for a program's text: prints, loads and la
 ops.py                the operators that a fused graph calls, with a program's text as an argument
 targets.py            GPUs by name, with what bounds a kernel on each; occupancy
 ahead.py              compiles a Triton kernel for a GPU that need not be there; what its machine code contains
+rows.py               the operator that sums an embedding's gradient
 fx_values.py          what tracing left at a node
 ====================  =================================================================================================
 """

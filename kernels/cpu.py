@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor
+from torch._dynamo.exc import ShortenTraceback
+from torch._inductor import config
 from torch._inductor.codecache import CppCodeCache
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from qgalore_compile.kernels.cpp_printer import print_cpp
 from qgalore_compile.kernels.program import BlockProgram
@@ -17,21 +23,73 @@ from qgalore_compile.kernels.program import BlockProgram
 # square root vectorises, and with GCC end up with trapping arithmetic, for which no floor does.
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math")
 
+_INSTALL = {
+    "linux": "`apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, or conda's package gxx",
+    "darwin": "`xcode-select --install`",
+    "win32": 'the Visual Studio Build Tools, with "Desktop development with C++"',
+}
+
+
+class NoCompilerError(ShortenTraceback, RuntimeError):
+    """No C++ compiler; the message says what was looked for and what to install.
+
+    A ``ShortenTraceback``, which Dynamo hands through as it is instead of wrapping it.
+    """
+
+    def __init__(self) -> None:
+        named = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else [config.cpp.cxx]
+        looked_for = ", ".join(repr(each) for each in named if each)
+        super().__init__(
+            f"backend 'qgalore' found no C++ compiler: looked for {looked_for}, which the environment variable CXX "
+            f"sets. Install one: {_INSTALL.get(sys.platform, 'GCC or Clang')}. On a CPU no option goes on without it, "
+            "since Inductor's own code is C++ too; the step runs without torch.compile",
+            first_useful_frame=None,
+        )
+
+
+def check_compiler() -> None:
+    """Raise :class:`NoCompilerError` unless there is a C++ compiler that runs."""
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:  # OSError: found, but not to be executed
+        raise NoCompilerError from error
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """Threads that each wait for a compiler; as many as Inductor would have processes for it."""
+    return ThreadPoolExecutor(max(1, config.compile_threads or 1), thread_name_prefix="qgalore-compiler")
+
 
 class Kernel:
-    """A program, compiled.
+    """A program, compiled on another thread from when this is made, and loaded when it is first needed.
 
     Attributes:
         program: what it runs.
+
+    Raises:
+        NoCompilerError: no C++ compiler.
     """
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
-        library: Any = CppCodeCache.load(print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS)
-        self._run = library.run
-        self._run.restype = None
-        self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        check_compiler()
+        self._load: Any = CppCodeCache.load_async(
+            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=_compilers().submit
+        )
         self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
+
+    @cached_property
+    def _run(self) -> Any:
+        run = self._load().run
+        run.restype = None
+        run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        return run
+
+    def wait(self) -> None:
+        """Return when it can be launched; raises ``torch._inductor.exc.CppCompileError``, with what the compiler says,
+        where it cannot."""
+        _ = self._run
 
     def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
         """What a launch takes, from one contiguous tensor for each buffer."""
@@ -71,5 +129,5 @@ class Arguments:
 
 @cache
 def kernel(text: str) -> Kernel:
-    """The compiled kernel of a program's text, one a process and one in torch's cache of compiled code."""
+    """The kernel of a program's text, one a process, and its code one in torch's cache of compiled code."""
     return Kernel(BlockProgram.parse(text))

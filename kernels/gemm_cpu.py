@@ -32,8 +32,8 @@ def parsed(text: str) -> GemmProgram:
 
 
 @cache
-def _kernels(text: str) -> tuple[cpu.Kernel | None, ...]:
-    """The compiled left prologue, right prologue and epilogue of a text; spelling them out takes 0.1 ms a call."""
+def kernels(text: str) -> tuple[cpu.Kernel | None, ...]:
+    """The kernels of a text's left prologue, right prologue and epilogue; spelling them out takes 0.1 ms a call."""
     program = parsed(text)
     parts = (program.left.prologue, program.right.prologue, program.epilogue)
     return tuple(None if part is None else cpu.kernel(str(part)) for part in parts)
@@ -42,7 +42,7 @@ def _kernels(text: str) -> tuple[cpu.Kernel | None, ...]:
 def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a :class:`GemmProgram` with an epilogue; arguments as for :meth:`GemmProgram.share`."""
     program = parsed(text)
-    left_kernel, right_kernel, kernel = _kernels(text)
+    left_kernel, right_kernel, kernel = kernels(text)
     assert program.epilogue is not None
     assert kernel is not None
     left_tensors, right_tensors, own = program.share(written, read)
@@ -67,7 +67,7 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
 def product(text: str, read: Sequence[Tensor]) -> Tensor:
     """The product (m, n) of a :class:`GemmProgram` without an epilogue, from the tensors of its operands."""
     program = parsed(text)
-    left_kernel, right_kernel, _ = _kernels(text)
+    left_kernel, right_kernel, _ = kernels(text)
     left_tensors, right_tensors, _ = program.share((), read)
     left = _Source(program.left, left_kernel, left_tensors, 0)
     right = _Source(program.right, right_kernel, right_tensors, 1)

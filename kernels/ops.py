@@ -83,3 +83,10 @@ gemm = define("gemm(str program, Tensor[] read) -> Tensor", _gemm, _gemm_fake)
 def program_of(text: str) -> BlockProgram | GemmProgram:
     """The program that an operator's first argument spells."""
     return gemm_cpu.parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)
+
+
+def kernels(text: str) -> list[cpu.Kernel]:
+    """The kernels that an operator with this text launches on a CPU; their compilation begins here."""
+    if text.startswith("gemm "):
+        return [each for each in gemm_cpu.kernels(text) if each is not None]
+    return [cpu.kernel(text)]

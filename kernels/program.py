@@ -119,6 +119,7 @@ class BlockProgram:
     tables: dict[str, tuple[float, ...]] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     stores: list[tuple[str, int]] = field(default_factory=list)
+    _numbers: dict[Instruction, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -138,11 +139,12 @@ class BlockProgram:
         """
         args, names = tuple(args), tuple(names)
         instruction = Instruction(operation, args, names, *self._result(operation, args, names))
-        for number, other in enumerate(self.instructions):
-            if other == instruction:
-                return number
-        self.instructions.append(instruction)
-        return len(self.instructions) - 1
+        for number in range(len(self._numbers), len(self.instructions)):  # given, or appended by hand
+            self._numbers.setdefault(self.instructions[number], number)
+        number = self._numbers.setdefault(instruction, len(self.instructions))
+        if number == len(self.instructions):
+            self.instructions.append(instruction)
+        return number
 
     def constant(self, value: float, kind: str = "f32") -> int:
         """A scalar of a type."""

@@ -6,6 +6,8 @@ file                  tier      what it does
 update.py             exact     analysis: finds every layer's update, or says why there is none
 refresh.py            rounding  moves what only a refresh needs into the refresh op
 reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
+gemm_dtype.py         rounding  takes products of a float32 model in bfloat16, where the option asks for it
+embedding_gradient.py rounding  sums an embedding's gradient over the batch's tokens, not over the vocabulary
 dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
@@ -34,8 +36,10 @@ from __future__ import annotations
 
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
+from qgalore_compile.passes.embedding_gradient import embedding_gradient
 from qgalore_compile.passes.fuse import fuse
 from qgalore_compile.passes.fuse_products import fuse_products
+from qgalore_compile.passes.gemm_dtype import gemm_dtype
 from qgalore_compile.passes.manager import Pass, PassManager
 from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
@@ -50,6 +54,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("update", "exact", update),
     Pass("refresh", "rounding", refresh),
     Pass("reassociate", "rounding", reassociate),
+    Pass("gemm_dtype", "rounding", gemm_dtype),
+    Pass("embedding_gradient", "rounding", embedding_gradient),
     Pass("dead_allocations", "exact", dead_allocations),
     Pass("fuse", "rounding", fuse),
     Pass("fuse_products", "rounding", fuse_products),

@@ -57,6 +57,7 @@ class Context:
 
     Attributes:
         reassociate: "memory", "cost" or "never" (:mod:`qgalore_compile.passes.reassociate`).
+        gemm: "same" or "bf16" (:mod:`qgalore_compile.passes.gemm_dtype`).
         name_of: readable names by the name of an input, as far as the caller knows any.
         updates: what :mod:`qgalore_compile.passes.update` found, kept true by the passes that rewrite it; None before.
         parameters: names of the inputs that are parameters; None where the caller does not know.
@@ -74,6 +75,7 @@ class Context:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     program: dict[str, Any] = field(default_factory=dict)
     layer_text: dict[str, str] = field(default_factory=dict)
+    gemm: str = "same"
 
     @property
     def layers(self) -> list[LayerUpdate]:

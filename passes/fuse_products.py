@@ -4,9 +4,14 @@
               %y = mm(%x, %wᵀ)
     After     %y = gemm("…", [%x, %codes, %scale, %offset])
 
+    Before    %y = addmm(%bias, %x, %wᵀ)
+    After     %p = gemm("…", [%x, %codes, %scale, %offset]);  %y = add(%p, %bias)
+
 Requires  a product of two matrices one of which is decoded from integers that are inputs of the graph: INT8 weights in
-          the forward and in the gradient of the input, INT4 projectors; a device that a lowering exists for.
-Tier      rounding: a product computed in blocks, which a library may add up in another order.
+          the forward and in the gradient of the input, INT4 projectors; a device that a lowering exists for.  What
+          an ``addmm`` adds is added with the factor 1, and not to a projection.
+Tier      rounding: a product computed in blocks, which a library may add up in another order.  The sum of an ``addmm``
+          is Inductor's, which fuses it with what reads it: in bfloat16 the product is rounded before it, too.
 
 The decoded operand exists in blocks.  Inductor would store it whole, and compute the backward's beside the forward's.
 """
@@ -22,7 +27,7 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.launch import contiguous, erase, no_lowering, operand
-from qgalore_compile.passes.nodes import aten, is_gemm, make, operands
+from qgalore_compile.passes.nodes import arguments, aten, is_gemm, make, operands
 
 
 def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -36,8 +41,12 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
         if not quantised:
             continue
         problem = no_lowering(gemm)
-        if gemm.target is not aten.mm.default or len(quantised) > 1:
-            problem = "only a product of two matrices, one of them quantised and nothing added"
+        if gemm.target not in (aten.mm.default, aten.addmm.default) or len(quantised) > 1:
+            problem = "only a product of two matrices, one of them quantised"
+        elif any(factor != 1 for factor in gemm.kwargs.values()):
+            problem = "a sum with factors"
+        elif gemm.target is aten.addmm.default and gemm in downs:
+            problem = "a sum of a projected gradient and something else"
         if problem is None:
             try:
                 result = _replace(graph, gemm, quantised)
@@ -61,6 +70,8 @@ def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Nod
         for each, tensors in parts:
             reads += [contiguous(graph, node) if each.prologue else node for node in tensors]
         result = make(graph, ops.gemm, str(program), reads)
+        if gemm.target is aten.addmm.default:
+            result = make(graph, aten.add.Tensor, result, arguments(gemm)[0])
     if "stack_trace" in gemm.meta:
         result.meta["stack_trace"] = gemm.meta["stack_trace"]
     gemm.replace_all_uses_with(result)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
     ParamAOTInput,
@@ -25,9 +25,12 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._logging._internal import trace_structured
 from torch.fx._utils import lazy_format_graph_code
+from torch.utils._pytree import tree_leaves
 
+from qgalore_compile.kernels import cpu, ops
 from qgalore_compile.passes.context import Context, PassRecord, Tier
-from qgalore_compile.passes.printing import layer_text
+from qgalore_compile.passes.nodes import value
+from qgalore_compile.passes.printing import layer_text, program_text
 from qgalore_compile.passes.update import LayerUpdate
 
 log = logging.getLogger(__name__)
@@ -49,14 +52,17 @@ class PassManager(CustomGraphPass):
         passes: in order.
         lint: check the graph after every pass (``graph.lint()``); for tests and debugging.
         reassociate: "memory", "cost" or "never".
+        gemm: "same" or "bf16".
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
+        compiles: begin to compile the kernels that a graph calls, while Inductor goes on with the rest.
 
     Attributes:
         records: one a pass, of the graph seen last; empty where the graph came from Inductor's cache, which does not
             run passes.
         context: of that graph.
+        kernels: those that were begun.
     """
 
     def __init__(
@@ -65,16 +71,21 @@ class PassManager(CustomGraphPass):
         *,
         lint: bool = False,
         reassociate: str = "memory",
+        gemm: str = "same",
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
+        compiles: bool = False,
     ) -> None:
         self.passes = tuple(passes)
         self.lint = lint
         self.reassociate = reassociate
+        self.gemm = gemm
         self.input_names = dict(input_names or {})
         self.parameters = parameters
         self.records: list[PassRecord] = []
         self.context = Context()
+        self.compiles = compiles
+        self.kernels: list[cpu.Kernel] = []
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""
@@ -83,7 +94,7 @@ class PassManager(CustomGraphPass):
         name_of = {name: names[origin] for name, origin in origin_of.items() if origin in names}
         parameters = self.parameters
         known = None if parameters is None else frozenset(name for name, at in origin_of.items() if at in parameters)
-        self.context = Context(self.reassociate, name_of, known, origin_of)
+        self.context = Context(self.reassociate, name_of, known, origin_of, gemm=self.gemm)
         self.records = []
         shown: LayerUpdate | None = None
         for each in self.passes:
@@ -93,6 +104,8 @@ class PassManager(CustomGraphPass):
                 self.context.layer_text = {"layer": shown.name, "before": layer_text(graph, shown)}
         if shown is not None:
             self.context.layer_text["after"] = layer_text(graph, shown)
+        if self.compiles:
+            self.kernels += _kernels(graph)
 
     def _run(self, each: Pass, graph: fx.Graph) -> PassRecord:
         record = PassRecord(each.name, each.tier)
@@ -116,9 +129,23 @@ class PassManager(CustomGraphPass):
         return record
 
     def uuid(self) -> str:
-        """What Inductor may reuse a cached graph for: the sources, the passes chosen, torch's and Triton's versions."""
+        """What Inductor may reuse a cached graph for: the sources, the passes chosen, the precision that kernels were
+        made for, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        return f"{_source_hash()}/{names}/{self.reassociate}/{torch.__version__}/{_triton_version()}"
+        options = f"{self.reassociate}/{self.gemm}/{torch.get_float32_matmul_precision()}"
+        return f"{_source_hash()}/{names}/{options}/{torch.__version__}/{_triton_version()}"
+
+
+def _kernels(graph: fx.Graph) -> list[cpu.Kernel]:
+    """The kernels that a graph launches on a CPU."""
+    texts: dict[str, None] = {}
+    for node in graph.nodes:
+        text = program_text(node)
+        if text is not None and any(
+            isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(value(node))
+        ):
+            texts[text] = None
+    return [kernel for text in texts for kernel in ops.kernels(text)]
 
 
 def _origins(graph: fx.Graph) -> dict[str, int | str]:

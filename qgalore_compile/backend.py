@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import torch
 import torch._dynamo
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
 from qgalore_compile import compilation
+from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES, PassManager
 
 torch._dynamo.config.trace_autograd_ops = True
@@ -56,6 +57,7 @@ class UnfusedError(ShortenTraceback, RuntimeError):
 
 
 REASSOCIATE = ("memory", "cost", "never")
+GEMM = ("same", "bf16")
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Options:
         exact: run only the passes that keep every result bit for bit.
         reassociate: "memory" contracts a gradient's factors with the projector wherever that is possible, "cost" where
             it takes fewer operations and bytes, "never" nowhere.
+        gemm: "bf16" takes the projections and the products with INT8 weights of a float32 model in bfloat16; "same"
+            leaves every product the type that it has.
     """
 
     strict: bool = False
     disable: tuple[str, ...] = ()
     exact: bool = False
     reassociate: str = "memory"
+    gemm: str = "same"
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -87,11 +92,16 @@ class Options:
         for name in ("strict", "exact"):
             if not isinstance(options.get(name, False), bool):
                 raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
-        reassociate = options.get("reassociate", "memory")
-        if reassociate not in REASSOCIATE:
+        for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
+            if options.get(name, allowed[0]) not in allowed:
+                raise OptionError(
+                    f"backend 'qgalore': option {name!r} must be one of {', '.join(map(repr, allowed))}, "
+                    f"got {options[name]!r}"
+                )
+        if options.get("exact") and options.get("gemm") == "bf16":
             raise OptionError(
-                f"backend 'qgalore': option 'reassociate' must be one of {', '.join(map(repr, REASSOCIATE))}, "
-                f"got {reassociate!r}"
+                "backend 'qgalore': option 'exact' keeps every result bit for bit, which 'gemm': 'bf16' does not; "
+                "choose one"
             )
         disable = options.get("disable", ())
         disable = (disable,) if isinstance(disable, str) else tuple(disable)
@@ -99,19 +109,28 @@ class Options:
         for name in disable:
             if name not in names:
                 raise OptionError(f"backend 'qgalore': no pass is called {name!r}; passes: {', '.join(names)}")
-        return cls(options.get("strict", False), disable, options.get("exact", False), reassociate)
+        return cls(**{**options, "disable": disable})
 
     def passes(
         self,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
+        *,
+        compiles: bool = False,
     ) -> PassManager:
         """The manager of the passes that these options leave; arguments as for :class:`PassManager`."""
         chosen = [each for each in PASSES if each.name not in self.disable and (each.tier == "exact" or not self.exact)]
         # where no pass contracts the factors, the gradient exists, and the refresh op may as well take it
         contracts = any(each.name == "reassociate" for each in chosen)
         mode = self.reassociate if contracts else "never"
-        return PassManager(chosen, reassociate=mode, input_names=input_names, parameters=parameters)
+        return PassManager(
+            chosen,
+            reassociate=mode,
+            gemm=self.gemm,
+            input_names=input_names,
+            parameters=parameters,
+            compiles=compiles,
+        )
 
 
 def qgalore(
@@ -134,11 +153,16 @@ def qgalore(
 
     Raises:
         OptionError: an unknown option or value.
+        NoCompilerError: a step on the CPU, and no C++ compiler; before anything of it is compiled, or runs.
         UnfusedError: ``strict``, and a projected layer is unfused.
     """
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(torch._inductor.list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
-    manager = chosen.passes(compilation.input_names(gm), compilation.parameters(gm, example_inputs))
+    compiles = not compile_fx_arguments
+    if compiles and _on_cpu(example_inputs):
+        cpu.check_compiler()
+    names, parameters = compilation.input_names(gm), compilation.parameters(gm, example_inputs)
+    manager = chosen.passes(names, parameters, compiles=compiles)
     patches["post_grad_custom_post_pass"] = [
         *get_custom_graph_passes(inductor_config.post_grad_custom_post_pass),
         manager,
@@ -146,10 +170,17 @@ def qgalore(
     record = compilation.begin(gm, into)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
     compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
+        kernel.wait()
     compilation.finish(record, manager, name)
     if chosen.strict:
         _refuse_unfused(record)
     return cast("Callable[..., Any]", compiled)
+
+
+def _on_cpu(example_inputs: Sequence[Any]) -> bool:
+    """Whether all tensors are on the CPU, so that Inductor's code will be C++."""
+    return {given.device.type for given in example_inputs if isinstance(given, Tensor)} == {"cpu"}
 
 
 def _refuse_unfused(record: compilation.Compilation) -> None:

@@ -165,6 +165,8 @@ def _program(program: dict[str, Any]) -> Iterator[str]:
     if functions := program.get("functions"):
         calls = ", ".join(f"{name} × {count}" for name, count in functions.items())
         yield f"\nFunctions, compiled once each: {calls}"
+    if narrow := program.get("products_in_bfloat16"):
+        yield f'\n{narrow} products in bfloat16, since the option gemm is "bf16"'
     if live := program.get("live_bytes"):
         for when in ("before", "after"):
             at = live[when]

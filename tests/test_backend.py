@@ -18,8 +18,11 @@ from support import (
     Toy,
     assert_same_step,
     assert_within_contract,
+    data,
     decoded,
+    small,
     snapshot,
+    step_of,
     tokens,
     toy,
     training_step,
@@ -30,6 +33,7 @@ from torch._inductor import config as inductor_config
 
 import qgalore_compile as qg
 from qgalore_compile.backend import OptionError, Options, qgalore
+from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES
 
 
@@ -285,7 +289,9 @@ def test_gradients_that_are_read_after_the_step_survive_without_zero_grad() -> N
 def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     model, opt = toy()
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
-    with pytest.raises(ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate"):
+    with pytest.raises(
+        ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm"
+    ):
         step(tokens())
 
 
@@ -296,6 +302,8 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
         ({"exact": 1}, "'exact' must be True or"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),
+        ({"gemm": "fp8"}, "'gemm' must be one of 'same', 'bf16', got 'fp8'"),
+        ({"gemm": "bf16", "exact": True}, "'exact' keeps every result bit for bit, which 'gemm': 'bf16' does not"),
     ],
 )
 def test_an_option_with_a_wrong_value_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
@@ -367,6 +375,36 @@ def test_mode_is_handed_on_to_inductor() -> None:
     run = qgalore(gm, [torch.ones(2)], mode="max-autotune", inner_compile=spy)
     run(torch.ones(2))
     assert modes == [True]
+
+
+def test_without_a_compiler_the_step_is_refused_before_anything_of_it_runs_and_explain_needs_none() -> None:
+    model, opt = small(int8=True)
+    before = snapshot(model, opt)
+    step = torch.compile(step_of(model, opt), backend="qgalore", fullgraph=True)
+    with inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(cpu.NoCompilerError, match=r"found no C\+\+ compiler: looked for 'no-such-compiler'"):
+            step(data())
+        assert len(qg.explain(step, data()).layers) == 2
+    assert_within_contract(snapshot(model, opt), before)
+
+
+@pytest.mark.compiles
+def test_a_kernel_that_does_not_compile_is_an_error_before_anything_of_the_step_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "print_cpp", lambda program: "this is no C++")
+    weight, momentum = nn.Parameter(torch.zeros(256, 256)), torch.zeros(256, 256)
+
+    def step(x: Tensor) -> None:
+        (x @ weight).sum().backward()
+        with torch.no_grad():
+            momentum.mul_(0.9).add_(weight.grad)
+            weight.sub_(0.1 * momentum)
+        weight.grad = None
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"error: .*this"):
+        torch.compile(step, backend="qgalore", fullgraph=True)(torch.ones(2, 256))
+    assert not momentum.any()
 
 
 # -- the real thing: by the string alone, generated C++, and a warm cache in a second process -------------------------

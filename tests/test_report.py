@@ -63,7 +63,7 @@ def test_every_pass_is_listed_in_order_with_its_matches_operators_and_time(expla
     by_name = {each["name"]: each for each in explained.passes}
     assert len(by_name["reassociate"]["matches"]) == 2
     assert by_name["dead_allocations"]["ops"]["aten.empty.memory_format"] < 0
-    assert by_name["opaque"]["nodes_after"] < by_name["opaque"]["nodes_before"]
+    assert by_name["fuse"]["nodes_after"] < by_name["fuse"]["nodes_before"]
     assert all(each["milliseconds"] >= 0 for each in explained.passes)
 
 

@@ -110,6 +110,16 @@ def test_equal_instructions_are_one() -> None:
     assert len(made.instructions) == 4
 
 
+def test_equal_instructions_are_one_where_a_program_was_given_some() -> None:
+    given = program("x f32 element in", "y f32 element in")
+    x = load(given, "x")
+    made = BlockProgram(SPACE, buffers=given.buffers, instructions=given.instructions)
+    assert load(made, "x") == x
+    assert load(made, "y") == x + 1
+    assert load(given, "y") == x + 1
+    assert BlockProgram.parse(str(made)) == made
+
+
 def test_constants_keep_their_value_exactly() -> None:
     made = program()
     for value in (0.1, -1e-45, 3.4e38, math.inf, -math.inf, 2.0**-149):

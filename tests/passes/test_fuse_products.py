@@ -74,10 +74,59 @@ def test_a_decoding_that_somebody_else_reads_stays_for_that_reader() -> None:
     assert torch.ops.prims.convert_element_type.default in targets(module.graph)
 
 
-def test_a_bias_is_left_with_the_reason() -> None:
+def test_a_bias_is_added_to_the_product() -> None:
     module, record = check(with_bias, torch.randn(T, N), torch.randn(M), *stored_int8(M, N))
-    assert record.matches == []
-    assert "nothing added" in record.skipped[0][1]
+    assert (record.matches, record.skipped) == (["addmm"], [])
+    assert targets(module.graph) == [ops.gemm, aten.add.Tensor]
+
+
+def test_a_whole_matrix_is_added_to_the_product() -> None:
+    """A residual, or the gradients of an input that several layers read."""
+
+    def step(x: Tensor, y: Tensor, *stored: Tensor) -> Tensor:
+        return torch.addmm(y, x, formats.dequantize_int8(*stored, GROUP).t())
+
+    module, _ = check(step, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N), symbolic=[0, 1])
+    assert set(targets(module.graph)) - {aten.sym_size.int} == {ops.gemm, aten.add.Tensor}
+
+
+def test_a_bias_in_bfloat16_is_added_to_the_rounded_product() -> None:
+    """What the pass does to its rounding: at most that of the product itself."""
+
+    def step(x: Tensor, bias: Tensor, *stored: Tensor) -> Tensor:
+        return torch.addmm(bias, x, formats.dequantize_int8(*stored, GROUP, dtype=torch.bfloat16).t())
+
+    inputs = [torch.randn(T, N).bfloat16(), torch.randn(M).bfloat16(), *stored_int8(M, N)]
+    module = traced(step, *inputs)
+    (expected, *_) = results(module, inputs)
+    weight = formats.dequantize_int8(*inputs[2:], GROUP, dtype=torch.bfloat16)
+    assert after(module, "update", "fuse_products").records[-1].matches == ["addmm"]
+    (found, *_) = results(module, inputs)
+    assert torch.equal(found, inputs[0] @ weight.t() + inputs[1])
+    rounding = torch.finfo(torch.bfloat16).eps * ((inputs[0] @ weight.t()).abs() + expected.abs()).float()
+    assert ((found - expected).float().abs() <= rounding).all()
+
+
+def test_a_sum_with_factors_is_left_with_the_reason() -> None:
+    def step(x: Tensor, y: Tensor, *stored: Tensor) -> Tensor:
+        return torch.addmm(y, x, formats.dequantize_int8(*stored, GROUP).t(), alpha=2)
+
+    module, record = check(step, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
+    assert record.skipped == [("addmm", "a sum with factors")]
+    assert aten.addmm.default in targets(module.graph)
+
+
+def test_a_momentum_that_a_projection_adds_to_stays_the_updates() -> None:
+    packed = formats.quantize_int4(torch.randn(R, N), GROUP)
+
+    def step(g: Tensor, w: Tensor, m: Tensor, *stored: Tensor) -> None:
+        projector = formats.dequantize_int4(*stored, N, GROUP)
+        momentum = torch.addmm(m, g, projector.t())
+        aten.copy_.default(m, momentum)
+        aten.copy_.default(w, w - 0.1 * (momentum @ projector))
+
+    module, record = check(step, torch.randn(M, N), torch.randn(M, N), torch.randn(M, R), *packed[:3])
+    assert record.skipped == [("addmm", "a sum of a projected gradient and something else")]
     assert aten.addmm.default in targets(module.graph)
 
 

@@ -97,6 +97,7 @@ def test_uuid_depends_on_the_passes_chosen_and_on_nothing_else_of_the_run() -> N
     assert PassManager([one]).uuid() == PassManager([one], input_names={0: "weight"}).uuid()
     assert len({PassManager(passes).uuid() for passes in ([], [one], [two], [one, two], [two, one])}) == 5
     assert len({PassManager([one], reassociate=mode).uuid() for mode in ("memory", "cost", "never")}) == 3
+    assert PassManager([one], gemm="bf16").uuid() != PassManager([one]).uuid()
 
 
 def test_uuid_depends_on_the_sources_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from kernels_support import evaluated_kernels
 from support import Interpreted, Toy, assert_same_step, decoded, tokens, toy, training_step
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import ReinplaceCounters
 
+from qgalore_compile.kernels import ops
 from qgalore_compile.passes.context import Context
 from qgalore_compile.passes.manager import PassManager
 from qgalore_compile.passes.nodes import is_gemm, shape
@@ -97,6 +101,30 @@ def test_the_optimizers_step_alone_is_found_and_its_gradients_are_the_obstacle(c
         assert layer.factors.obstacle is not None
         assert layer.factors.obstacle.op == "placeholder"
     assert all("compile the backward" in facts["not_reassociated"] for facts in context.notes.values())
+
+
+IN_PLACE = {ops.run_program, ops.run_gemm, torch.ops.qgalore.refresh_.default}
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "settings"),
+    [(1, {}), (2, {"max_grad_norm": 1.0, "refresh": "randomized"}), (1, {"nonfinite": "skip_parameter"})],
+    ids=["default", "clipped, accumulated", "skip_parameter"],
+)
+def test_states_and_weights_are_written_in_place_without_a_clone(accumulate: int, settings: dict[str, Any]) -> None:
+    model, opt = toy(**settings)
+    step, backend = interpreted(training_step(model, opt))
+    ReinplaceCounters.clear()
+    with evaluated_kernels():
+        step(*(tokens(seed=index) for index in range(accumulate)))
+    assert ReinplaceCounters.get_total_missed() == 0
+    graph = backend.graphs[0].graph
+    calls = [node for node in graph.nodes if node.target in IN_PLACE]
+    assert Counter(node.target for node in calls) == dict.fromkeys(IN_PLACE, 2)
+    clones = graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    assert not any(source.op == "placeholder" for clone in clones for source in clone.all_input_nodes)
+    for call in calls:
+        assert not set(call.all_input_nodes) & set(clones)
 
 
 class SomebodysGaLore(torch.optim.Optimizer):
