@@ -24,6 +24,10 @@ from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.tiling import REGION_WARPS, region_rows, tiling
 from qgalore_compile.kernels.triton_printer import POINTER, arguments, print_region
 
+FP_FUSION = True
+"""Whether a product and a sum become one rounding: Triton's default for NVIDIA's GPUs, which is also what Inductor
+compiles a user's kernel with.  Set explicitly wherever it can be, since the default is about to change."""
+
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -220,7 +224,7 @@ def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], 
         given[name] = torch.tensor(number, dtype=torch.int32, device=device) if is_param else number
     if kernel.grid is None:  # else m and n may be names of a region's buffers
         given |= {name: count for name, count in (("m", m), ("n", n)) if name in kernel.signature}
-    tuned(kernel)[(kernel.instances(m, n),)](*(given[name] for name in kernel.signature))
+    tuned(kernel)[(kernel.instances(m, n),)](*(given[name] for name in kernel.signature), enable_fp_fusion=FP_FUSION)
 
 
 def run_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:

@@ -155,13 +155,13 @@ def traced(
 def compiled(kernel: Kernel, target: Target) -> Binary:
     """A kernel's machine code for a target; CompileError where it has none."""
     from qgalore_compile.kernels.ahead import compile_kernel
-    from qgalore_compile.kernels.triton_kernels import load
+    from qgalore_compile.kernels.triton_kernels import FP_FUSION, load
 
     # sizes that are not known before the step are multiples of 16 or Triton compiles another variant then
     sizes = tuple(name for name in ("m", "n") if name in kernel.signature)
     return compile_kernel(
         load(kernel), kernel.signature, {}, target, num_warps=kernel.warps, num_stages=kernel.stages,
-        fp_fusion=True, multiples=sizes,
+        fp_fusion=FP_FUSION, multiples=sizes,
     )  # fmt: skip
 
 
