@@ -40,6 +40,8 @@ REGION_ELEMENTS = 16
 REGION_WARPS = 4
 
 _CLOCK = 1.7e9
+_TENSOR_MEMORY = 512
+"""Columns of a block on sm_100, of which two buffers of a product in three parts and one of its operands must fit."""
 _DECODING = 6
 """Instructions an element: widen, convert, scale, shift, narrow, store."""
 _BARRIER = {1: 600, 2: 200, 3: 100, 4: 80}
@@ -76,10 +78,12 @@ def tiling(product: Product, target: Target) -> Tiling:
 
 
 def _in_registers(product: Product, tiling: Tiling, target: Target) -> bool:
-    """Whether a thread keeps all its values in registers."""
+    """Whether a thread keeps all its values in registers, and the tensor cores theirs in their memory."""
     wanted = registers(product, tiling, target)
     if not _in_shared(target) and 104 < wanted < 152 and tiling.warps == 8:
         return False  # ptxas takes 128, for a second block, and spills the few that are missing
+    if product.precision == "tf32x3" and tiling.m >= 64 and 2 * tiling.n + tiling.k > _TENSOR_MEMORY:
+        return False
     return wanted <= REGISTERS
 
 
@@ -97,8 +101,10 @@ def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
         columns = [max(16, power_of_two(width))]
     else:
         columns = [each for each in (16, 32, 64, 128) if each % width == 0]
-    # 64 float32 numbers of both operands are more than a thread can hold beside its sums
-    depths = [16] if exact else [16, 32] if product.memory == "f32" and not _in_shared(target) else [16, 32, 64]
+    # 64 float32 numbers of both operands are more than a thread can hold beside its sums, and of operands in two parts
+    # more than fits the tensor memory of sm_100
+    narrow = product.memory == "f32" and (product.precision == "tf32x3" or not _in_shared(target))
+    depths = [16] if exact else [16, 32] if narrow else [16, 32, 64]
     # below 64 rows the tensor cores of sm_90 idle, and on older chips every warp holds all of a decoded left operand:
     # 32 x 256 spills on sm_80.  An epilogue on wide groups may leave no choice.
     short = product.program.epilogue is not None or (product.sizes[0] or TOKENS) < 64
@@ -147,7 +153,10 @@ def shared(product: Product, tiling: Tiling) -> float:
             columns = side if kept != operand.transposed else tiling.k
             if layout_of(operand.prologue, columns) == "free":  # a group's value is loaded for each element
                 loaded += 4 * tiling.k * side * sum(each.extent == "group" for each in operand.prologue.buffers)
-        decoded += tiling.k * side * size if operand.prologue else 0
+        if product.precision == "tf32x3":
+            decoded += 2 * tiling.k * side * size
+        elif operand.prologue:
+            decoded += tiling.k * side * size
     return max(tiling.stages * loaded + decoded, 2.0 * tiling.m * tiling.n)
 
 
