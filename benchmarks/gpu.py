@@ -93,12 +93,14 @@ class Bench:
 def check(bench: Bench, *, quick: bool) -> bool:
     """Whether all checks hold."""
     wrong = 0
-    for each in findings(QUICK if quick else CASES, bench.clock.device, bench.say):
-        row = Row("correctness", each.what, each.measure, float(each.value), "", None, float(each.limit))
-        bench.results.rows.append(row)
-        if not each.ok:
-            wrong += 1
-            bench.say(f"WRONG  {each.what}, {each.measure}: {each.value:.3g}, allowed is {each.limit:.3g}")
+    with bench.console.status("correctness") as status:
+        for each in findings(QUICK if quick else CASES, bench.clock.device, bench.say):
+            status.update(f"correctness: {each.what}")
+            row = Row("correctness", each.what, each.measure, float(each.value), "", None, float(each.limit))
+            bench.results.rows.append(row)
+            if not each.ok:
+                wrong += 1
+                bench.say(f"WRONG  {each.what}, {each.measure}: {each.value:.3g}, allowed is {each.limit:.3g}")
     bench.say(f"correctness: {len(bench.results.rows)} comparisons, {wrong} wrong")
     return not wrong
 
