@@ -42,8 +42,16 @@ class Case(NamedTuple):
         return f"{self.m}x{self.n} rank {self.rank} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Both sides; widths that groups of 256 do not divide; a rank that is no power of two; 1b's odd MLP.
-_SHAPES = ((512, 1376, 128), (1376, 512, 128), (192, 512, 48), (1000, 300, 40), (1024, 1024, 256), (2048, 5461, 512))
+# Both sides; rows shorter than a group and no multiple of it; a rank that is no power of two; 1b's odd MLP.
+_SHAPES = (
+    (512, 1376, 128),
+    (1376, 512, 128),
+    (192, 512, 48),
+    (512, 192, 48),
+    (1000, 300, 40),
+    (1024, 1024, 256),
+    (2048, 5461, 512),
+)
 CASES = [Case(*shape, dtype) for shape in _SHAPES for dtype in (torch.bfloat16, torch.float32)]
 QUICK = [Case(40, 72, 16, torch.bfloat16), Case(72, 40, 16, torch.float32)]
 
