@@ -22,15 +22,15 @@ class Baseline:
 
     def __init__(self, weight: Tensor, projector: Tensor, rank: int, lr: float) -> None:
         m, n = weight.shape
-        self.right, self.lr = side_of(weight.shape) == "right", lr
+        self.right, self.lr, device = side_of(weight.shape) == "right", lr, weight.device
         self.codes, self.scale, self.zero, _ = formats.quantize_official(weight, GROUP, bits=8)
         self.packed, self.p_scale, self.p_offset, self.columns, _ = formats.quantize_int4(projector, GROUP)
         low = (m, rank) if self.right else (rank, n)
-        self.books = [formats.dynamic_map(signed) for signed in (True, False)]
+        self.books = [formats.dynamic_map(signed).to(device) for signed in (True, False)]
         self.middles = [(book[1:] + book[:-1]) / 2 for book in self.books]
-        self.moments = [torch.full(low, code, dtype=torch.uint8) for code in (127, 0)]
-        self.absmax = [torch.zeros(low[0] * low[1] // BLOCK) for _ in range(2)]
-        self.count = torch.zeros(())
+        self.moments = [torch.full(low, code, dtype=torch.uint8, device=device) for code in (127, 0)]
+        self.absmax = [torch.zeros(low[0] * low[1] // BLOCK, device=device) for _ in range(2)]
+        self.count = torch.zeros((), device=device)
 
     def step(self, grad: Tensor) -> None:
         """One update; `grad` (m, n) in any floating dtype, whose dtype the products run in."""

@@ -72,6 +72,7 @@ class Settings:
     batch: int
     seq: int
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def model(self) -> LlamaConfig:
@@ -87,6 +88,7 @@ class Settings:
         """Inputs and targets of round `index`, the same for every side."""
         generator = torch.Generator().manual_seed(index)
         words = torch.randint(self.model.vocab_size, (self.batch, self.seq + 1), generator=generator)
+        words = words.to(self.device)
         return words[:, :-1].contiguous(), words[:, 1:].contiguous()
 
 
@@ -105,9 +107,9 @@ def build(side: Side, settings: Settings) -> tuple[Step, list[Tensor]]:
     # not model.bfloat16(), which cannot swap fake parameters: benchmarks/live_bytes.py builds under a FakeTensorMode
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().bfloat16()))
+            setattr(module, name, nn.Parameter(parameter.detach().to(settings.device, torch.bfloat16)))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.bfloat16())
+            setattr(module, name, buffer.to(settings.device, torch.bfloat16))
     return (_build_qgalore if side.quantised else _build_adamw)(model, settings)
 
 
@@ -115,11 +117,21 @@ def _build_adamw(model: nn.Module, settings: Settings) -> tuple[Step, list[Tenso
     parameters = list(model.parameters())
     exp_avgs = [torch.zeros_like(p) for p in parameters]
     exp_avg_sqs = [torch.zeros_like(p) for p in parameters]
-    steps = [torch.zeros(()) for _ in parameters]
+    steps = [torch.zeros((), device=settings.device) for _ in parameters]
     lr = find_preset(settings.preset).adamw_lr
-    # single tensors: the foreach variant does not trace on CPUs, and a compiler has no use for it
+    # On CPUs single tensors: the foreach variant does not trace there, and a compiler has no use for it.  On a GPU
+    # foreach, which Inductor makes few kernels of, with step counts that live there.
+    gpu = settings.device != "cpu"
     constants: dict[str, Any] = dict(
-        foreach=False, amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False
+        foreach=gpu,
+        capturable=gpu,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=lr,
+        weight_decay=0.0,
+        eps=1e-8,
+        maximize=False,
     )
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:

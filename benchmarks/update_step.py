@@ -9,8 +9,9 @@ Sides, all in one process and interleaved; a round is one call of each, and rati
   norm, refresh op (not due), Adam on 8-bit moments, up-projection, write-back;
 - "inductor": the same, compiled by plain Inductor;
 - "baseline": the published arithmetic (`baseline_update.py`), compiled by plain Inductor;
-- "galore-torch", "bitsandbytes", "torchao": AdamW of GaLore's package in float32, AdamW8bit of the other two, which
-  project nothing and write float weights back; those that are not installed are left out and said so.
+- "galore-torch", "bitsandbytes", "torchao": AdamW of GaLore's package, AdamW8bit of the other two, which project
+  nothing; all three write float weights back, float32 here and bfloat16 on a GPU (`gpu.py`).  Those that are not
+  installed are left out and said so.
 
 Before anything is timed, one step of "qgalore" is compared with eager from an equal state.  A second table is of 8-bit
 Adam on 16 M elements that are not projected, beside copying its bytes.  Writes `results/update-step.json`.
@@ -22,6 +23,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import count
+from types import FunctionType
 from typing import Annotated, Any
 
 import torch
@@ -41,15 +44,18 @@ SHAPES = ((512, 1376, 128), (2048, 2048, 512), (4096, 4096, 1024), (4096, 11008,
 TARGETS = {(512, 1376): 2.0, (2048, 2048): 1.25, (4096, 4096): 1.1, (4096, 11008): 1.1}
 WARM_UP = 3
 NEVER = 10**9
+_NUMBERS = count()
 
 
-def projected(m: int, n: int, rank: int) -> tuple[Any, Any]:
-    """(optimizer, INT8 weight with a bfloat16 gradient), its subspace found and not due again."""
+def projected(
+    m: int, n: int, rank: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> tuple[qg.QGaLoreAdamW, Any]:
+    """(optimizer, INT8 weight with a gradient of that dtype), its subspace found and not due again."""
     torch.manual_seed(0)
-    weight = nn.Parameter(qg.Int8Weight.from_float((torch.randn(m, n) * 0.02).bfloat16(), 256))
+    weight = nn.Parameter(qg.Int8Weight.from_float((torch.randn(m, n) * 0.02).to(device, dtype), 256))
     group = {"params": [weight], "rank": rank, "update_proj_gap": NEVER, "refresh": "randomized"}
     opt = qg.QGaLoreAdamW([group], lr=1e-3)
-    weight.grad = (torch.randn(m, n) * 0.01).bfloat16()
+    weight.grad = (torch.randn(m, n) * 0.01).to(device, dtype)
     set_due([opt.state[weight]["schedule"]], True)
     opt.step()
     return opt, weight
@@ -57,12 +63,14 @@ def projected(m: int, n: int, rank: int) -> tuple[Any, Any]:
 
 def compiled(step: Callable[[], Any], backend: str) -> Callable[[], Any]:
     """A step compiled from an empty cache and run once."""
-    torch._dynamo.reset()
 
     def update() -> None:
         step()
 
-    run = torch.compile(update, backend=backend, fullgraph=True)
+    # Dynamo keeps what it compiles by code and its name: one of its own, or sides would recompile one another.
+    own = update.__code__.replace(co_name=f"update_{next(_NUMBERS)}")
+    function = FunctionType(own, update.__globals__, closure=update.__closure__)
+    run = torch.compile(function, backend=backend, fullgraph=True)
     with fresh_cache():
         run()
     return run
@@ -81,14 +89,15 @@ def check(m: int, n: int, rank: int) -> dict[str, float]:
     return found
 
 
-def sides_of(m: int, n: int, rank: int, wanted: list[str]) -> dict[str, Callable[[], Any]]:
+def sides_of(m: int, n: int, rank: int, wanted: list[str], device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """The sides' steps, compiled and ready."""
+    torch._dynamo.reset()  # what was compiled for other shapes
     sides: dict[str, Callable[[], Any]] = {}
-    opt, weight = projected(m, n, rank)
+    opt, weight = projected(m, n, rank, device)
     grad, right = weight.grad, m >= n
     shape = (rank, n) if right else (m, rank)
-    p = torch.randn(shape).bfloat16()
-    low = torch.randn((m, rank) if right else (rank, n)).bfloat16()
+    p = torch.randn(shape).to(device, torch.bfloat16)
+    low = torch.randn((m, rank) if right else (rank, n)).to(device, torch.bfloat16)
 
     def gemms() -> None:
         if right:
@@ -101,22 +110,23 @@ def sides_of(m: int, n: int, rank: int, wanted: list[str]) -> dict[str, Callable
     sides["gemms"] = gemms
     sides["qgalore"] = compiled(opt.step, "qgalore")
     if "inductor" in wanted:
-        sides["inductor"] = compiled(projected(m, n, rank)[0].step, "inductor")
+        sides["inductor"] = compiled(projected(m, n, rank, device)[0].step, "inductor")
     if "baseline" in wanted and n % 256 == 0:
-        baseline = Baseline(torch.randn(m, n) * 0.02, p.float(), rank, 1e-3)
+        baseline = Baseline((torch.randn(m, n) * 0.02).to(device), p.float(), rank, 1e-3)
         sides["baseline"] = compiled(lambda: baseline.step(grad), "inductor")
     for name in ("galore-torch", "bitsandbytes", "torchao"):
         if name in wanted:
             try:
-                sides[name] = _others(name, m, n, rank)
+                sides[name] = _others(name, m, n, rank, device)
             except ImportError as missing:
                 print(f"{name} is left out: {missing}")
     return sides
 
 
-def _others(name: str, m: int, n: int, rank: int) -> Callable[[], Any]:
-    weight = nn.Parameter(torch.randn(m, n) * 0.02)
-    weight.grad = torch.randn(m, n) * 0.01
+def _others(name: str, m: int, n: int, rank: int, device: str) -> Callable[[], Any]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # on CPUs not all of them take bfloat16
+    weight = nn.Parameter((torch.randn(m, n) * 0.02).to(device, dtype))
+    weight.grad = (torch.randn(m, n) * 0.01).to(device, dtype)
     if name == "galore-torch":
         import galore_torch
 
@@ -129,22 +139,21 @@ def _others(name: str, m: int, n: int, rank: int) -> Callable[[], Any]:
     else:
         from torchao.optim import AdamW8bit
 
-        torch._dynamo.reset()
         optimizer = AdamW8bit([weight], lr=1e-3)
     step: Callable[[], Any] = optimizer.step
     step()
     return step
 
 
-def unprojected(count: int = 1 << 24) -> dict[str, Callable[[], Any]]:
+def unprojected(elements: int = 1 << 24) -> dict[str, Callable[[], Any]]:
     """8-bit Adam on elements that are not projected, and copying as many bytes."""
-    weight = nn.Parameter(torch.randn(count // 512, 512).bfloat16())
+    weight = nn.Parameter(torch.randn(elements // 512, 512).bfloat16())
     opt = qg.QGaLoreAdamW([weight], lr=1e-3)
     weight.grad = torch.randn_like(weight)
     step = compiled(opt.step, "qgalore")
     # an element: 2 bytes of gradient, 2 of weight and 2 of codes to read, 2 of weight and 2 of codes to write; the
     # gradient is read once more for its norm.  A copy reads as many bytes as it writes.
-    half = torch.empty(count * 6, dtype=torch.uint8), torch.empty(count * 6, dtype=torch.uint8)
+    half = torch.empty(elements * 6, dtype=torch.uint8), torch.empty(elements * 6, dtype=torch.uint8)
 
     def copy() -> None:
         half[0].copy_(half[1])

@@ -80,16 +80,16 @@ def tiling(product: Product, target: Target) -> Tiling:
 def _in_registers(product: Product, tiling: Tiling, target: Target) -> bool:
     """Whether a thread keeps all its values in registers, and the tensor cores theirs in their memory."""
     wanted = registers(product, tiling, target)
-    if not _in_shared(target) and 104 < wanted < 152 and tiling.warps == 8:
+    if not _in_shared(target, tiling) and 104 < wanted < 152 and tiling.warps == 8:
         return False  # ptxas takes 128, for a second block, and spills the few that are missing
     if product.precision == "tf32x3" and tiling.m >= 64 and 2 * tiling.n + tiling.k > _TENSOR_MEMORY:
         return False
     return wanted <= REGISTERS
 
 
-def _in_shared(target: Target) -> bool:
+def _in_shared(target: Target, tiling: Tiling) -> bool:
     """Whether the tensor cores read operands from shared memory rather than from registers."""
-    return target.name in ("sm_90", "sm_100")
+    return target.name in ("sm_90", "sm_100") and tiling.m >= 64
 
 
 def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
@@ -101,16 +101,18 @@ def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
         columns = [max(16, power_of_two(width))]
     else:
         columns = [each for each in (16, 32, 64, 128) if each % width == 0]
-    # 64 float32 numbers of both operands are more than a thread can hold beside its sums, and of operands in two parts
-    # more than fits the tensor memory of sm_100
-    narrow = product.memory == "f32" and (product.precision == "tf32x3" or not _in_shared(target))
-    depths = [16] if exact else [16, 32] if narrow else [16, 32, 64]
+    depths = [16] if exact else [16, 32, 64]
     # below 64 rows the tensor cores of sm_90 idle, and on older chips every warp holds all of a decoded left operand:
     # 32 x 256 spills on sm_80.  An epilogue on wide groups may leave no choice.
     short = product.program.epilogue is not None or (product.sizes[0] or TOKENS) < 64
     rows = [16, 32, 64, 128] if short else [64, 128]
     for m, n, k, warps, stages in combinations(rows, columns, depths, [4, 8], [1, 2, 3, 4]):
-        yield Tiling(m, n, k, warps, stages)
+        found = Tiling(m, n, k, warps, stages)
+        # 64 float32 numbers of both operands are more than a thread can hold beside its sums, and of operands in two
+        # parts more than fits the tensor memory of sm_100
+        whole = product.precision != "tf32x3" and _in_shared(target, found)
+        if k < 64 or product.memory != "f32" or whole:
+            yield found
 
 
 def registers(product: Product, tiling: Tiling, target: Target) -> float:
@@ -131,7 +133,7 @@ def _warps(tiling: Tiling, target: Target) -> tuple[int, int]:
     """Among how many warps a decoded operand's rows, or columns, are shared out.  Where the tensor cores take operands
     from registers, each warp holds all that its part of the tile needs; where they take them from shared memory, all
     warps decode a part each."""
-    if _in_shared(target):
+    if _in_shared(target, tiling):
         return tiling.warps, tiling.warps
     down = across = 1
     while down * across < tiling.warps:  # as Triton does, by tiles of 16 x 16

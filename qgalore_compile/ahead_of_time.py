@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -100,7 +100,7 @@ def compile_ahead(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for kernel, calls in kernels.items():
-        name = f"{len(rows):02}-{_name(kernel)}"
+        name = f"{len(rows):02}-{name_of(kernel)}"
         progress(name)
         binary = compiled(kernel, chip)
         text, code = (".ptx", ".cubin") if chip.backend == "cuda" else (".amdgcn", ".hsaco")
@@ -167,18 +167,39 @@ def compiled(kernel: Kernel, target: Target) -> Binary:
 
 def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
     """What there is to say of a compiled kernel."""
+    widths = {**binary.loads, **binary.stores}
+    bound = floor(kernel, binary.target, max(1, binary.occupancy.blocks))
+    return Row(
+        name, what(kernel), calls, binary.registers, max(binary.stack, binary.spilled), binary.shared,
+        round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), bound.least,
+        bound.issued, bound.dram, bound.operations, round(bound.seconds * 1e6, 2), bound.limit,
+    )  # fmt: skip
+
+
+class Floor(NamedTuple):
+    """What bounds a kernel from below on a chip; bytes and operations as in :class:`Row`."""
+
+    least: int
+    issued: int
+    dram: int
+    operations: int
+    seconds: float
+    limit: str
+
+
+def floor(kernel: Kernel, chip: Target, held: int = 1) -> Floor:
+    """The least time that a kernel can take; ``held`` blocks are on a multiprocessor at a time."""
     from qgalore_compile.kernels.program import BlockProgram
     from qgalore_compile.kernels.tiling import traffic
 
-    work, chip = kernel.work, binary.target
-    widths = {**binary.loads, **binary.stores}
+    work = kernel.work
     if isinstance(work, BlockProgram):
         least = issued = dram = work.bytes()
         operations = _work(work)
         seconds = operations / chip.fp32_flops
     else:
         assert kernel.tiling is not None
-        moved = traffic(work, kernel.tiling, chip, max(1, binary.occupancy.blocks))
+        moved = traffic(work, kernel.tiling, chip, held)
         least, issued, dram = (round(each) for each in (moved.least, moved.issued, moved.dram))
         own = 2 * math.prod(size or 0 for size in work.sizes)
         exact = work.memory == "f32" and work.precision == "ieee"
@@ -187,11 +208,8 @@ def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
         after = _work(work.program.epilogue) if work.program.epilogue else 0
         operations, seconds = own + after, own / peak + after / chip.fp32_flops
     moving = least / chip.dram_bytes_per_second
-    return Row(
-        name, _what(kernel), calls, binary.registers, max(binary.stack, binary.spilled), binary.shared,
-        round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), least, issued, dram,
-        operations, round(max(moving, seconds) * 1e6, 2), "bytes" if moving >= seconds else "operations",
-    )  # fmt: skip
+    limit = "bytes" if moving >= seconds else "operations"
+    return Floor(least, issued, dram, operations, max(moving, seconds), limit)
 
 
 def _work(program: Any) -> int:
@@ -203,7 +221,8 @@ def _work(program: Any) -> int:
     )
 
 
-def _name(kernel: Kernel) -> str:
+def name_of(kernel: Kernel) -> str:
+    """What tells a kernel from most others: its sizes."""
     from qgalore_compile.kernels.program import BlockProgram
 
     if isinstance(kernel.work, BlockProgram):
@@ -213,7 +232,8 @@ def _name(kernel: Kernel) -> str:
     return f"gemm-{sizes}{'-write-back' if kernel.work.program.epilogue else ''}"
 
 
-def _what(kernel: Kernel) -> str:
+def what(kernel: Kernel) -> str:
+    """Formats of a kernel's operands, and whether a program follows."""
     from qgalore_compile.kernels.program import BlockProgram
 
     if isinstance(kernel.work, BlockProgram):
