@@ -194,7 +194,8 @@ class _Kernel:
         step = self.product.step(columns) if column == "n" else columns
         found = {"row": masks[row], "column": masks[column], "element": _both([masks[row], masks[column]]) or None}
         first = f"first_{column}"
-        layout, shape = layout_of(program, step), size
+        layout = layout_of(program, step)
+        shape: tuple[int, ...] = size
         if layout == "part":
             found["group"] = masks[row]
             group, at = f"({first} // {width})", f"at_{column}"

@@ -215,4 +215,5 @@ class _Lowering:
         return self.moved[tensor, device]
 
     def _first(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op != "placeholder")
+        found: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return found

@@ -98,7 +98,7 @@ def compile_ahead(
     chip, folder = Target.named(target), Path(out)
     kernels = traced(preset, chip, getattr(torch, dtype), tf32=tf32, batch=batch, seq=seq)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[Row] = []
     for kernel, calls in kernels.items():
         name = f"{len(rows):02}-{name_of(kernel)}"
         progress(name)
@@ -136,7 +136,7 @@ def traced(
         tokens = torch.zeros((batch or chosen.batch, seq or chosen.seq), dtype=torch.int64)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = model(tokens, targets)
+        loss: torch.Tensor = model(tokens, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
