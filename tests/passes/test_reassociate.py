@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import sympy
 import torch
 from passes_support import GRADIENTS, RULES, SHARED, Built, Layer, Tensors, assert_near, build, galore, own, write
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qgalore_compile.passes.nodes import is_gemm, operands, shape
 from qgalore_compile.passes.reassociate import Cost, T, cost, holds_where
@@ -387,3 +390,13 @@ def test_an_unmatched_parameter_is_none_of_its_business() -> None:
     manager = built.after("update", "reassociate")
     assert manager.records[1].matches == manager.records[1].skipped == []
     assert built.gemms() == [(20, 12)]
+
+
+def test_a_weight_whose_sizes_are_symbolic_costs_what_tracing_saw() -> None:
+    found = galore(Layer(shape=(8, 6), rank=4)).layer()
+    env = ShapeEnv()
+    symbolic = tuple(
+        env.create_symintnode(env.create_symbol(size, ConstantSource(name)), hint=size)
+        for name, size in zip("mn", found.shape, strict=True)
+    )
+    assert str(cost(replace(found, shape=symbolic))) == str(cost(found))
