@@ -137,7 +137,7 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
     if epilogue is None:
         return loop
     # rows that begin anywhere are read and written a byte at a time, each byte with an address of its own
-    factor = 8.0 if epilogue.space.columns % 16 else 3.3 if _in_shared(target, tiling) else 4.2
+    factor = 7.5 if epilogue.space.columns % 16 else 3.3 if _in_shared(target, tiling) else 4.2
     return max(loop, 40 + own * factor)
 
 
