@@ -41,8 +41,6 @@ from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
 from train_step import SIDES, Settings, Side, Step, build, chosen, compile_step, set_due
 
-from qgalore_compile import weights
-
 SAMPLES = 400  # of a curve in the JSON file
 
 
@@ -67,8 +65,6 @@ def generate(side: Side, settings: Settings, fake: bool) -> tuple[Program, dict[
         with ExitStack() as building:
             if fake:
                 building.enter_context(FakeTensorMode())
-                # it looks at values, which fake tensors do not have
-                building.enter_context(mock.patch.object(weights, "_has_int8_form", return_value=True))
             plain, schedules = build(side, settings)
             tokens = [torch.zeros_like(each) for each in settings.tokens(0)]
         if not fake:

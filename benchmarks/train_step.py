@@ -41,7 +41,7 @@ from torch._inductor.utils import fresh_cache
 from torch.optim.adamw import adamw
 
 import qgalore_compile as qg
-from qgalore_compile.llama import Llama, LlamaConfig, find_preset
+from qgalore_compile.llama import Llama, LlamaConfig, find_preset, move_
 from qgalore_compile.scheduler import Schedule
 from qgalore_compile.training import compiled_graphs
 
@@ -103,13 +103,8 @@ def chosen(sides: str) -> list[str]:
 def build(side: Side, settings: Settings) -> tuple[Step, list[Tensor]]:
     """The side's step, not compiled yet, and the schedules of its projected weights."""
     torch.manual_seed(settings.seed)
-    model = Llama(settings.model)
-    # not model.bfloat16(), which cannot swap fake parameters: benchmarks/live_bytes.py builds under a FakeTensorMode
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().to(settings.device, torch.bfloat16)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(settings.device, torch.bfloat16))
+    # not model.to(): benchmarks/live_bytes.py builds under a FakeTensorMode
+    model = move_(Llama(settings.model), torch.bfloat16, settings.device)
     return (_build_qgalore if side.quantised else _build_adamw)(model, settings)
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from qgalore_compile.kernels.program import BlockProgram, ProgramError
+
+T = TypeVar("T")
 
 VALUE = "value"
 """The buffer that a prologue writes the decoded operand to."""
@@ -31,8 +34,14 @@ class Operand(NamedTuple):
         """Tensors that the operand is made of."""
         return 1 if self.prologue is None else len(self.prologue.buffers) - 1
 
-    def kept(self, tensors: Sequence[Tensor], dim: int) -> int:
-        """Size of dimension ``dim`` of the operand, the one that a product keeps: 0 of a left one, 1 of a right one."""
+    def named(self, tensors: Sequence[T]) -> dict[str, T]:
+        """Its tensors by the prologue's buffers, without the one for the value."""
+        assert self.prologue is not None
+        names = [buffer.name for buffer in self.prologue.buffers if buffer.name != VALUE]
+        return dict(zip(names, tensors, strict=True))
+
+    def size(self, tensors: Sequence[Tensor], dim: int) -> int:
+        """Size of dimension ``dim`` of the operand."""
         place = dim != self.transposed
         return self.prologue.space[place] if self.prologue else tensors[0].shape[place]
 
@@ -101,6 +110,12 @@ class GemmProgram:
         """The left operand's tensors and the right one's, of those that are read."""
         first, second = self.left.tensors(), self.left.tensors() + self.right.tensors()
         return list(read[:first]), list(read[first:second])
+
+
+@cache
+def parsed(text: str) -> GemmProgram:
+    """The program of a text, one a process."""
+    return GemmProgram.parse(text)
 
 
 Named = dict[str, Tensor]

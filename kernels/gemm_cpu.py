@@ -17,19 +17,13 @@ from torch import Tensor
 
 from qgalore_compile.kernels import cpu
 from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.gemm import VALUE, Operand, parsed
 
 PRODUCT_BYTES = 1 << 21
 """A block of the product at most: it has to stay in the second-level caches until the epilogue has read it."""
 
 OPERAND_BYTES = 1 << 22
 """A block of a decoded operand at most: large enough for the library's GEMM to run at its speed."""
-
-
-@cache
-def parsed(text: str) -> GemmProgram:
-    """The program of a text, one a process."""
-    return GemmProgram.parse(text)
 
 
 @cache
@@ -115,13 +109,12 @@ class _Source:
 
     def __init__(self, operand: Operand, kernel: cpu.Kernel | None, tensors: Sequence[Tensor], kept: int) -> None:
         self.prologue, self.transposed, self.kept = operand.prologue, operand.transposed, kept
-        self.count, self.alignment = operand.kept(tensors, kept), 1
+        self.count, self.alignment = operand.size(tensors, kept), 1
         if self.prologue is None or kernel is None:
             self.whole = tensors[0].t() if operand.transposed else tensors[0]
             self.dtype = self.whole.dtype
             return
-        names = [buffer.name for buffer in self.prologue.buffers if buffer.name != VALUE]
-        self.decode = kernel.arguments(dict(zip(names, tensors, strict=True)), ())
+        self.decode = kernel.arguments(operand.named(tensors), ())
         self.dtype = MEMORY_DTYPES[self.prologue.buffer(VALUE).memory]
         rows, columns, width = self.prologue.space
         self.by_columns = (kept == 1) != operand.transposed  # of the value as it is stored

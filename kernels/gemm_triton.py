@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram
-from qgalore_compile.kernels.triton_printer import PREAMBLE, Body, Tile, arguments, helpers, power_of_two
+from qgalore_compile.kernels.triton_printer import POINTER, Body, Tile, module, power_of_two, signature
 
 
 class Matrix(NamedTuple):
@@ -68,16 +68,18 @@ class Product(NamedTuple):
         width = self.width
         return n if width is None or n % width == 0 else width
 
-    def names(self) -> list[str]:
-        """The kernel's arguments."""
-        program, found = self.program, list[str]()
+    @property
+    def exact(self) -> bool:
+        """Whether it is computed without tensor cores."""
+        return self.memory == "f32" and self.precision == "ieee"
+
+    def signature(self) -> dict[str, str]:
+        """The kernel's arguments in order and Triton's types of them."""
+        program, pointer, found = self.program, f"*{POINTER[self.memory]}", dict[str, str]()
         for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
-            found += [name] if operand.prologue is None else arguments(operand.prologue, prefix, VALUE)
-        if program.epilogue:
-            found += arguments(program.epilogue, "e_", program.product)
-        else:
-            found.append("product")
-        return found + [name for name, size in zip("mn", self.sizes[:2], strict=True) if size is None]
+            found |= {name: pointer} if operand.prologue is None else signature(operand.prologue, prefix, VALUE)
+        found |= signature(program.epilogue, "e_", program.product) if program.epilogue else {"product": pointer}
+        return found | {name: "i32" for name, size in zip("mn", self.sizes[:2], strict=True) if size is None}
 
 
 def needs_groups(program: BlockProgram) -> bool:
@@ -96,9 +98,8 @@ def layout_of(program: BlockProgram, step: int) -> str:
 
 def print_gemm(product: Product, tiling: Tiling, name: str = "gemm") -> str:
     """The kernel of a product on a grid of one dimension, one instance a tile."""
-    return "".join(f"# {line}\n" for line in product.program.pretty().splitlines()) + PREAMBLE + "\n\n".join(
-        [*helpers(_programs(product.program)), "\n".join([*_Kernel(product, tiling).lines(name), ""])]
-    )  # fmt: skip
+    function = "\n".join([*_Kernel(product, tiling).lines(name), ""])
+    return module(product.program.pretty(), _programs(product.program), function)
 
 
 def _programs(program: GemmProgram) -> list[BlockProgram]:
@@ -116,7 +117,7 @@ class _Kernel:
         step = self.product.step(tiling.n)
         m, n = (size or each for size, each in zip(self.product.sizes, "mn", strict=False))
         yield "@triton.jit"
-        yield f"def {name}({', '.join(self.product.names())}):"
+        yield f"def {name}({', '.join(self.product.signature())}):"
         yield "    tile = tl.program_id(0)"
         yield f"    tiles_m = ({m} + {tiling.m - 1}) // {tiling.m}"
         yield f"    tiles_n = ({n} + {step - 1}) // {step}"
@@ -171,9 +172,9 @@ class _Kernel:
             yield f"        a_{name} = tl.load({name} + ({place}){inside and f', mask={inside}, other=0'})"
             return
         row, column = dims[::-1] if operand.transposed else dims
-        body = self._decoded(operand.prologue, prefix, row, column, masks)
-        yield from (f"        {line}" for line in body.values())
         size = (getattr(self.tiling, row), getattr(self.tiling, column))
+        body = Body(operand.prologue, self._tile(operand.prologue, size, row, column, masks), prefix)
+        yield from (f"        {line}" for line in body.values())
         value = f"({body.result(VALUE)}).to({self.kind})"
         if body.tile.layout == "groups":
             value = f"{value}.reshape({size})"
@@ -181,10 +182,6 @@ class _Kernel:
             value = f"{value}.trans()"
         # what is decoded of codes and scales that are not there need not be zero
         yield f"        a_{name} = {f'tl.where({inside}, {value}, 0.0)' if inside and masks['k'] else value}"
-
-    def _decoded(self, program: BlockProgram, prefix: str, row: str, column: str, masks: dict[str, str | None]) -> Body:
-        size = (getattr(self.tiling, row), getattr(self.tiling, column))
-        return Body(program, self._tile(program, size, row, column, masks), prefix)
 
     def _tile(
         self, program: BlockProgram, size: tuple[int, int], row: str, column: str, masks: dict[str, str | None]

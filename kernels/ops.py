@@ -7,12 +7,13 @@ for the caches of compiled graphs and for other processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
 from qgalore_compile._ops import define
 from qgalore_compile.kernels import cpu, gemm_cpu
-from qgalore_compile.kernels.gemm import GemmProgram, named
+from qgalore_compile.kernels.gemm import GemmProgram, named, parsed
 from qgalore_compile.kernels.program import BlockProgram
 
 DEVICES = ("cpu", "cuda")
@@ -69,10 +70,10 @@ def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
 
 
 def _gemm_fake(program: str, read: Sequence[Tensor]) -> Tensor:
-    parsed = gemm_cpu.parsed(program)
-    left, right, _ = parsed.share((), read)
-    shape = (parsed.left.kept(left, 0), parsed.right.kept(right, 1))
-    plain = left[0] if parsed.left.prologue is None else right[0]
+    gemm = parsed(program)
+    left, right = gemm.operands(read)
+    shape = (gemm.left.size(left, 0), gemm.right.size(right, 1))
+    plain = left[0] if gemm.left.prologue is None else right[0]
     return plain.new_empty(shape)
 
 
@@ -80,9 +81,10 @@ gemm = define("gemm(str program, Tensor[] read) -> Tensor", _gemm, _gemm_fake)
 """The product of a :class:`GemmProgram` (its text) without an epilogue; at least one operand is a tensor as it is."""
 
 
+@cache
 def program_of(text: str) -> BlockProgram | GemmProgram:
-    """The program that an operator's first argument spells."""
-    return gemm_cpu.parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)
+    """The program that an operator's first argument spells; one a process."""
+    return parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)
 
 
 def kernels(text: str) -> list[cpu.Kernel]:

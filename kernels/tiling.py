@@ -100,7 +100,7 @@ def _in_shared(target: Target, tiling: Tiling) -> bool:
 
 def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
     width = product.width
-    exact = product.memory == "f32" and product.precision == "ieee"
+    exact = product.exact
     if width is None:
         columns = [32, 64] if exact else [64, 128, 256]
     elif width != power_of_two(width) or width >= 128:
@@ -125,7 +125,7 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a thread's registers."""
     size = _SIZES[product.memory]
     own = tiling.m * tiling.n / (tiling.warps * target.warp_size)
-    if product.memory == "f32" and product.precision == "ieee":  # no tensor cores: a thread holds k of each operand
+    if product.exact:  # no tensor cores: a thread holds k of each operand
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
     sides = zip((tiling.m, tiling.n), _operands(product), _warps(tiling, target), strict=True)
     decoded = sum(tiling.k * side / (target.warp_size * warps) for side, operand, warps in sides if operand.prologue)
@@ -176,15 +176,12 @@ def shared(product: Product, tiling: Tiling) -> float:
 
 def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a kernel's time."""
-    exact = product.memory == "f32" and product.precision == "ieee"
-    peak = target.fp32_flops if exact else target.tf32_flops if product.memory == "f32" else target.bf16_flops
-    peak /= 3 if product.precision == "tf32x3" else 1
     k = -(-product.sizes[2] // tiling.k) * tiling.k
     size = _SIZES[product.memory]
     bytes_in = sum(k * side * element_bytes(product, operand, loaded=True)
                    for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True))  # fmt: skip
     cycles = max(
-        2.0 * tiling.m * tiling.n * k / (peak / target.multiprocessors / _CLOCK),
+        2.0 * tiling.m * tiling.n * k / (peak(product, target) / target.multiprocessors / _CLOCK),
         k * (tiling.m + tiling.n) * size / 128,
         (bytes_in + _epilogue_bytes(product, tiling)) / 64,
     )
@@ -201,6 +198,15 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     # one block alone does not overlap its loads and its arithmetic, whatever its stages
     alone = 1.3 if held * tiling.warps < 8 else 1.0
     return waves * held * cycles * alone / _CLOCK
+
+
+def peak(product: Product, target: Target) -> float:
+    """Operations a second that a chip can do of a product's kind."""
+    if product.exact:
+        return target.fp32_flops
+    if product.memory != "f32":
+        return target.bf16_flops
+    return target.tf32_flops / (3 if product.precision == "tf32x3" else 1)
 
 
 def _sizes(product: Product) -> tuple[int, int]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand, named
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
 from qgalore_compile.kernels.tiling import REGION_WARPS, region_rows, tiling
-from qgalore_compile.kernels.triton_printer import POINTER, arguments, print_region
+from qgalore_compile.kernels.triton_printer import params, print_region, signature
 
 FP_FUSION = True
 """Whether a product and a sum become one rounding: Triton's default for NVIDIA's GPUs, which is also what Inductor
@@ -70,7 +70,7 @@ def region_kernel(program: BlockProgram) -> Kernel:
     rows = region_rows(program)
     grid = -(-program.space.rows * program.space.groups // rows)
     return Kernel(
-        "region", print_region(program, rows), _signature(program, "", ""), params(program), grid, (0, 0),
+        "region", print_region(program, rows), signature(program), params(program), grid, (0, 0),
         REGION_WARPS, 1, program,
     )  # fmt: skip
 
@@ -78,24 +78,15 @@ def region_kernel(program: BlockProgram) -> Kernel:
 def product_kernel(product: Product, target: Target) -> Kernel:
     """The kernel of a product."""
     chosen = tiling(product, target)
-    program, signature = product.program, dict[str, str]()
-    for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
-        if operand.prologue is None:
-            signature[name] = f"*{POINTER[product.memory]}"
-        else:
-            signature |= _signature(operand.prologue, prefix, VALUE)
-    numbers = frozenset[str]()
-    if program.epilogue is None:
-        signature["product"] = f"*{POINTER[product.memory]}"
-    else:
-        signature |= _signature(program.epilogue, "e_", program.product)
-        numbers = params(program.epilogue, "e_")
     m, n, _ = product.sizes
-    signature |= {name: "i32" for name, size in (("m", m), ("n", n)) if size is None}
+    epilogue = product.program.epilogue
+    numbers = params(epilogue, "e_") if epilogue else frozenset[str]()
     step = (chosen.m, product.step(chosen.n))
     grid = None if m is None or n is None else -(-m // step[0]) * -(-n // step[1])
-    source = print_gemm(product, chosen)
-    return Kernel("gemm", source, signature, numbers, grid, step, chosen.warps, chosen.stages, product, chosen)
+    return Kernel(
+        "gemm", print_gemm(product, chosen), product.signature(), numbers, grid, step, chosen.warps, chosen.stages,
+        product, chosen,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -104,28 +95,13 @@ def kernel_of(
     precision: str, target: Target,
 ) -> Kernel:  # fmt: skip
     """The kernel of a product's text; one a process."""
-    return product_kernel(Product(GemmProgram.parse(text), left, right, sizes, memory, precision), target)
+    return product_kernel(Product(parsed(text), left, right, sizes, memory, precision), target)
 
 
 @lru_cache(maxsize=1024)
 def region_of(text: str) -> Kernel:
     """The kernel of a region's text; one a process."""
     return region_kernel(BlockProgram.parse(text))
-
-
-def params(program: BlockProgram, prefix: str = "") -> frozenset[str]:
-    """Arguments that are pointers to a parameter's number."""
-    return frozenset(
-        f"{prefix}{each.names[1]}" for each in program.instructions if each.operation == "random_bits"
-    )  # fmt: skip
-
-
-def _signature(program: BlockProgram, prefix: str, leave: str) -> dict[str, str]:
-    """Triton's types of a program's arguments."""
-    buffers = {f"{prefix}{each.name}": f"*{POINTER[each.memory]}" for each in program.buffers}
-    pointers = params(program, prefix)
-    return {name: buffers.get(name) or ("*i32" if name in pointers else "i64")
-            for name in arguments(program, prefix, leave)}  # fmt: skip
 
 
 @cache
@@ -153,21 +129,15 @@ def matrix(tensor: Tensor) -> Matrix | None:
     return Matrix(FORMATS[tensor.dtype], (rows, columns))
 
 
-def size(operand: Operand, tensors: Sequence[Tensor], dim: int) -> Any:
-    """Size of a dimension of an operand, 0 or 1."""
-    place = dim != operand.transposed
-    return operand.prologue.space[place] if operand.prologue else tensors[0].shape[place]
-
-
 def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Target, precision: str) -> tuple[
     Kernel, tuple[Any, Any]
 ]:  # fmt: skip
     """(the kernel of a product's call, the product's m and n), from its operands' tensors, real or fake."""
     left, right = program.operands(read)
-    m, n = size(program.left, left, 0), size(program.right, right, 1)
-    k = size(program.left, left, 1)
+    m, n = program.left.size(left, 0), program.right.size(right, 1)
+    k = program.left.size(left, 1)
     if not isinstance(k, int):
-        k = size(program.right, right, 0)
+        k = program.right.size(right, 0)
     first, second = (
         matrix(tensors[0]) if operand.prologue is None else None
         for operand, tensors in ((program.left, left), (program.right, right))
@@ -198,8 +168,7 @@ def bind(
         if operand.prologue is None:
             tensors[name] = given[0]
         else:
-            names = [each.name for each in operand.prologue.buffers if each.name != VALUE]
-            tensors |= {f"{prefix}{each}": tensor for each, tensor in zip(names, given, strict=True)}
+            tensors |= {f"{prefix}{each}": tensor for each, tensor in operand.named(given).items()}
     if program.epilogue is None:
         return tensors, {}, []
     tensors |= {f"e_{each}": tensor for each, tensor in own.items()}
@@ -235,7 +204,7 @@ def run_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor], num
 
 def run_product(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a :class:`GemmProgram` (its text) with an epilogue likewise; tensors as for ``GemmProgram.share``."""
-    program = GemmProgram.parse(text)
+    program = parsed(text)
     kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
     tensors, values, _ = bind(program, written, read, numbers)
     launch(kernel, tensors, values, m, n)
@@ -243,7 +212,7 @@ def run_product(text: str, written: Sequence[Tensor], read: Sequence[Tensor], nu
 
 def product(text: str, read: Sequence[Tensor]) -> Tensor:
     """The product (m, n) of a :class:`GemmProgram` without an epilogue."""
-    program = GemmProgram.parse(text)
+    program = parsed(text)
     kernel, (m, n) = of_call(program, text, read, target_of(read[0].device), precision())
     tensors, _, _ = bind(program, (), read, ())
     plain = tensors["left" if program.left.prologue is None else "right"]

@@ -155,7 +155,6 @@ class Body:
 
     def __init__(self, program: BlockProgram, tile: Tile, prefix: str = "", given: tuple[str, str] = ("", "")) -> None:
         self.program, self.tile, self.prefix, self.given = program, tile, prefix, given
-        self.random = 0
 
     def values(self) -> Iterator[str]:
         """Loads and arithmetic."""
@@ -167,16 +166,15 @@ class Body:
             else:
                 yield f"{self.name(number)} = {self._expression(each)}"
 
-    def stores(self, leave: str = "") -> Iterator[str]:
-        """Stores, but for one to the buffer ``leave``."""
+    def stores(self) -> Iterator[str]:
+        """Stores."""
         for name, value in self.program.stores:
-            if name != leave:
-                buffer = self.program.buffer(name)
-                stored = self._spread(value, buffer.extent)
-                if buffer.memory not in ("f32", "i32", "bool"):
-                    stored = f"({stored}).to({_MEMORY[buffer.memory]})"
-                mask = self._mask(buffer.extent)
-                yield f"tl.store({self._pointer(name)}, {stored}{mask and f', mask={mask}'})"
+            buffer = self.program.buffer(name)
+            stored = self._spread(value, buffer.extent)
+            if buffer.memory not in ("f32", "i32", "bool"):
+                stored = f"({stored}).to({_MEMORY[buffer.memory]})"
+            mask = self._mask(buffer.extent)
+            yield f"tl.store({self._pointer(name)}, {stored}{mask and f', mask={mask}'})"
 
     def result(self, name: str) -> str:
         """The value that a buffer would be given, in the shape of elements."""
@@ -330,7 +328,11 @@ def _float(value: float) -> str:
     return f"float('{value}')"
 
 
-PREAMBLE = "import triton\nimport triton.language as tl\n\n\n"
+def module(text: str, programs: list[BlockProgram], function: str) -> str:
+    """A module with a kernel, the functions that it calls, and a program's text above it."""
+    above = "".join(f"# {line}\n" for line in text.splitlines())
+    imports = "import triton\nimport triton.language as tl\n\n\n"
+    return above + imports + "\n\n".join([*helpers(programs), function])
 
 
 def power_of_two(count: int) -> int:
@@ -338,14 +340,23 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def arguments(program: BlockProgram, prefix: str = "", leave: str = "") -> list[str]:
-    """Names of a kernel's arguments: buffers without ``leave``, then numbers."""
-    return [f"{prefix}{name}" for name in [*(b.name for b in program.buffers if b.name != leave), *program.numbers]]
+def params(program: BlockProgram, prefix: str = "") -> frozenset[str]:
+    """Arguments that hold a parameter's number, as pointers to one i32."""
+    draws = (each for each in program.instructions if each.operation == "random_bits")
+    return frozenset(f"{prefix}{each.names[1]}" for each in draws)
+
+
+def signature(program: BlockProgram, prefix: str = "", leave: str = "") -> dict[str, str]:
+    """A kernel's arguments in order and Triton's types of them: buffers without ``leave``, then numbers."""
+    pointers = params(program, prefix)
+    buffers = {f"{prefix}{each.name}": f"*{POINTER[each.memory]}" for each in program.buffers if each.name != leave}
+    names = (f"{prefix}{name}" for name in program.numbers)
+    return buffers | {name: "*i32" if name in pointers else "i64" for name in names}
 
 
 def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
     """A kernel that runs a program over its space, ``rows`` groups (a power of two) an instance on a grid of one
-    dimension; arguments as :func:`arguments` names them, of which parameters' numbers are pointers to one i32."""
+    dimension; arguments as :func:`signature` has them."""
     space, width = program.space, power_of_two(program.space.width)
     if _is_flat(program):
         space = space._replace(rows=1, columns=space.rows * space.columns)
@@ -372,9 +383,8 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
     first = "first" if space.width % 8 == 0 else None
     body = Body(program, Tile("tasks", "at_row", "at_column", "at_group", masks, first, space.width, (rows, width)))
     lines += [*body.values(), *body.stores()]
-    head = f"@triton.jit\ndef {name}({', '.join(arguments(program))}):\n"
-    text = "".join(f"# {line}\n" for line in program.pretty().splitlines())
-    return text + PREAMBLE + "\n\n".join([*helpers([program]), head + "".join(f"    {line}\n" for line in lines)])
+    head = f"@triton.jit\ndef {name}({', '.join(signature(program))}):\n"
+    return module(program.pretty(), [program], head + "".join(f"    {line}\n" for line in lines))
 
 
 def _is_flat(program: BlockProgram) -> bool:

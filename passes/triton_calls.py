@@ -25,7 +25,7 @@ from torch import fx
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from qgalore_compile.kernels import ops, triton_kernels
-from qgalore_compile.kernels.gemm import GemmProgram
+from qgalore_compile.kernels.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.tiling import NoTilingError
 from qgalore_compile.kernels.triton_kernels import Kernel
 from qgalore_compile.passes.context import Context, PassRecord
@@ -91,7 +91,7 @@ class _Lowering:
         """Replace a product that is read."""
         text: Any = node.args[0]
         reads: Any = node.args[1]
-        program = GemmProgram.parse(text)
+        program = parsed(text)
         fake = value(node)
         with self.graph.inserting_before(node):
             reads = self._strided(program, reads)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from qgalore_compile.groups import param_groups
-from qgalore_compile.llama import Llama, find_preset
+from qgalore_compile.llama import Llama, find_preset, move_
 from qgalore_compile.optim import QGaLoreAdamW
 from qgalore_compile.weights import quantize_
 
@@ -127,12 +126,7 @@ def traced(
     chosen = find_preset(preset)
     with FakeTensorMode():
         model = Llama(replace(chosen.model, num_layers=min(LAYERS, chosen.model.num_layers)))
-        for module in model.modules():  # not model.to(), which cannot swap parameters without contents
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(dtype))
-        quantize_(model)
+        quantize_(move_(model, dtype))
         optimizer = QGaLoreAdamW(param_groups(model, rank=chosen.rank), lr=chosen.lr)
         tokens = torch.zeros((batch or chosen.batch, seq or chosen.seq), dtype=torch.int64)
 
@@ -192,7 +186,7 @@ class Floor(NamedTuple):
 def floor(kernel: Kernel, chip: Target, held: int = 1) -> Floor:
     """The least time that a kernel can take; ``held`` blocks are on a multiprocessor at a time."""
     from qgalore_compile.kernels.program import BlockProgram
-    from qgalore_compile.kernels.tiling import traffic
+    from qgalore_compile.kernels.tiling import peak, traffic
 
     work = kernel.work
     if isinstance(work, BlockProgram):
@@ -204,11 +198,8 @@ def floor(kernel: Kernel, chip: Target, held: int = 1) -> Floor:
         moved = traffic(work, kernel.tiling, chip, held)
         least, issued, dram = (round(each) for each in (moved.least, moved.issued, moved.dram))
         own = 2 * math.prod(size or 0 for size in work.sizes)
-        exact = work.memory == "f32" and work.precision == "ieee"
-        peak = chip.fp32_flops if exact else chip.tf32_flops if work.memory == "f32" else chip.bf16_flops
-        peak /= 3 if work.precision == "tf32x3" else 1
         after = _work(work.program.epilogue) if work.program.epilogue else 0
-        operations, seconds = own + after, own / peak + after / chip.fp32_flops
+        operations, seconds = own + after, own / peak(work, chip) + after / chip.fp32_flops
     moving = least / chip.dram_bytes_per_second
     limit = "bytes" if moving >= seconds else "operations"
     return Floor(least, issued, dram, operations, max(moving, seconds), limit)

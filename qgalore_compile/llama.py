@@ -10,10 +10,13 @@ Shape suffixes: B batch, T sequence, D hidden, I intermediate, H heads, K head s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,16 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def move_(model: Model, dtype: torch.dtype, device: str | None = None) -> Model:
+    """``model.to(device, dtype)``, which cannot do it to fake parameters; returns the model."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to(device, dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device, dtype))
+    return model
 
 
 class RMSNorm(nn.Module):

@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo import device_interface
 from torch._functorch import config as functorch_config
 from torch._inductor import codecache, compile_fx, utils
@@ -47,8 +47,7 @@ from torch.utils.cpp_extension import include_paths
 from triton.backends.compiler import GPUTarget
 
 import qgalore_compile as qg
-from qgalore_compile import weights
-from qgalore_compile.llama import Llama, LlamaConfig
+from qgalore_compile.llama import Llama, LlamaConfig, move_
 
 _RUNTIME = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -321,14 +320,8 @@ def llama_step(
         settings: of the groups.
     """
     chosen = {} if targets is None else {"targets": targets}
-    # Whether a weight has an INT8 form is asked of its values, which fake tensors do not have.
-    with FakeTensorMode(), mock.patch.object(weights, "_has_int8_form", return_value=True):
-        model = Llama(LlamaConfig(width, 2 * width, 4, layers, max_seq_len=64))
-        for module in model.modules():  # not model.to(), which cannot swap fake parameters
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.detach().to("cuda", dtype)))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to("cuda", dtype))
+    with FakeTensorMode():
+        model = move_(Llama(LlamaConfig(width, 2 * width, 4, layers, max_seq_len=64)), dtype, "cuda")
         qg.quantize_(model, group_size=64, **chosen)
         opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=rank, **chosen, **settings), lr=1e-2)
         tokens = torch.zeros(2, 32, dtype=torch.long, device="cuda")

@@ -16,6 +16,9 @@ from qgalore_compile.kernels.program import BlockProgram, Buffer, Space
 
 Tensors = dict[str, Tensor]
 
+FORMATS = ("f32", "bf16", "f16", "u8", "i8", "i16", "i32", "i64", "bool")
+"""Of memory, but for packed ones."""
+
 
 def program(space: Space, *buffers: str, numbers: tuple[str, ...] = ()) -> BlockProgram:
     """An empty program with buffers spelled "name memory extent access"."""
@@ -27,6 +30,29 @@ def program(space: Space, *buffers: str, numbers: tuple[str, ...] = ()) -> Block
 def load(made: BlockProgram, name: str) -> int:
     """The number of a buffer's load."""
     return made.emit("load", names=(name,))
+
+
+def every_format(space: Space) -> BlockProgram:
+    """A program that copies elements and groups of every format, ``in_element_u8`` to ``out_element_u8``, and adds up
+    rows, columns and scalars of every format, into ``total`` and, a third of it, ``third``."""
+    extents, narrower = ("element", "group"), ("row", "column", "scalar")
+    made = program(
+        space,
+        *(f"in_{extent}_{kind} {kind} {extent} in" for extent in (*extents, *narrower) for kind in FORMATS),
+        *(f"out_{extent}_{kind} {kind} {extent} out" for extent in extents for kind in FORMATS),
+        "total f32 element out", "third bf16 element out",
+    )  # fmt: skip
+    total = made.constant(0.0)
+    for kind in FORMATS:
+        for extent in narrower:
+            value = load(made, f"in_{extent}_{kind}")
+            value = value if made.instructions[value].type == "f32" else made.emit("f32", (value,))
+            total = made.emit("add", (total, value))
+        for extent in extents:
+            made.store(f"out_{extent}_{kind}", load(made, f"in_{extent}_{kind}"))
+    made.store("total", total)
+    made.store("third", made.emit("div", (total, made.constant(3.0))))
+    return made
 
 
 def shape_of(buffer: Buffer, space: Space) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qgalore_compile.ahead_of_time import LAYERS, Row, compile_ahead, compiled, table, traced
+from qgalore_compile.ahead_of_time import LAYERS, Row, compile_ahead, compiled, row, table, traced
 from qgalore_compile.cli import app
 from qgalore_compile.kernels.ahead import CompileError
+from qgalore_compile.kernels.gemm_triton import Product
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target, UnknownTargetError
 from qgalore_compile.kernels.tiling import REGION_ELEMENTS
@@ -82,14 +83,13 @@ def test_every_kernel_of_a_step_compiles_without_spills(tmp_path: Path, target: 
 
 
 def test_a_kernels_row_counts_its_operations_and_bytes(kernels: dict[Kernel, int]) -> None:
-    from qgalore_compile.ahead_of_time import row
-
     kernel = next(each for each in kinds(kernels)["product"])
     found = row(kernel, compiled(kernel, Target.named("sm_90")), "name", 3)
-    m, n, k = kernel.work.sizes  # type: ignore[union-attr]
-    assert found.operations == 2 * m * n * k  # type: ignore[operator]
-    codes, scales = n * k, 2 * 4 * n * -(-k // 256)  # type: ignore[operator]
-    assert found.bytes == 2 * m * k + codes + scales + 2 * m * n  # type: ignore[operator]
+    assert isinstance(kernel.work, Product)
+    m, n, k = (size for size in kernel.work.sizes if size is not None)
+    assert found.operations == 2 * m * n * k
+    codes, scales = n * k, 2 * 4 * n * -(-k // 256)
+    assert found.bytes == 2 * m * k + codes + scales + 2 * m * n
     assert found.what.startswith("bf16 × INT8")
     assert (found.calls, found.limit) == (3, "bytes")
 
