@@ -3,6 +3,7 @@
 ====================  ========  =====================================================================================
 file                  tier      what it does
 ====================  ========  =====================================================================================
+unpad.py              rounding  takes Inductor's padding off products that other passes look for
 update.py             exact     analysis: finds every layer's update, or says why there is none
 refresh.py            rounding  moves what only a refresh needs into the refresh op
 reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
@@ -46,11 +47,13 @@ from qgalore_compile.passes.order import order
 from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
 from qgalore_compile.passes.triton_calls import triton_calls
+from qgalore_compile.passes.unpad import unpad
 from qgalore_compile.passes.update import update
 
 __all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
 
 PASSES: tuple[Pass, ...] = (
+    Pass("unpad", "rounding", unpad),
     Pass("update", "exact", update),
     Pass("refresh", "rounding", refresh),
     Pass("reassociate", "rounding", reassociate),

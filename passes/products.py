@@ -271,6 +271,9 @@ _LINEAR: dict[object, _Handler] = {
     aten.sum.dim_IntList: _parse_sum_over_batch,
 }
 
+LINEAR = frozenset(_LINEAR)
+"""The operators that :func:`parse` looks through."""
+
 
 def scaled(graph: fx.Graph, node: fx.Node, scales: Scales) -> fx.Node:
     """A node times a term's factors."""

@@ -7,8 +7,8 @@
 
 The step is traced, differentiated, rewritten, scheduled and printed as for a GPU; nothing is compiled by Triton, loaded
 or run.  Three things differ from a real one: attention is spelled out in products and a softmax, because a CPU build
-of torch has no fused attention for CUDA tensors; products are never padded, which Inductor decides by timing them; and
-patterns of the joint graph are those that were traced on a CPU.
+of torch has no fused attention for CUDA tensors; products are padded never or, on request, always, which Inductor
+decides by timing them; and patterns of the joint graph are those that were traced on a CPU.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ has no device guard for it and aborts the process."""
 
 
 @contextmanager
-def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+def fake_cuda(capability: tuple[int, int] = (9, 0), *, padding: bool = False) -> Iterator[None]:
     """Let torch, Triton and Inductor find one GPU of this compute capability, for compiling only.
+
+    ``padding``: whether Inductor pads every product with a side that does not align.
 
     Raises:
         RuntimeError: torch is built with CUDA, whose device guard and hooks are real.
@@ -116,7 +118,8 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
                     "fx_graph_cache": False,
                     "fx_graph_remote_cache": False,
                     "compile_threads": 1,
-                    "shape_padding": False,  # asks by timing products
+                    "shape_padding": padding,  # asks by timing products, unless it is forced
+                    "force_shape_pad": padding,
                     "triton.autotune_at_compile_time": False,  # runs kernels
                 }
             )
