@@ -50,8 +50,8 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         model: its trainable parameters are taken; shared ones once.
         rank: of the projected group.
         targets: the linear layers whose weights are projected, as for ``quantize_``: those of the blocks by default.
-        **keys: any other group key; lr, betas, eps, weight_decay, moments and rounding go to every group, the rest to the
-            projected one.
+        **keys: any other group key; lr, betas, eps, weight_decay, moments and rounding go to every group, the rest to
+            the projected one.
 
     Returns:
         The projected group, the group of all others and, where ``weight_decay`` is given, a third group of what is
