@@ -103,14 +103,17 @@ def carry_out(
 def show(plan: Plan, console: Console, only: str = "*") -> None:
     """The plan as a table, with what is done and how many minutes the rest is expected to take."""
     table = Table("stage", "run", "state", "min", title="runs in order; lrbest: the search has yet to find the rate")
-    left = 0.0
+    left, compiled = 0.0, set[tuple[str, str]]()
     for each in plan:
         if not fnmatch(each.spec.name, only):
             continue
-        minutes = plan.minutes(each.spec)
+        minutes = ""
         if each.result is None and each.skipped is None:
-            left += minutes
-        table.add_row(each.stage, each.spec.name, _state(each), "" if each.skipped else f"{minutes:.1f}")
+            place = (each.spec.scale.name, each.spec.case.name)
+            expected = plan.minutes(each.spec, warm=place in compiled)
+            compiled.add(place)
+            left, minutes = left + expected, f"{expected:.1f}"
+        table.add_row(each.stage, each.spec.name, _state(each), minutes)
     console.print(table)
     console.print(f"left: about {left:.0f} minutes ({left / 60:.1f} h), if no search goes beyond its three rates")
 

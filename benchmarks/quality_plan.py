@@ -48,7 +48,8 @@ class Scale:
         curve_tokens, final_tokens: held-out bytes of a point, and of the last evaluation, which is the result.
         compiled: whether steps are compiled.
         lr_of: the scale whose search finds the rates; None: this one searches.
-        minutes: of a run, before any has been timed.
+        minutes, compile_minutes: of a run whose code has been compiled, by optimizer, and of compiling it: expected,
+            before any has been timed.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Scale:
     evaluations: int
     curve_tokens: int
     final_tokens: int
-    minutes: float
+    minutes: dict[str, float]
+    compile_minutes: float = 0.0
     compiled: bool = True
     lr_of: str | None = None
 
@@ -68,13 +70,16 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        # 0.8 M tokens, 34 refreshes of a weight at the fixed gap
-        Scale("tiny", "tiny", 400, 16, 128, 12, 10, 16_384, 131_072, minutes=1.5),
-        # 1.2 M tokens, 30 refreshes
-        Scale("35m", "35m", 600, 16, 128, 20, 10, 16_384, 131_072, minutes=13, lr_of="tiny"),
-        Scale("quick", "nano", 4, 2, 16, 1, 2, 64, 64, minutes=0.02, compiled=False),
+        # 0.7 M tokens; a weight is refreshed 30 times at a fixed gap, and 9 times if the gap doubles whenever it can
+        Scale("tiny", "tiny", 360, 16, 128, 12, 9, 16_384, 131_072,
+              {"adamw": 0.8, "galore-torch": 1.0, "qgalore": 1.3}, compile_minutes=0.8),
+        # 1.0 M tokens; 32 times, and 9 times
+        Scale("35m", "35m", 500, 16, 128, 16, 10, 16_384, 131_072,
+              {"adamw": 8.5, "galore-torch": 10, "qgalore": 10.5}, compile_minutes=3, lr_of="tiny"),
+        Scale("quick", "nano", 4, 2, 16, 1, 2, 64, 64,
+              {"adamw": 0.02, "galore-torch": 0.02, "qgalore": 0.02}, compiled=False),
     )
-}
+}  # fmt: skip
 
 NANO = Preset(LlamaConfig(32, 56, 2, 2, max_seq_len=64), 8, 0.015, 0.001, 4, steps=4, batch=2, seq=16)
 """The model of the scale "quick", which tries every piece out and measures nothing."""
@@ -324,14 +329,13 @@ class Plan:
     def _planned(self, spec: RunSpec, stage: str) -> Planned:
         return Planned(spec, stage, self.result(spec), refusal(spec))
 
-    def minutes(self, spec: RunSpec) -> float:
-        """Expected, compilation included: of runs of the case or else of the optimizer at this scale, or else said."""
-        like = [r for r in self._results.values() if r["scale"] == spec.scale.name]
-        for key, wanted in (("case", spec.case.name), ("optimizer", spec.case.optimizer)):
-            seconds = [r["wall_seconds"] for r in like if (r["settings"] | r)[key] == wanted]
-            if seconds:
-                return sorted(seconds)[len(seconds) // 2] / 60
-        return spec.scale.minutes
+    def minutes(self, spec: RunSpec, *, warm: bool = False) -> float:
+        """Expected: the median of the case's runs; before there is one, as said, with compiling unless `warm`."""
+        place, results = (spec.scale.name, spec.case.name), self._results.values()
+        seconds = sorted(each["wall_seconds"] for each in results if (each["scale"], each["case"]) == place)
+        if seconds:
+            return seconds[len(seconds) // 2] / 60
+        return spec.scale.minutes[spec.case.optimizer] + (0.0 if warm else spec.scale.compile_minutes)
 
 
 def _rounded(rate: float) -> float:

@@ -102,7 +102,7 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
     inside = {id(weight) for weight in blocks}
     others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     if case.optimizer == "galore-torch":
-        from galore_torch import GaLoreAdamW  # here: it brings transformers along, into the memory of the run
+        from galore_torch import GaLoreAdamW
 
         groups = [{"params": blocks, "rank": spec.rank, **spec.keys}, {"params": others}]
         return GaLoreAdamW(groups, lr=spec.lr, eps=1e-8, no_deprecation_warning=True)
@@ -197,6 +197,8 @@ def peak_since_restart() -> int:
 
 def train(spec: RunSpec, corpus: Corpus, *, folder: Path, work: Path) -> Path:
     """Train, and write the result into `folder`; `work` holds the checkpoint in between.  Returns the result's file."""
+    if spec.case.optimizer == "galore-torch":
+        import galore_torch  # noqa: F401  # it brings transformers along, which is no memory of the run's
     started, before = time.perf_counter(), resident_bytes()
     config = config_of(spec)
     model: Llama = make_model(config)
