@@ -127,8 +127,8 @@ def _state(each: Planned) -> str:
     return "diverged" if loss is None else f"{loss:.4f}"
 
 
-def try_out(console: Console) -> int:
-    """Every case of the plan in this process, one run apart, and the report, in a folder of its own."""
+def try_out(console: Console, only: str) -> int:
+    """The plan in this process, but for one run apart, and the report, in a folder of its own; the exit status."""
     PRESETS.setdefault("nano", NANO)
     corpus = load_corpus()
     with tempfile.TemporaryDirectory() as name:
@@ -143,7 +143,7 @@ def try_out(console: Console) -> int:
             quality_run.train(spec, corpus, folder=folder, work=work)
             return 0
 
-        failed = carry_out(plan, execute, console)
+        failed = carry_out(plan, execute, console, only=only)
         for path in write_report(plan(), folder):
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
     return int(bool(failed))
@@ -166,7 +166,7 @@ def main(
         return Plan(load_results(out), scales.split(","))
 
     if quick:
-        raise typer.Exit(try_out(console))
+        raise typer.Exit(try_out(console, only))
     if show_plan:
         show(plan(), console, only)
         return

@@ -76,7 +76,7 @@ SCALES = {
         # 1.0 M tokens; 32 times, and 9 times
         Scale("35m", "35m", 500, 16, 128, 16, 10, 16_384, 131_072,
               {"adamw": 8.5, "galore-torch": 10, "qgalore": 10.5}, compile_minutes=3, lr_of="tiny"),
-        Scale("quick", "nano", 4, 2, 16, 1, 2, 64, 64,
+        Scale("quick", "nano", 3, 2, 16, 1, 3, 64, 64,
               {"adamw": 0.02, "galore-torch": 0.02, "qgalore": 0.02}, compiled=False),
     )
 }  # fmt: skip

@@ -22,11 +22,13 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -117,46 +119,41 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
 
 @contextmanager
 def timed_refreshes(measured: Measured) -> Iterator[None]:
-    """Count and time refreshes, of this project's op or of galore-torch; for the process: calls that do none are not
-    counted, and cost the look at a schedule more."""
-    schema = torch.ops.qgalore.refresh_.default._schema
-    place = [argument.name for argument in schema.arguments].index("schedule")
+    """Count and time refreshes, of this project's op and of galore-torch; calls that refresh nothing do not count."""
 
     def count(started: float) -> None:
         measured.refreshes += 1
         measured.refresh_seconds += time.perf_counter() - started
 
-    def op(*args: Any, **kwargs: Any) -> None:
+    schema = torch.ops.qgalore.refresh_.default._schema
+    place = [argument.name for argument in schema.arguments].index("schedule")
+    compute = refresh._refresh
+
+    def ours(*args: Any, **kwargs: Any) -> None:
         before, started = Schedule.from_tensor(args[place]).refreshes, time.perf_counter()
-        refresh._refresh(*args, **kwargs)
+        compute(*args, **kwargs)
         if Schedule.from_tensor(args[place]).refreshes > before:
             count(started)
 
+    def theirs(decompose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        found = decompose(*args, **kwargs)
+        count(started)
+        return found
+
     library = torch.library.Library("qgalore", "FRAGMENT")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that it overrides: it shall
-        library.impl("refresh_", op, "CompositeExplicitAutograd", allow_override=True)
-    try:
-        if "galore_torch" not in sys.modules:
-            yield
-            return
-        from galore_torch.galore_projector import GaLoreProjector
+    with ExitStack() as stack:
+        stack.callback(library._destroy)
+        stack.enter_context(mock.patch.object(refresh, "_refresh", ours))  # what else of the module calls it
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # it shall override
+            library.impl("refresh_", ours, "CompositeExplicitAutograd", allow_override=True)
+        if "galore_torch" in sys.modules:
+            from galore_torch.galore_projector import GaLoreProjector
 
-        decompose = GaLoreProjector.get_orthogonal_matrix
-
-        def theirs(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            found = decompose(*args, **kwargs)
-            count(started)
-            return found
-
-        GaLoreProjector.get_orthogonal_matrix = theirs
-        try:
-            yield
-        finally:
-            GaLoreProjector.get_orthogonal_matrix = decompose
-    finally:
-        library._destroy()
+            timed = partialmethod(partial(theirs, GaLoreProjector.get_orthogonal_matrix))
+            stack.enter_context(mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", timed))
+        yield
 
 
 def live_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
