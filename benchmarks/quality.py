@@ -54,7 +54,8 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
 def run_apart(spec: RunSpec, folder: Path, work: Path, threads: int) -> int:
     """The run in a process of its own; its exit status.  What it prints goes to a log in `work`."""
     work.mkdir(parents=True, exist_ok=True)
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), **os.environ, "OMP_NUM_THREADS": str(threads)}
+    cache = str((work / "inductor").resolve())  # torch has put its own choice into this process's environment
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(threads)}
     command = [
         sys.executable, str(HERE / "quality_run.py"), "--scale", spec.scale.name, "--case", spec.case.name,
         "--lr", f"{spec.lr:g}", "--seed", str(spec.seed), "--folder", str(folder), "--work", str(work),
