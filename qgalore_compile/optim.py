@@ -51,8 +51,7 @@ class QGaLoreAdamW(Optimizer):
     Args:
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
             its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float of
-            any width or ``Int8Weight``; the key ``rounding`` of any group says how the latter are written back:
-            "stochastic", the default, or "nearest", which loses every update below half a quantum.
+            any width or ``Int8Weight``; a group's ``rounding`` of the latter is "stochastic" or "nearest".
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.
         moments: "8bit" or "32bit".
@@ -261,9 +260,8 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     if group["weight_decay"] != 0:
         weight = weight - group["lr"] * group["weight_decay"] * weight
     if isinstance(p, Int8Weight):
-        noise = None
-        if group["rounding"] == "stochastic":
-            noise = random_bits(p.shape, seed=group["seed"], step=step, param=position)
+        draw = group["rounding"] == "stochastic"
+        noise = random_bits(p.shape, seed=group["seed"], step=step, param=position) if draw else None
         write_back_(p, weight, noise, ok)
     else:
         p.copy_(torch.where(ok, weight.to(p.dtype), p))
