@@ -76,7 +76,7 @@ MODEL, STEP, OUTPUT = "Model and data", "Training step", "Run and output"
 @app.command()
 def train(
     preset: Annotated[
-        str | None, typer.Option(help="tiny, 60m, 130m, 350m, 1b or 7b. [default: tiny]", rich_help_panel=MODEL)
+        str | None, typer.Option(help="tiny, 35m, 60m, 130m, 350m, 1b or 7b. [default: tiny]", rich_help_panel=MODEL)
     ] = None,
     data: Annotated[
         str | None,
@@ -184,7 +184,7 @@ def train(
 @app.command(name="compile")
 def compile_(
     target: Annotated[str, typer.Option(help="GPU: sm_80, sm_89, sm_90, sm_100, sm_120 or gfx942.")],
-    preset: Annotated[str, typer.Option(help="tiny, 60m, 130m, 350m, 1b or 7b.")],
+    preset: Annotated[str, typer.Option(help="tiny, 35m, 60m, 130m, 350m, 1b or 7b.")],
     out: Annotated[str, typer.Option(help="Folder for sources, PTX, machine code and kernels.csv.")],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")] = "bfloat16",
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products use tensor cores.")] = False,

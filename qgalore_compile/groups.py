@@ -39,7 +39,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
 
-ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments")
+ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments", "rounding")
 _OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRScheduler's own
 
 
@@ -50,8 +50,8 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         model: its trainable parameters are taken; shared ones once.
         rank: of the projected group.
         targets: the linear layers whose weights are projected, as for ``quantize_``: those of the blocks by default.
-        **keys: any other group key; lr, betas, eps, weight_decay and moments go to every group, the rest to the
-            projected one.
+        **keys: any other group key; lr, betas, eps, weight_decay, moments and rounding go to every group, the rest to
+            the projected one.
 
     Returns:
         The projected group, the group of all others and, where ``weight_decay`` is given, a third group of what is
@@ -109,6 +109,7 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     if not _is_int(group["seed"]) or group["seed"] not in SEEDS:
         raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
     _one_of(group, "moments", ("8bit", "32bit"), where)
+    _one_of(group, "rounding", ("stochastic", "nearest"), where)
     for name, parameter in zip(names, group["params"], strict=True):
         if not parameter.is_floating_point():
             raise ValueError(f"{where}: {name} of dtype {parameter.dtype} is no floating-point parameter")

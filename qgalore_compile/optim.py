@@ -51,7 +51,7 @@ class QGaLoreAdamW(Optimizer):
     Args:
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
             its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float of
-            any width or ``Int8Weight``.
+            any width or ``Int8Weight``; a group's ``rounding`` of the latter is "stochastic" or "nearest".
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.
         moments: "8bit" or "32bit".
@@ -97,7 +97,8 @@ class QGaLoreAdamW(Optimizer):
         # betas are no entry of ``defaults``: schedulers that cycle momentum look there, write floats into the group
         # each step and would recompile each time; so they refuse this optimizer with a message about cycle_momentum
         self._betas = betas
-        super().__init__(params, dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, seed=seed))
+        defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, rounding="stochastic", seed=seed)
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: Optimizer's own keeps only defaults, state and groups."""
@@ -259,7 +260,9 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     if group["weight_decay"] != 0:
         weight = weight - group["lr"] * group["weight_decay"] * weight
     if isinstance(p, Int8Weight):
-        write_back_(p, weight, random_bits(p.shape, seed=group["seed"], step=step, param=position), ok)
+        draw = group["rounding"] == "stochastic"
+        noise = random_bits(p.shape, seed=group["seed"], step=step, param=position) if draw else None
+        write_back_(p, weight, noise, ok)
     else:
         p.copy_(torch.where(ok, weight.to(p.dtype), p))
     state["step"].copy_(torch.where(ok, step, state["step"]))

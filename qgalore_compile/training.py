@@ -65,10 +65,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
     )
 
 
-def make_step(model: nn.Module, optimizer: AnyOptimizer, config: TrainConfig) -> Step:
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Step:
     """The training step, compiled by `config.backend` as one graph: forward, backward, update, clearing of gradients.
 
-    torch.optim.AdamW does not trace; its step stays eager (and fused), behind a compiled forward and backward.
+    torch.optim.AdamW does not trace; its step, as any other optimizer's, stays eager behind a compiled forward and
+    backward.
     """
 
     def forward_backward(tokens_ABT: Tensor, targets_ABT: Tensor) -> Tensor:
@@ -141,6 +142,11 @@ def compiled_graphs() -> int:
 class Run:
     """The state of a run, and the way from one step to the next.
 
+    Args:
+        config: the settings.
+        corpus: the text.
+        parts: model and optimizer, in place of those that `config` describes: any `torch.optim.Optimizer`.
+
     Attributes:
         step: steps done, those before a checkpoint included.
         val_loss: of the latest evaluation, NaN before the first.
@@ -148,10 +154,12 @@ class Run:
         compiling_steps: the steps (from 1) in which Dynamo compiled a graph.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, parts: tuple[Llama, torch.optim.Optimizer] | None = None
+    ) -> None:
         self.config, self.corpus = config, corpus
-        self.model = make_model(config)
-        self.optimizer = make_optimizer(self.model, config)
+        self.model = make_model(config) if parts is None else parts[0]
+        self.optimizer = make_optimizer(self.model, config) if parts is None else parts[1]
         self.scheduler = LambdaLR(self.optimizer, lambda step: config.learning_rate_factor(step))
         self._train_step = make_step(self.model, self.optimizer, config)
         self.step = 0

@@ -290,7 +290,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _write_back(weight: Int8Weight, value: Tensor, noise: Tensor, ok: Tensor) -> None:
+def _write_back(weight: Int8Weight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
     if weight.transposed:
         raise ValueError("write back into the weight itself, not into its transpose")
     q = formats.quantize_int8(value, weight.group_size, noise=noise)
@@ -310,19 +310,19 @@ def _needs_int8(weight: Tensor, *_: Any) -> Any:
 # offset, which is what compiler passes see.
 _dequantize_op = define("int8_dequantize(Tensor weight, ScalarType dtype) -> Tensor", _needs_int8, None)
 _write_back_op = define(
-    "int8_write_back_(Tensor(a!) weight, Tensor value, Tensor noise, Tensor ok) -> ()", _needs_int8, None
+    "int8_write_back_(Tensor(a!) weight, Tensor value, Tensor? noise, Tensor ok) -> ()", _needs_int8, None
 )
 _HANDLERS[_dequantize_op] = _float
 _HANDLERS[_write_back_op] = _write_back
 
 
-def write_back_(weight: Int8Weight, value: Tensor, noise: Tensor, ok: Tensor) -> None:
-    """Quantise ``value`` into ``weight`` with stochastic rounding, or leave the weight as it is.
+def write_back_(weight: Int8Weight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
+    """Quantise ``value`` into ``weight``, or leave the weight as it is.
 
     Args:
         weight: (m, n), changed in place.
         value: float (m, n), the new weight.
-        noise: int32 (m, n), 16 random bits an element.
+        noise: int32 (m, n), 16 random bits an element, for stochastic rounding; None rounds to nearest.
         ok: 0-d bool; where False the weight keeps its codes, scales and offsets.
     """
     _write_back_op(weight, value, noise, ok)

@@ -154,6 +154,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay and clipping": {"weight_decay": 0.1, "max_grad_norm": 0.5},
     "randomized": {"refresh": "randomized"},
     "official similarity": {"similarity": "official"},
+    "written back to nearest": {"rounding": "nearest"},
     "int8 projector": {"quant_n_bit": 8},
     "skip_parameter": {"nonfinite": "skip_parameter"},
     "float weights": {"int8": False},

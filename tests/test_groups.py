@@ -55,9 +55,11 @@ def test_targets_are_those_of_quantize(targets: Any) -> None:
 
 
 def test_adam_s_keys_go_to_every_group_and_the_projector_s_to_the_projected_one() -> None:
-    groups = qg.param_groups(Toy(), rank=4, lr=0.5, betas=(0.8, 0.9), update_proj_gap=7, scale=2.0)
+    keys = dict(lr=0.5, betas=(0.8, 0.9), rounding="nearest", update_proj_gap=7, scale=2.0)
+    groups = qg.param_groups(Toy(), rank=4, **keys)
     assert [group["lr"] for group in groups] == [0.5, 0.5]
     assert [group["betas"] for group in groups] == [(0.8, 0.9)] * 2
+    assert [group["rounding"] for group in groups] == ["nearest"] * 2
     assert (groups[0]["update_proj_gap"], groups[0]["scale"]) == (7, 2.0)
     assert not {"update_proj_gap", "scale"} & groups[1].keys()
 
@@ -175,6 +177,7 @@ IMPOSSIBLE = [
     (dict(rank=2, gamma_proj=float("nan")), r"gamma_proj.*at least 1.*nan"),
     (dict(rank=2, max_gap=100), r"max_gap.*update_proj_gap=200.*100"),
     (dict(rank=2, moments="4bit"), r"moments.*'8bit', '32bit'.*'4bit'"),
+    (dict(rounding="up"), r"rounding.*'stochastic', 'nearest'.*'up'"),
     (dict(moments="16bit"), r"moments.*'8bit', '32bit'.*'16bit'"),
     (dict(ranks=2), r"unknown key 'ranks'.*rank"),
     (dict(rank=2, update_gap=5), r"unknown key 'update_gap'.*update_proj_gap"),

@@ -95,6 +95,7 @@ def test_a_seed_decides_the_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "rank", "lr", "gap", "parameters"),
     [  # hidden, intermediate, heads, layers: configs/llama_*.json of VITA-Group/Q-GaLore; parameters: transformers'
+        ("35m", (384, 1024, 8, 6), 96, 0.015, 200, 35_197_824),
         ("60m", (512, 1376, 8, 8), 128, 0.015, 200, 58_073_600),
         ("130m", (768, 2048, 12, 12), 256, 0.015, 200, 134_105_856),
         ("350m", (1024, 2736, 16, 24), 256, 0.01, 200, 367_969_280),
@@ -114,12 +115,13 @@ def test_presets_are_the_authors(
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_the_tiny_preset_has_a_rank_of_a_quarter_of_its_width() -> None:
-    assert 4 * PRESETS["tiny"].rank == PRESETS["tiny"].model.hidden_size
+@pytest.mark.parametrize("name", ["tiny", "35m"])
+def test_presets_without_a_script_have_a_rank_of_a_quarter_of_their_width(name: str) -> None:
+    assert 4 * PRESETS[name].rank == PRESETS[name].model.hidden_size
 
 
 def test_an_unknown_preset_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"'2b'.*tiny, 60m, 130m, 350m, 1b, 7b"):
+    with pytest.raises(ValueError, match=r"'2b'.*tiny, 35m, 60m, 130m, 350m, 1b, 7b"):
         find_preset("2b")
 
 

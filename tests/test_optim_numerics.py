@@ -29,6 +29,7 @@ class Case:
     quant: bool = True
     bits: int = 4
     moments: str = "8bit"
+    rounding: str = "stochastic"
     size: float = 1.0
     zeros: bool = False
     weight_decay: float = 0.1
@@ -49,6 +50,7 @@ class Case:
             "quant_group_size": self.group_size,
             "update_proj_gap": self.gap,
             "scale": 0.5,
+            "rounding": self.rounding,
         }
         return qg.QGaLoreAdamW(
             # the plain parameter first, so that the projected one's position, 1, shows in its random bits
@@ -174,6 +176,8 @@ def step_and_check(opt: qg.QGaLoreAdamW) -> None:
             assert_blocks_close(new["value"], w, terms, f"parameter {index}", extra=rounding)
             continue
         bits = oracle.random_bits(tuple(p.shape), seed=group["seed"], step=steps + 1, param=index)
+        if group["rounding"] == "nearest":
+            bits = np.full(p.shape, 2**15 - 1)  # up from one half on
         codes, scale, offset = oracle.encode_groups_sr(w, p.group_size, bits)
         atol = 1e-6 * terms.max() + np.max(rounding)
         np.testing.assert_allclose(new["offset"], offset, rtol=0, atol=atol)
@@ -193,6 +197,7 @@ CASES = {
     "6x42": Case(shape=(6, 42), group_size=5),
     "rank above the smaller side": Case(shape=(13, 29), rank=64),
     "float weight": Case(int8=False),
+    "written back to nearest": Case(rounding="nearest"),
     "float projector": Case(quant=False),
     "int8 projector": Case(bits=8),
     "moments of 32 bits": Case(moments="32bit"),

@@ -108,8 +108,13 @@ IN_PLACE = {ops.run_program, ops.run_gemm, torch.ops.qgalore.refresh_.default}
 
 @pytest.mark.parametrize(
     ("accumulate", "settings"),
-    [(1, {}), (2, {"max_grad_norm": 1.0, "refresh": "randomized"}), (1, {"nonfinite": "skip_parameter"})],
-    ids=["default", "clipped, accumulated", "skip_parameter"],
+    [
+        (1, {}),
+        (2, {"max_grad_norm": 1.0, "refresh": "randomized"}),
+        (1, {"nonfinite": "skip_parameter"}),
+        (1, {"rounding": "nearest"}),
+    ],
+    ids=["default", "clipped, accumulated", "skip_parameter", "nearest"],
 )
 def test_states_and_weights_are_written_in_place_without_a_clone(accumulate: int, settings: dict[str, Any]) -> None:
     model, opt = toy(**settings)
