@@ -117,9 +117,14 @@ def _finite(factors: Sequence[Tensor]) -> bool:
     """Whether the gradient is finite, told from its factors where those are given: a product may overflow."""
     if len(factors) == 1:
         return bool(torch.isfinite(factors[0]).all())
-    norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors]
-    bound = sum(grad_output * inputs for grad_output, inputs in zip(norms[::2], norms[1::2], strict=True))
-    return bound <= torch.finfo(torch.float32).max  # NaN is not
+    # in float32 first: a norm in float64 takes as long as a tenth of a power step, and is needed where squares overflow
+    return any(_bound(factors, dtype) <= torch.finfo(torch.float32).max for dtype in (torch.float32, torch.float64))
+
+
+def _bound(factors: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Of |G|'s elements: Σ ‖dYᵢ‖ ‖Xᵢ‖; NaN or infinite where a factor is not finite."""
+    norms = [float(torch.linalg.vector_norm(factor, dtype=dtype)) for factor in factors]
+    return sum(grad_output * inputs for grad_output, inputs in zip(norms[::2], norms[1::2], strict=True))
 
 
 def _compute_anew(
