@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgalore_compile import subspace as subspaces
-from qgalore_compile.projection import project, project_back, projector_shape, side_of
-from qgalore_compile.subspace import full_gradient, leading_subspace
+from qgalore_compile.projection import official_similarity, project, project_back, projector_shape, side_of
+from qgalore_compile.subspace import METHODS, Gradient, full_gradient, leading_subspace
 
 EDGES = [1, 2, 6, 7, 13, 42, 53, 123]
 side_lengths = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
@@ -22,7 +22,17 @@ few = settings(max_examples=settings().max_examples // 2)
 
 
 def subspace(factors: list[Tensor], rank: int, shape: tuple[int, int], method: str = "svd", seed: int = 0) -> Tensor:
-    return leading_subspace(factors, rank, side_of(shape), method=method, seed=seed)
+    """By a method; "power" starts from a random old projector."""
+    old = random_projector(shape, rank) if method == "power" else None
+    low = None if old is None else project(full_gradient(factors), old, side_of(shape))
+    return leading_subspace(factors, rank, side_of(shape), method=method, low=low, seed=seed)
+
+
+def random_projector(shape: tuple[int, int], rank: int) -> Tensor:
+    """An orthonormal one, always the same."""
+    wide = torch.randn(min(shape), rank, generator=torch.Generator().manual_seed(5))
+    columns, _ = torch.linalg.qr(wide)
+    return columns.t() if side_of(shape) == "right" else columns
 
 
 def as_matrix(projector: Tensor, shape: tuple[int, int]) -> np.ndarray:
@@ -83,7 +93,7 @@ def test_svd_captures_the_exact_energy(shape: tuple[int, int]) -> None:
     assert captured(grad, subspace([grad], rank, shape)) == pytest.approx((values[:rank] ** 2).sum(), rel=1e-5)
 
 
-@given(shapes, st.integers(1, 50), seeds, st.sampled_from(["svd", "randomized"]))
+@given(shapes, st.integers(1, 50), seeds, st.sampled_from(METHODS))
 def test_signs_are_canonical(shape: tuple[int, int], rank: int, seed: int, method: str) -> None:
     """The entry of largest magnitude of each vector is positive, so G and -G have one projector."""
     torch.manual_seed(seed)
@@ -95,7 +105,7 @@ def test_signs_are_canonical(shape: tuple[int, int], rank: int, seed: int, metho
     torch.testing.assert_close(subspace([-grad], rank, shape, method), projector, rtol=0, atol=1e-3)
 
 
-@given(shapes, st.integers(1, 50), st.sampled_from(["svd", "randomized"]))
+@given(shapes, st.integers(1, 50), st.sampled_from(METHODS))
 def test_a_zero_gradient_has_an_orthonormal_projector(shape: tuple[int, int], rank: int, method: str) -> None:
     rank = min(rank, *shape)
     projector = subspace([torch.zeros(shape)], rank, shape, method)
@@ -105,7 +115,7 @@ def test_a_zero_gradient_has_an_orthonormal_projector(shape: tuple[int, int], ra
         assert not torch.equal(subspace([torch.zeros(shape)], rank, shape, method, seed=1), projector)
 
 
-@given(shapes, st.integers(1, 10), st.integers(2, 50), seeds, st.sampled_from(["svd", "randomized"]))
+@given(shapes, st.integers(1, 10), st.integers(2, 50), seeds, st.sampled_from(METHODS))
 def test_a_rank_deficient_gradient_is_kept_whole_and_its_completion_is_orthonormal(
     shape: tuple[int, int], true_rank: int, rank: int, seed: int, method: str
 ) -> None:
@@ -155,6 +165,80 @@ def test_svd_of_a_full_rank_gradient_depends_on_no_seed() -> None:
     assert torch.equal(subspace([grad], 8, (30, 40), seed=0), subspace([grad], 8, (30, 40), seed=1))
 
 
+# -- power ------------------------------------------------------------------------------------------------------------
+
+
+def drifting(shape: tuple[int, int], step: int) -> Tensor:
+    """A gradient whose subspace turns a little from step to step."""
+    generator = torch.Generator().manual_seed(3)
+    (u, v), (a, b) = (
+        [torch.linalg.qr(torch.randn(size, 40, generator=generator))[0] for size in shape] for _ in range(2)
+    )
+    turn = 0.1 * step
+    return ((u + turn * a) * torch.arange(1, 41) ** -0.5) @ (v + turn * b).t()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (123, 431)])
+def test_power_follows_a_drifting_subspace_within_3_per_cent_of_the_exact_energy(shape: tuple[int, int]) -> None:
+    side = side_of(shape)
+    projector = subspace([drifting(shape, 0)], 16, shape)
+    for step in range(1, 6):
+        grad = drifting(shape, step)
+        projector = leading_subspace([grad], 16, side, method="power", low=project(grad, projector, side))
+        assert_orthonormal(projector, shape)
+        exact = captured(grad, subspace([grad], 16, shape))
+        assert 0.97 * exact < captured(grad, projector) <= exact * (1 + 1e-6)
+
+
+@given(shapes, st.integers(1, 30), seeds, st.sampled_from([1e-30, 1e-10, 1.0, 1e15, 1e30]))
+def test_power_spans_a_times_a_transposed_times_the_old_projector_at_every_scale(
+    shape: tuple[int, int], rank: int, seed: int, scale: float
+) -> None:
+    torch.manual_seed(seed)
+    rank, side = min(rank, *shape), side_of(shape)
+    grad = with_spectrum(shape, 0.9 ** torch.arange(min(shape), dtype=torch.float64))
+    old = random_projector(shape, rank)
+    a, p = (grad.double(), old.double()) if side == "left" else (grad.t().double(), old.t().double())
+    exact, sizes = torch.linalg.qr(a @ (a.t() @ p))
+    projector = leading_subspace([grad * scale], rank, side, method="power", low=project(grad * scale, old, side))
+    assert_orthonormal(projector, shape)
+    known = sizes.diagonal().abs()
+    if float(known.min() / known.max()) > 1e-3:
+        np.testing.assert_allclose(as_matrix(projector, shape), (exact @ exact.t()).numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_power_finds_singular_vectors_in_order_only_where_they_are_asked_for(shape: tuple[int, int]) -> None:
+    grad, side = decaying(shape), side_of(shape)
+    first = subspace([grad], 8, shape)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    mixed = turn @ first if side == "right" else first @ turn
+    low = project(grad, mixed, side)
+    ordered, basis = (
+        leading_subspace([grad], 8, side, method="power", low=low, ordered=ordered) for ordered in (True, False)
+    )
+    torch.testing.assert_close(ordered, first, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(as_matrix(basis, shape), as_matrix(first, shape), atol=1e-3)
+    assert official_similarity(first, ordered, side) == pytest.approx(1.0, abs=1e-5)
+    assert not torch.allclose(basis, first, atol=0.1)
+
+
+def test_power_without_an_old_projector_is_the_range_finder() -> None:
+    grad = torch.randn(90, 120)
+    found, finder = (leading_subspace([grad], 8, "left", method=method, seed=4) for method in ("power", "randomized"))
+    assert torch.equal(found, finder)
+
+
+def test_more_power_iterations_hold_more_energy() -> None:
+    grad = with_spectrum((300, 400), torch.arange(1, 301, dtype=torch.float64) ** -0.5)
+    held = [
+        captured(grad, leading_subspace([grad], 32, "left", method="randomized", power_iterations=count))
+        for count in (1, 2, 4)
+    ]
+    assert held == sorted(held)
+    assert held[0] > 0.95 * captured(grad, subspace([grad], 32, (300, 400)))
+
+
 # -- factors ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +267,7 @@ def test_the_full_gradient_is_the_sum_over_micro_batches(
     st.lists(st.integers(1, 20), min_size=1, max_size=3),
     st.integers(1, 60),
     seeds,
-    st.sampled_from(["svd", "randomized"]),
+    st.sampled_from(METHODS),
 )
 def test_factors_have_the_subspace_of_their_product(
     shape: tuple[int, int], tokens: list[int], rank: int, seed: int, method: str
@@ -232,11 +316,29 @@ def test_the_completion_is_the_same_with_and_without_g(shape: tuple[int, int], t
         np.testing.assert_allclose(as_matrix(other, shape), as_matrix(found[0], shape), atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["svd", "randomized"])
-def test_with_fewer_tokens_than_the_rank_g_is_never_formed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(factors: object) -> None:
-        raise AssertionError("G was formed")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(90, 300), (300, 90)])
+def test_where_the_factors_are_cheaper_g_is_never_formed(
+    method: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = random_factors(shape, [12])
+    grad = full_gradient(factors)
+    by_gradient = subspace([grad], 8, shape, method)
+    low = project(grad, random_projector(shape, 8), side_of(shape))
+    monkeypatch.setattr(subspaces, "full_gradient", refuse)
+    gradient = Gradient(factors)
+    found = leading_subspace(gradient, 8, side_of(shape), method=method, low=low)
+    np.testing.assert_allclose(as_matrix(found, shape), as_matrix(by_gradient, shape), atol=1e-3)
+    low = gradient.project(lambda dtype: found.to(dtype), side_of(shape))
+    torch.testing.assert_close(low, project(grad, found, side_of(shape)), rtol=0, atol=1e-3)
 
+
+def refuse(factors: object) -> None:
+    raise AssertionError("G was formed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_fewer_tokens_than_the_rank_g_is_never_formed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspaces, "full_gradient", refuse)
     subspace(random_factors((40, 30), [9, 10]), 20, (40, 30), method)
 
