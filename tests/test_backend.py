@@ -154,6 +154,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay and clipping": {"weight_decay": 0.1, "max_grad_norm": 0.5},
     "randomized": {"refresh": "randomized"},
     "official similarity": {"similarity": "official"},
+    "rotated moments": {"refresh": "power", "moments_on_refresh": "rotate"},
+    "moments reset": {"moments_on_refresh": "reset", "moments": "32bit"},
     "int8 projector": {"quant_n_bit": 8},
     "skip_parameter": {"nonfinite": "skip_parameter"},
     "float weights": {"int8": False},
@@ -193,6 +195,10 @@ def test_a_compiled_step_equals_an_eager_step() -> None:
 
 def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:
     compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=BFLOAT16)
+
+
+def test_a_compiled_step_equals_an_eager_step_when_moments_follow_the_subspace() -> None:
+    compare_along_a_run(*toy(refresh="power", moments_on_refresh="rotate"), tolerance=0.01)
 
 
 def test_a_compiled_step_equals_an_eager_step_with_a_tied_head() -> None:
