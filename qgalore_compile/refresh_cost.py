@@ -46,9 +46,9 @@ def cost(method: str) -> Cost:
         core = 4 * (m + n) * T**2 + 28 * T**3 + 2 * d * T * r
         return Cost(_forming() + 6 * k * d**2 + 20 * d**3 + 2 * m * n * r, core + 2 * T * r * (m + n))
     if method == "randomized":
-        columns = (2 * q + 1) * width + r
+        columns = 2 * q * width + r
         # Cholesky QR of what is between two products: a Gram matrix and a triangular solve; then its eigenvectors
-        rest = 3 * q * (m + n) * width**2 + 4 * d * width**2 + 9 * width**3
+        rest = 3 * (q * k + (q - 1) * d) * width**2 + 4 * d * width**2 + 9 * width**3
     else:
         columns = 2 * r  # the old R is half of the iteration
         rest = 3 * d * r**2

@@ -8,7 +8,8 @@ is cheaper than going through the factors (:mod:`qgalore_compile.refresh_cost`).
 method        what it does
 ============  ======================================================================================================
 svd           exact: SVD of G, or QR of both factors and SVD of what is between
-randomized    range finder: A S for a random S, then q times A Aᵀ, then the best ``rank`` directions of it, in order
+randomized    range finder: q times A Aᵀ of a random S of rank + 16 columns on the short side, then the best ``rank``
+              directions of it, in order.  A random S on the long side, Halko's, costs more numbers and half a step more
 power         one step of subspace iteration from the old projector: orthonormal columns of A (Aᵀ P), where Aᵀ P is the
               R that the step has projected anyway.  A basis of the subspace, not its singular vectors in order; each
               column stays near the old one of its number.  Without an old projector it is "randomized".
@@ -135,7 +136,7 @@ def leading_subspace(
     """
     gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
     warm = method == "power" and low is not None
-    d, k = gradient.shape if side == "left" else gradient.shape[::-1]
+    d = gradient.shape[0 if side == "left" else 1]
     few = gradient.tokens is not None and gradient.tokens < rank
     if exact and (few or method == "svd" or (not warm and rank + OVERSAMPLING >= d)):
         if few or _through_factors(gradient, "svd", rank, power_iterations):
@@ -153,7 +154,7 @@ def leading_subspace(
         vectors, values = _singular(operator(_basis(start)))
     else:
         operator = _Operator(gradient, side, _through_factors(gradient, "randomized", rank, power_iterations))
-        sketch = rng.normal((k, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param)
+        sketch = rng.normal((d, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param)
         vectors, values = _range_finder(operator, sketch.to(operator.device), power_iterations)
     return _laid_out(_complete(vectors[:, :rank], values[:rank], rank, (seed, step, param)), side)
 
@@ -212,13 +213,13 @@ def _from_factors(pairs: list[tuple[Tensor, Tensor]], driver: str | None) -> tup
 
 
 def _range_finder(operator: _Operator, sketch: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of A on the space that A (Aᵀ A)^q S spans, S (k, columns) random.
+    """Left singular vectors and values of A on the space that Aᵀ (A Aᵀ)^(q-1) S spans, S (d, columns) random.
 
     They are those of A Z for the last orthonormal Z, which costs no product with A beyond the iteration's own.
     """
-    product = operator(sketch)
-    for _ in range(iterations):
-        other = operator.transposed(_basis(product))
+    product = sketch
+    for iteration in range(iterations):
+        other = operator.transposed(_basis(product) if iteration else product)
         product = operator(_basis(other))
     return _singular(product)
 
