@@ -154,7 +154,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay and clipping": {"weight_decay": 0.1, "max_grad_norm": 0.5},
     "randomized": {"refresh": "randomized"},
     "official similarity": {"similarity": "official"},
-    "rotated moments": {"refresh": "power", "moments_on_refresh": "rotate"},
+    "moments rotated": {"refresh": "power", "moments_on_refresh": "rotate"},
     "moments reset": {"moments_on_refresh": "reset", "moments": "32bit"},
     "int8 projector": {"quant_n_bit": 8},
     "skip_parameter": {"nonfinite": "skip_parameter"},
@@ -189,16 +189,17 @@ def test_a_compiled_update_equals_the_eager_one_on_equal_gradients(settings: dic
     assert backend.count == 1
 
 
-def test_a_compiled_step_equals_an_eager_step() -> None:
-    compare_along_a_run(*toy(weight_decay=0.1, max_grad_norm=0.5), tolerance=0.01)
+@pytest.mark.parametrize(
+    "settings",
+    [{"weight_decay": 0.1, "max_grad_norm": 0.5}, {"refresh": "power", "moments_on_refresh": "rotate"}],
+    ids=["decay and clipping", "moments follow"],
+)
+def test_a_compiled_step_equals_an_eager_step(settings: dict[str, Any]) -> None:
+    compare_along_a_run(*toy(**settings), tolerance=0.01)
 
 
 def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:
     compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=BFLOAT16)
-
-
-def test_a_compiled_step_equals_an_eager_step_when_moments_follow_the_subspace() -> None:
-    compare_along_a_run(*toy(refresh="power", moments_on_refresh="rotate"), tolerance=0.01)
 
 
 def test_a_compiled_step_equals_an_eager_step_with_a_tied_head() -> None:
