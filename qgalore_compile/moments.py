@@ -13,7 +13,7 @@ rotate     m̂ ← C m̂ and v̂ ← (C∘C) (v̂ - m̂²)₊ + (C m̂)²: the m
 =========  ==========================================================================================================
 
 Both projectors are the stored ones, decoded: those that R was and will be projected with.  Source: LDAdam (arXiv
-2410.16103), section 3.
+2410.16103).
 """
 
 from __future__ import annotations
