@@ -40,7 +40,8 @@ class RefusedError(Exception):
 
 
 class Output(NamedTuple):
-    """What a region writes: the node, and the input whose storage takes it; None for a tensor of its own."""
+    """What a region writes: the node, and the tensor whose storage takes it, an input of the graph or what an op left
+    there; None for a tensor of its own."""
 
     node: fx.Node
     target: fx.Node | None = None

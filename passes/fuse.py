@@ -39,6 +39,7 @@ from qgalore_compile.passes.nodes import (
     behind,
     is_gemm,
     is_scalar,
+    latest_version,
     operands,
     shape,
     written,
@@ -90,7 +91,10 @@ class _Sandwich:
         self.graph, self.layer = graph, layer
         if layer.up.target is not aten.mm.default:
             raise _refused(layer.up)
-        self.targets = [(stored, target) for target, stored in map(written, layer.anchors) if shape(target)]
+        # a state that the refresh op changes too is read behind it, and taken over from there
+        self.targets = [
+            (stored, latest_version(target)) for target, stored in map(written, layer.anchors) if shape(target)
+        ]
         # random bits are the layer's alone, though the analysis leaves them out
         bits = {
             source: None for node in layer.region for source in node.all_input_nodes

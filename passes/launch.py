@@ -14,7 +14,17 @@ from qgalore_compile.kernels.from_graph import from_graph
 from qgalore_compile.kernels.gemm import VALUE, Operand
 from qgalore_compile.kernels.program import BlockProgram, Space
 from qgalore_compile.kernels.region import Output, Region, candidates
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRANSPOSES, aten, erase_dead, is_anchor, make, shape, value
+from qgalore_compile.passes.nodes import (
+    FUNCTIONALIZED,
+    TRANSPOSES,
+    aten,
+    erase_dead,
+    first_version,
+    is_anchor,
+    make,
+    shape,
+    value,
+)
 from qgalore_compile.passes.placement import move_behind
 
 
@@ -109,7 +119,7 @@ def _hand_over(call: fx.Node, results: dict[Output, fx.Node]) -> None:
     """Give readers the results: an anchor what is stored where it writes, others any."""
     for output, result in results.items():
         for user in list(output.node.users):
-            if is_anchor(user) and user.args[0] is output.target:
+            if is_anchor(user) and output.target is not None and user.args[0] is first_version(output.target):
                 user.update_arg(1, result)
     for output, result in results.items():
         output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not call)

@@ -127,6 +127,23 @@ def previous_version(node: fx.Node) -> fx.Node | None:
     return bases[position] if 0 <= position < len(bases) else None
 
 
+def first_version(node: fx.Node) -> fx.Node:
+    """The tensor whose storage a chain of mutating ops has changed; the node itself where none has."""
+    while (base := previous_version(node)) is not None:
+        node = base
+    return node
+
+
+def latest_version(node: fx.Node) -> fx.Node:
+    """What a node's storage holds behind the last op that changes it in place; the node itself where none does."""
+    for call in node.users:
+        if call.target in (FUNCTIONALIZED, TRITON):
+            for result in call.users:
+                if previous_version(result) is node:
+                    return latest_version(result)
+    return node
+
+
 def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A new call at the graph's insertion point, with its fake value, as tracing would have left it."""
     node = graph.call_function(target, args, kwargs)

@@ -9,34 +9,36 @@
               %c2 = gather_gradient(%c1, schedule, dY2, X2)
               refresh_(%r, projector, schedule, [%c2])
 
-With one product the op takes the factors themselves, which die right behind it; below rank it never forms G at all.
+With one product the op takes the factors themselves, which die right behind it; it forms G only where that is cheaper
+(:mod:`qgalore_compile.refresh_cost`).
 With several, one op a micro-batch adds to a buffer that exists for due parameters in due steps alone, so that no
 micro-batch's factors wait for the last one.
 
 Requires  an update whose gradient is read by its down-projection and its refresh op only and is a sum of products, and
           whose down-projection will be taken from the factors (:mod:`qgalore_compile.passes.reassociate`).
-Tier      rounding: the op adds the products in float32, and below rank takes the singular vectors from the factors.
+Tier      rounding: the op adds the products in float32, or takes the subspace from the factors.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import arguments_changed, erase_dead, hint, is_tensor, make, transpose, value
-from qgalore_compile.passes.reassociate import T, obstacle, wanted
+from qgalore_compile.passes.reassociate import obstacle, wanted
 from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.refresh_cost import described
 
 
 def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Hand every refresh op the gradient's factors."""
     for layer in context.layers:
-        if layer.refresh is None or layer.refresh.args[0] is not torch.ops.qgalore.refresh_.default:
+        operators = torch.ops.qgalore.refresh_.default, torch.ops.qgalore.refresh_.moments
+        if layer.refresh is None or layer.refresh.args[0] not in operators:
             continue
         call = layer.refresh
         refused = obstacle(layer, besides=call)
@@ -85,13 +87,6 @@ def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
 def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
     """What one refresh costs beside the step: operations in the tokens T, and bytes that exist for its time."""
     m, n = map(hint, layer.shape)
-    large, small = max(m, n), min(m, n)
-    if call.kwargs["method"] == "svd":
-        # R-SVD with singular vectors: Golub and Van Loan, Matrix Computations, 4th edition, figure 8.6.1
-        decomposition = 6 * large * small**2 + 20 * small**3
-    else:
-        sketch = layer.rank + 16
-        decomposition = 2 * m * n * sketch * 6 + 4 * (large + small) * sketch**2 * 5
-    forming = terms * 2 * T * m * n
-    total = sympy.sstr(sympy.expand(forming + decomposition))
-    return f"{call.kwargs['method']}: about {total} operations, {4 * m * n:,} bytes for G in float32"
+    method: Any = call.kwargs["method"]
+    iterations: Any = call.kwargs.get("power_iterations", 2)
+    return described(method, m, n, layer.rank, iterations, terms)

@@ -37,6 +37,7 @@ from qgalore_compile.passes.nodes import (
     anchors,
     arguments,
     aten,
+    first_version,
     is_anchor,
     is_gemm,
     is_scalar,
@@ -81,13 +82,14 @@ class LayerUpdate:
             true.
         gradient: the operand of ``down`` that is not the projector: G, possibly transposed.
         factors: G as a sum of products, as far as it is one.
-        refresh: the op between ``down`` and the region that may overwrite R and the projector; None without one.
+        refresh: the op between ``down`` and the region that may overwrite R, projector and states; None without one.
         low: R as the region reads it: the refresh op's version of ``down``.
         projector: the inputs that the projector is stored in.
         anchors: the ``copy_`` nodes that write this layer's weight and states.
         region: nodes of the update that nobody else reads, in the order of the graph: between R and the anchors,
             decoding of states and of the projector for ``up`` included.
-        states: inputs that the region reads and an anchor of the layer writes, beside the weight.
+        states: inputs that the region reads, behind a refresh op that changes them or not, and an anchor of the layer
+            writes, beside the weight.
     """
 
     name: str
@@ -402,7 +404,8 @@ def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
             mine.anchors.append(node)
     for layer in layers:
         own = {target for target, _ in map(written, layer.anchors)} - set(layer.parameter)
-        read = {source: None for node in layer.region for source in node.all_input_nodes if source in own}
+        inputs = (first_version(source) for node in layer.region for source in node.all_input_nodes)
+        read = {source: None for source in inputs if source in own}
         layer.states = tuple(read)
 
 
@@ -419,7 +422,7 @@ def _shared_states(layers: list[LayerUpdate], sharing: set[LayerUpdate]) -> dict
     found = {layer: layer.up.name for layer in sharing}
     for layer in layers:
         for node in layer.region:
-            for source in node.all_input_nodes:
+            for source in map(first_version, node.all_input_nodes):
                 if owner.get(source, layer) is not layer:
                     found.setdefault(layer, node.name)
                     found.setdefault(owner[source], node.name)

@@ -21,7 +21,7 @@ def define(
     """Register ``torch.ops.qgalore.<name>`` and return its overload.
 
     Args:
-        schema: PyTorch's notation; mutated arguments carry an alias annotation.
+        schema: PyTorch's notation, an overload's name behind a dot; mutated arguments carry an alias annotation.
         implementation: called below autograd, for every device.
         fake: returns empty tensors of the results' metadata, for tracing; None where ``implementation`` can be traced
             itself, being plain PyTorch without a look at values.
@@ -32,4 +32,5 @@ def define(
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"qgalore::{name}", fake, lib=_library)
-    return getattr(torch.ops.qgalore, name).default  # type: ignore[no-any-return]
+    name, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.qgalore, name), overload or "default")  # type: ignore[no-any-return]

@@ -122,8 +122,15 @@ def train(
         float | None, typer.Option(help="α, on the projected update. [default: 0.25]", rich_help_panel=STEP)
     ] = None,
     refresh: Annotated[
-        Literal["svd", "randomized"] | None,
+        Literal["svd", "randomized", "power"] | None,
         typer.Option(help="How a subspace is computed. [default: svd]", rich_help_panel=STEP),
+    ] = None,
+    power_iterations: Annotated[
+        int | None, typer.Option(help="Of --refresh randomized. [default: 2]", rich_help_panel=STEP)
+    ] = None,
+    moments_on_refresh: Annotated[
+        Literal["keep", "reset", "rotate"] | None,
+        typer.Option(help="What becomes of the moments in a new subspace. [default: keep]", rich_help_panel=STEP),
     ] = None,
     similarity: Annotated[
         Literal["subspace", "official"] | None,

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from qgalore_compile import formats
+from qgalore_compile.moments import ON_REFRESH, stored_moments
 from qgalore_compile.projection import projector_shape, side_of
-from qgalore_compile.refresh import METHODS, SIMILARITIES, ProjectorFormat
+from qgalore_compile.refresh import SIMILARITIES, Moments, ProjectorFormat
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace import METHODS
 from qgalore_compile.weights import Targets, select_linears
 
 PROJECTION_DEFAULTS: dict[str, Any] = {
@@ -29,12 +31,15 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "queue_size": 5,
     # this project's
     "refresh": "svd",
+    "power_iterations": 2,
+    "moments_on_refresh": "keep",
     "similarity": "subspace",
     "similarity_threshold": 0.4,
     "max_gap": None,
 }
 """Keys of a projected group beside ``rank``.  ``cos_threshold`` belongs to similarity "official",
-``similarity_threshold`` to "subspace"; ``max_gap`` None means no cap for "official" and 16 × update_proj_gap else."""
+``similarity_threshold`` to "subspace"; ``power_iterations`` to the range finder, with which "power" starts too;
+``max_gap`` None means no cap for "official" and 16 × update_proj_gap else."""
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
@@ -125,7 +130,7 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
         raise ValueError(
             f"{where}: proj_type {group['proj_type']!r} is not supported; use 'std', which projects the smaller side"
         )
-    for key in ("update_proj_gap", "quant_group_size", "queue_size"):
+    for key in ("update_proj_gap", "quant_group_size", "queue_size", "power_iterations"):
         if not _is_int(group[key]) or group[key] < 1:
             raise ValueError(f"{where}: {key} must be an integer of at least 1, got {group[key]!r}")
     if group["max_gap"] is not None and (not _is_int(group["max_gap"]) or group["max_gap"] < group["update_proj_gap"]):
@@ -144,6 +149,7 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
     _one_of(group, "quant_n_bit", (4, 8), where)
     _one_of(group, "refresh", METHODS, where)
     _one_of(group, "similarity", SIMILARITIES, where)
+    _one_of(group, "moments_on_refresh", ON_REFRESH, where)
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.dim() != 2:
             raise ValueError(
@@ -208,6 +214,13 @@ def refresh_rule(group: dict[str, Any]) -> Rule:
         return Rule(True, group["cos_threshold"], group["gamma_proj"], group["max_gap"])
     max_gap = group["max_gap"] or 16 * group["update_proj_gap"]
     return Rule(False, group["similarity_threshold"], group["gamma_proj"], max_gap)
+
+
+def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor]) -> Moments | None:
+    """What a refresh changes beside the projector; None where moments are kept."""
+    if group["moments_on_refresh"] == "keep":
+        return None
+    return Moments(stored_moments(state), state["step"], group["moments_on_refresh"], tuple(group["betas"]))
 
 
 def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 One step for a projected weight W (m, n) with gradient G, projector P and rank r:
 
     R = G P^T                    right side, m >= n; on the left R = P^T G                     projection.py
-    refresh                      where the schedule says so: P from G anew, R with the new P   refresh.py
+    refresh                      where the schedule says so: P from G anew, R with the new P,  refresh.py
+                                 and the stored moments follow, if asked to                    moments.py
     m = β1 m + (1 - β1) R        float32, from moments dequantised; likewise v with R²
     N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v
     U = α N P                    left side: α P N
@@ -57,8 +58,8 @@ class QGaLoreAdamW(Optimizer):
         moments: "8bit" or "32bit".
         max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
-            that was due and finite may be new, and the schedules' clocks count the attempt); "skip_parameter": only
-            the parameter concerned stays as it was.
+            that was due and finite may be new, and its moments with it; the schedules' clocks count the attempt);
+            "skip_parameter": only the parameter concerned stays as it was.
         seed: of all random bits.
 
     State of a parameter, by name in ``state_dict``:
@@ -153,7 +154,7 @@ class QGaLoreAdamW(Optimizer):
                 records.append(
                     ScheduleRecord(
                         name, tuple(p.shape), side_of(p.shape), groups.rank_of(group, p),
-                        now.gap, now.last, now.next(rule), now.refreshes, now.similarities,
+                        now.gap, now.last, now.next(rule), now.refreshes, now.similarities, now.failures,
                     )
                 )  # fmt: skip
         return records
@@ -219,7 +220,8 @@ class QGaLoreAdamW(Optimizer):
         refresh_(
             low, groups.stored_projector(state), state["schedule"], [p.grad],
             shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),
-            method=group["refresh"], rule=groups.refresh_rule(group), seed=group["seed"], param=position,
+            method=group["refresh"], power_iterations=group["power_iterations"], rule=groups.refresh_rule(group),
+            seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state),
         )  # fmt: skip
         return low
 

@@ -140,12 +140,16 @@ def normal(shape: Sequence[int], *, seed: int, step: int, param: int) -> Tensor:
     numbers by the Box-Muller transform.  Not traced: it runs inside the refresh op.
     """
     count = math.prod(shape)
-    blocks = torch.arange(-(-count // 4), dtype=torch.int64)
-    counter = (blocks & _WORD, blocks >> 32, step & _WORD, param | 1 << 31)
-    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
-    uniform = [(word.to(torch.float64) + 0.5) / 2.0**32 for word in words]
-    numbers = []
-    for radius, angle in ((uniform[0], uniform[1]), (uniform[2], uniform[3])):
-        length = (-2 * radius.log()).sqrt()
-        numbers += [length * (2 * torch.pi * angle).cos(), length * (2 * torch.pi * angle).sin()]
-    return torch.stack(numbers, dim=-1).reshape(-1)[:count].reshape(list(shape)).to(torch.float32)
+    blocks = -(-count // 4)
+    key = (seed & _WORD, seed >> 32 & _WORD)
+    uniform = torch.empty((4, blocks), dtype=torch.float64)
+    for first in range(0, blocks, _CHUNK):
+        block = torch.arange(first, min(first + _CHUNK, blocks), dtype=torch.int64)
+        words = philox4x32((block & _WORD, block >> 32, step & _WORD, param | 1 << 31), key)
+        for row, word in zip(uniform, words, strict=True):
+            row[first : first + len(block)] = word
+    uniform.add_(0.5).div_(2.0**32)
+    # in place, and all at once: PyTorch's logarithm waits for every thread once for each 2,048 elements of a call
+    length, turn = uniform[::2].log_().mul_(-2).sqrt_(), uniform[1::2].mul_(2 * torch.pi)
+    pairs = torch.stack([length * turn.cos(), length * turn.sin()], dim=-1).to(torch.float32)  # (two, blocks, 2)
+    return pairs.transpose(0, 1).reshape(-1)[:count].reshape(list(shape))

@@ -11,7 +11,8 @@ clock      calls of ``step`` in which the parameter had a gradient, those that a
 gap        calls from one refresh to the next
 last       the clock at the last refresh, -1 before the first
 refreshes  refreshes so far
-4 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
+failures   decompositions so far that did not converge or were not finite (:mod:`qgalore_compile.refresh`)
+5 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
 =========  ==========================================================================================================
 
 Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0`` (or later, where that refresh failed on a
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FIXED = 4  # elements before the queue
+FIXED = 5  # elements before the queue
 
 
 class Rule(NamedTuple):
@@ -56,6 +57,7 @@ class Schedule:
     last: int
     refreshes: int
     queue: tuple[float, ...]
+    failures: int = 0
 
     @classmethod
     def first(cls, gap: int, queue_size: int) -> Schedule:
@@ -64,15 +66,14 @@ class Schedule:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Schedule:
-        """Read the float64 tensor (4 + queue_size,)."""
-        clock, gap, last, refreshes, *queue = tensor.tolist()
-        return cls(int(clock), int(gap), int(last), int(refreshes), tuple(queue))
+        """Read the float64 tensor (5 + queue_size,)."""
+        clock, gap, last, refreshes, failures, *queue = tensor.tolist()
+        return cls(int(clock), int(gap), int(last), int(refreshes), tuple(queue), int(failures))
 
     def to_tensor(self) -> Tensor:
-        """float64 tensor (4 + queue_size,) on the CPU."""
-        return torch.tensor(
-            [self.clock, self.gap, self.last, self.refreshes, *self.queue], dtype=torch.float64, device="cpu"
-        )
+        """float64 tensor (5 + queue_size,) on the CPU."""
+        fixed = (self.clock, self.gap, self.last, self.refreshes, self.failures)
+        return torch.tensor([*fixed, *self.queue], dtype=torch.float64, device="cpu")
 
     @property
     def similarities(self) -> tuple[float, ...]:
@@ -106,6 +107,10 @@ class Schedule:
                     gap = max(self.gap, min(gap, rule.max_gap))
         return replace(self, gap=gap, last=self.clock, refreshes=self.refreshes + 1, queue=queue)
 
+    def failed(self, times: int) -> Schedule:
+        """After decompositions that failed at ``clock``."""
+        return replace(self, failures=self.failures + times)
+
     def ticked(self) -> Schedule:
         """After a call of ``step``."""
         return replace(self, clock=self.clock + 1)
@@ -124,3 +129,4 @@ class ScheduleRecord:
     next: int
     refreshes: int
     similarities: tuple[float, ...]
+    failures: int

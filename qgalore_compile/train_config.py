@@ -27,7 +27,8 @@ class TrainConfig:
         preset: the model, by its name in `llama.PRESETS`.
         steps, accumulate, batch, seq: optimizer steps; micro-batches of a step; sequences of one; tokens of a sequence.
         lr: peak learning rate.
-        rank, update_proj_gap, scale, refresh, similarity: group keys of the projected weights; "adamw" ignores them.
+        rank, update_proj_gap, scale, refresh, power_iterations, moments_on_refresh, similarity: group keys of the
+            projected weights; "adamw" ignores them.
         optimizer: "qgalore" (INT8 weights, INT4 projectors, 8-bit moments), "galore" (the same in float) or "adamw"
             (full rank).
         backend: "qgalore" and "inductor" compile the training step, "eager" does not.
@@ -52,6 +53,8 @@ class TrainConfig:
     update_proj_gap: int
     scale: float = 0.25
     refresh: str = "svd"
+    power_iterations: int = 2
+    moments_on_refresh: str = "keep"
     similarity: str = "subspace"
     accumulate: int = 1
     weight_decay: float = 0.0
@@ -98,8 +101,8 @@ class TrainConfig:
         for name, allowed in (("optimizer", OPTIMIZERS), ("backend", BACKENDS), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{option(name)} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "eval_every", "eval_tokens",
-                     "log_every", "checkpoint_every"):  # fmt: skip
+        for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations",
+                     "eval_every", "eval_tokens", "log_every", "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "scale", "max_grad_norm"):

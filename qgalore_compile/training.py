@@ -52,6 +52,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
         update_proj_gap=config.update_proj_gap,
         scale=config.scale,
         refresh=config.refresh,
+        power_iterations=config.power_iterations,
+        moments_on_refresh=config.moments_on_refresh,
         similarity=config.similarity,
         quant=quantised,
         weight_decay=config.weight_decay,

@@ -155,6 +155,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "randomized": {"refresh": "randomized"},
     "official similarity": {"similarity": "official"},
     "written back to nearest": {"rounding": "nearest"},
+    "moments rotated": {"refresh": "power", "moments_on_refresh": "rotate"},
+    "moments reset": {"moments_on_refresh": "reset", "moments": "32bit"},
     "int8 projector": {"quant_n_bit": 8},
     "skip_parameter": {"nonfinite": "skip_parameter"},
     "float weights": {"int8": False},
@@ -188,8 +190,11 @@ def test_a_compiled_update_equals_the_eager_one_on_equal_gradients(settings: dic
     assert backend.count == 1
 
 
-def test_a_compiled_step_equals_an_eager_step() -> None:
-    compare_along_a_run(*toy(weight_decay=0.1, max_grad_norm=0.5), tolerance=0.01)
+@pytest.mark.parametrize(
+    "settings", [{"weight_decay": 0.1, "max_grad_norm": 0.5}, {"refresh": "power", "moments_on_refresh": "rotate"}]
+)
+def test_a_compiled_step_equals_an_eager_step(settings: dict[str, Any]) -> None:
+    compare_along_a_run(*toy(**settings), tolerance=0.01)
 
 
 def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:

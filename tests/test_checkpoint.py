@@ -20,6 +20,8 @@ SETTINGS = [
     dict(quant_n_bit=8, weight_decay=0.1, max_grad_norm=0.5),
     dict(nonfinite="skip_parameter", refresh="randomized", similarity="official", seed=2**40 + 1),
     dict(dtype=torch.bfloat16),
+    dict(refresh="power", moments_on_refresh="rotate"),
+    dict(refresh="power", moments_on_refresh="reset", moments="32bit", similarity="official"),
 ]
 settings_ = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
@@ -128,14 +130,20 @@ def test_a_scheduler_resumes_too() -> None:
     assert_same(snapshot(model, opt), snapshot(other, other_opt))
 
 
-def test_counters_are_saved() -> None:
+def test_counters_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     model, opt = same_layout()
+    monkeypatch.setattr(torch.linalg, "svd", no_convergence)
     model(tokens()).backward()
     model.embed.weight.grad[0, 0] = torch.nan  # type: ignore[index]
     opt.step()
     _, other = same_layout()
     other.load_state_dict(through_a_file(opt.state_dict()))
     assert int(other.skipped_steps) == 1
+    assert [record.failures for record in other.schedule()] == [1, 1]
+
+
+def no_convergence(*args: Any, **kwargs: Any) -> None:
+    raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
 
 
 def test_a_state_dict_that_was_loaded_is_not_shared() -> None:

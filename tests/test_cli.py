@@ -63,14 +63,16 @@ def test_no_options_mean_the_tiny_preset(trained: list[TrainConfig]) -> None:
 def test_options_arrive(trained: list[TrainConfig]) -> None:
     arguments = "--preset 60m --steps 7 --batch 3 --seq 99 --accumulate 2 --lr 0.5 --rank 16 --update-proj-gap 11 "
     arguments += "--scale 0.75 --optimizer galore --backend inductor --dtype bfloat16 --data text --out there --seed 4 "
-    arguments += "--tied --eval-every 2 --eval-tokens 1000 --log-every 3 --checkpoint-every 5 --refresh randomized "
+    arguments += "--tied --eval-every 2 --eval-tokens 1000 --log-every 3 --checkpoint-every 5 --refresh power "
+    arguments += "--power-iterations 3 --moments-on-refresh rotate "
     arguments += "--similarity official --weight-decay 0.125 --max-grad-norm 1.5 --vocab-size 300 --device cpu"
     assert run("train", *arguments.split()).exit_code == 0
     assert trained == [
         TrainConfig(
             preset="60m", steps=7, batch=3, seq=99, accumulate=2, lr=0.5, rank=16, update_proj_gap=11, scale=0.75,
             optimizer="galore", backend="inductor", dtype="bfloat16", data="text", out="there", seed=4, tied=True,
-            eval_every=2, eval_tokens=1000, log_every=3, checkpoint_every=5, refresh="randomized",
+            eval_every=2, eval_tokens=1000, log_every=3, checkpoint_every=5, refresh="power",
+            power_iterations=3, moments_on_refresh="rotate",
             similarity="official", weight_decay=0.125, max_grad_norm=1.5, vocab_size=300, device="cpu",
         )
     ]  # fmt: skip

@@ -11,6 +11,8 @@ from support import Toy, snapshot, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
+from qgalore_compile.groups import projector
+from qgalore_compile.moments import follow_, stored_moments
 
 PROJECTED, OTHER_PROJECTED = "blocks.0.weight", "blocks.1.weight"
 PLAIN = "embed.weight"
@@ -138,6 +140,30 @@ def test_under_the_official_rule_too_a_missed_refresh_is_made_up_for() -> None:
     opt.zero_grad()
     training_step(model, opt)(tokens(seed=50))
     assert [record.last for record in opt.schedule()] == [GAP + 1, GAP]
+
+
+@weights
+@moments
+@pytest.mark.parametrize("how", ["rotate", "reset"])
+def test_a_refreshed_subspace_takes_its_moments_along_though_another_gradient_refuses_the_step(
+    int8: bool, moments: str, how: str
+) -> None:
+    """Moments are coordinates in the projector's basis: the projector is new, so the old ones would mean other
+    directions.  They are what a refresh alone makes of them; the refused step has added nothing to them."""
+    model, opt = setting_up(GAP, int8=int8, moments=moments, moments_on_refresh=how)
+    state = opt.state[model.get_parameter(PROJECTED)]
+    group = opt.param_groups[0]
+    expected = [tensor.clone() for tensor in stored_moments(state)]
+    kept = [tensor.clone() for tensor in stored_moments(opt.state[model.get_parameter(OTHER_PROJECTED)])]
+    old = projector(model.get_parameter(PROJECTED), group, state)
+    poison_(model, OTHER_PROJECTED, math.nan)
+    opt.step()
+    new = projector(model.get_parameter(PROJECTED), group, state)
+    assert not torch.equal(old, new)
+    follow_(expected, how, old, new, "right", updates=GAP, betas=group["betas"])
+    assert all(map(torch.equal, expected, stored_moments(state)))
+    assert all(map(torch.equal, kept, stored_moments(opt.state[model.get_parameter(OTHER_PROJECTED)])))
+    assert int(state["step"]) == GAP
 
 
 @policies

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qgalore_compile.moments import change_of_basis, rotated
 from qgalore_compile.projection import project, projector_shape, side_of, subspace_similarity
-from qgalore_compile.refresh import ProjectorFormat, refresh_
+from qgalore_compile.refresh import Moments, ProjectorFormat, refresh_
 from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace import METHODS
 
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
 FLOAT = ProjectorFormat(0, 256)
@@ -34,6 +36,7 @@ class Layer:
     rule: Rule = RULE
     seed: int = 0
     gap: int = 10
+    moments: Moments | None = None
 
     def __post_init__(self) -> None:
         self.side = side_of(self.shape)
@@ -52,6 +55,7 @@ class Layer:
             rule=self.rule,
             seed=self.seed,
             param=3,
+            moments=self.moments,
         )
         refresh_(self.low, self.stored, self.schedule, factors, **settings)
 
@@ -248,3 +252,144 @@ def test_a_projector_survives_its_format(form: ProjectorFormat, columns: int) ->
     assert float((back - p).abs().max()) <= step
     if form.bits == 4:
         assert stored[0].numel() == 5 * -(-columns // 2)  # two codes a byte
+
+
+# -- power ------------------------------------------------------------------------------------------------------------
+
+
+def project_old(layer: Layer, grad: Tensor) -> None:
+    """What the step does before the op."""
+    layer.low.copy_(project(grad, layer.projector, layer.side))
+
+
+@both_sides
+@pytest.mark.parametrize("official", [True, False])
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
+def test_power_goes_on_from_the_stored_projector(shape: tuple[int, int], official: bool, form: ProjectorFormat) -> None:
+    layer = Layer(shape, 4, form, "power", gap=1, rule=RULE._replace(official=official))
+    u, v = (torch.linalg.qr(torch.randn(size, 12))[0] for size in shape)
+    grad = (u * 0.5 ** torch.arange(12)) @ v.t()
+    for _ in range(4):
+        project_old(layer, grad)
+        layer.call(grad)
+    quantum = {0: 1e-4, 8: 0.02, 4: 0.2}[form.bits]
+    np.testing.assert_allclose(layer.matrix(), oracle.projection_matrix(grad.numpy(), 4), atol=quantum)
+    assert layer.now.refreshes == 4
+    assert min(layer.now.similarities) > 0.9
+    assert layer.now.failures == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool) -> None:
+    """Wide factors, so that G is not formed; a scale as half precision hands it over."""
+    dy, x = torch.randn(12, 300), torch.randn(12, 90)
+    scale = 0.25 if scaled else 1.0
+    by_factors, by_gradient = (Layer((300, 90), 8, INT4, method) for _ in range(2))
+    by_gradient.call(dy.t() @ x * scale)
+    torch.ops.qgalore.refresh_(
+        by_factors.low, by_factors.stored, by_factors.schedule, [dy, x], [torch.tensor(scale)] if scaled else None,
+        shape=[300, 90], rank=8, bits=4, group_size=16, method=method, **RULE._asdict(), seed=0, param=3,
+    )  # fmt: skip
+    torch.testing.assert_close(by_factors.low, project(dy.t() @ x * scale, by_factors.projector, "right"))
+    energy = float(by_gradient.low.square().sum())
+    assert float(by_factors.low.square().sum()) == pytest.approx(energy, rel=1e-3)
+
+
+# -- a decomposition that fails ---------------------------------------------------------------------------------------
+
+
+def no_convergence(*args: Any, **kwargs: Any) -> None:
+    raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+
+def not_finite(matrix: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    d = min(matrix.shape)
+    return matrix[:, :d] * torch.nan, torch.ones(d), matrix[:d]
+
+
+failing = pytest.mark.parametrize("svd", [no_convergence, not_finite], ids=["no convergence", "NaN"])
+
+
+@both_sides
+@failing
+@pytest.mark.parametrize("first", [True, False])
+def test_an_svd_that_fails_is_followed_by_power_and_counted(
+    shape: tuple[int, int], svd: Any, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, grad = Layer(shape, 4, gap=1), torch.randn(shape)
+    if not first:
+        layer.call(torch.randn(shape))
+    project_old(layer, grad)
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    layer.call(grad)
+    assert layer.now.failures == 1
+    assert layer.now.refreshes == 2 - first
+    p = layer.projector if layer.side == "right" else layer.projector.t()
+    torch.testing.assert_close(p @ p.t(), torch.eye(4), rtol=0, atol=1e-5)
+    assert float(layer.low.square().sum()) > 4 / 12 * float(grad.square().sum())  # more than random directions hold
+
+
+@failing
+def test_where_everything_fails_the_old_projector_and_r_stay_and_it_is_tried_again(
+    svd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, grad = Layer((23, 12), 4, INT4, gap=1), torch.randn(23, 12)
+    layer.call(torch.randn(23, 12))
+    project_old(layer, grad)
+    before = [tensor.clone() for tensor in (*layer.stored, layer.low)]
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.linalg, "svd", svd)
+        broken.setattr(torch.linalg, "cholesky_ex", no_convergence)
+        layer.call(grad)
+    assert all(map(torch.equal, before, (*layer.stored, layer.low)))
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.failures) == (2, 0, 1, 2)
+    layer.call(grad)
+    assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.failures) == (3, 2, 2, 2)
+
+
+# -- moments that follow ----------------------------------------------------------------------------------------------
+
+BETAS = (0.9, 0.999)
+
+
+def with_moments(shape: tuple[int, int], how: str, **settings: Any) -> Layer:
+    layer = Layer(shape, 4, INT4, gap=2, **settings)
+    m = torch.randn(layer.low.shape)
+    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, BETAS)
+    return layer
+
+
+def stored(layer: Layer) -> list[Tensor]:
+    assert layer.moments is not None
+    return [tensor.clone() for tensor in layer.moments.stored]
+
+
+@both_sides
+@pytest.mark.parametrize("how", ["reset", "rotate"])
+def test_moments_follow_every_refresh_but_the_first_and_nothing_else(shape: tuple[int, int], how: str) -> None:
+    layer = with_moments(shape, how)
+    kept = stored(layer)
+    for grad in (torch.randn(shape), torch.randn(shape), torch.full(shape, torch.nan)):  # first; not due; not finite
+        layer.call(grad)
+        assert all(map(torch.equal, kept, stored(layer)))
+    old = layer.projector
+    layer.call(torch.randn(shape))
+    if how == "reset":
+        assert not any(bool(moment.any()) for moment in stored(layer))
+        return
+    change = change_of_basis(old, layer.projector, layer.side)  # of the stored projectors
+    expected = rotated(kept[0], kept[1], change, layer.side, updates=7, betas=BETAS)
+    assert all(map(torch.equal, expected, stored(layer)))
+
+
+def test_a_refresh_that_fails_leaves_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = with_moments((23, 12), "rotate")
+    layer.call(torch.randn(23, 12))
+    layer.call(torch.randn(23, 12))
+    kept = stored(layer)
+    monkeypatch.setattr(torch.linalg, "svd", no_convergence)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", no_convergence)
+    layer.call(torch.randn(23, 12))
+    assert layer.now.failures == 2
+    assert all(map(torch.equal, kept, stored(layer)))

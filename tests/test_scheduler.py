@@ -162,12 +162,15 @@ def test_next_names_the_step_at_which_it_is_due(rule: Rule, gap: int, similariti
     gap=st.integers(1, 2**50),
     last=st.integers(-1, 2**50),
     refreshes=st.integers(0, 2**40),
+    failures=st.integers(0, 2**40),
     queue=st.lists(st.one_of(st.just(math.nan), st.floats(-1, 1)), min_size=1, max_size=8),
 )
-def test_a_schedule_survives_its_tensor(clock: int, gap: int, last: int, refreshes: int, queue: list[float]) -> None:
-    now = Schedule(clock, gap, last, refreshes, tuple(queue))
+def test_a_schedule_survives_its_tensor(
+    clock: int, gap: int, last: int, refreshes: int, failures: int, queue: list[float]
+) -> None:
+    now = Schedule(clock, gap, last, refreshes, tuple(queue), failures)
     tensor = now.to_tensor()
-    assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (4 + len(queue),), "cpu")
+    assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (5 + len(queue),), "cpu")
     back = Schedule.from_tensor(tensor)
     assert repr(back) == repr(now)  # repr: NaN equals NaN in it
 

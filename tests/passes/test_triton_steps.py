@@ -109,6 +109,14 @@ def test_steps_with_both_sides_an_embedding_and_a_refresh_are_eagers(int8: bool,
     assert [count > 0 for count in refreshed] == [True, False, True]
 
 
+def test_moments_that_the_refresh_rotates_are_read_and_written_by_the_kernels_behind_it(calls: Calls) -> None:
+    settings: dict[str, Any] = {"update_proj_gap": 1, "moments_on_refresh": "rotate", "quant": False}
+    for _, found, expected in steps(
+        lambda: toy(int8=False, **settings), lambda index: tokens(2, 5, seed=index), calls, count=2
+    ):
+        assert_rounded_alike(found, expected, tolerance=1e-4)
+
+
 def linears(dtype: torch.dtype) -> tuple[nn.Module, qg.QGaLoreAdamW]:
     """One layer projected on the right and one on the left."""
     model = nn.Sequential(nn.Linear(48, 80, bias=False), nn.SiLU(), nn.Linear(80, 32, bias=False)).to(dtype)

@@ -103,7 +103,7 @@ def test_the_optimizers_step_alone_is_found_and_its_gradients_are_the_obstacle(c
     assert all("compile the backward" in facts["not_reassociated"] for facts in context.notes.values())
 
 
-IN_PLACE = {ops.run_program, ops.run_gemm, torch.ops.qgalore.refresh_.default}
+IN_PLACE = {ops.run_program, ops.run_gemm}
 
 
 @pytest.mark.parametrize(
@@ -113,19 +113,24 @@ IN_PLACE = {ops.run_program, ops.run_gemm, torch.ops.qgalore.refresh_.default}
         (2, {"max_grad_norm": 1.0, "refresh": "randomized"}),
         (1, {"nonfinite": "skip_parameter"}),
         (1, {"rounding": "nearest"}),
+        (1, {"moments_on_refresh": "rotate", "refresh": "power"}),
+        (1, {"moments_on_refresh": "reset", "moments": "32bit", "int8": False}),
     ],
-    ids=["default", "clipped, accumulated", "skip_parameter", "nearest"],
+    ids=["default", "clipped, accumulated", "skip_parameter", "nearest", "moments rotated", "moments reset"],
 )
 def test_states_and_weights_are_written_in_place_without_a_clone(accumulate: int, settings: dict[str, Any]) -> None:
     model, opt = toy(**settings)
-    step, backend = interpreted(training_step(model, opt))
+    step, backend = interpreted(training_step(model, opt), strict=True)
+    overload = "moments" if "moments_on_refresh" in settings else "default"
+    refresh = getattr(torch.ops.qgalore.refresh_, overload)
+    in_place = {*IN_PLACE, refresh}
     ReinplaceCounters.clear()
     with evaluated_kernels():
         step(*(tokens(seed=index) for index in range(accumulate)))
     assert ReinplaceCounters.get_total_missed() == 0
     graph = backend.graphs[0].graph
-    calls = [node for node in graph.nodes if node.target in IN_PLACE]
-    assert Counter(node.target for node in calls) == dict.fromkeys(IN_PLACE, 2)
+    calls = [node for node in graph.nodes if node.target in in_place]
+    assert Counter(node.target for node in calls) == dict.fromkeys(in_place, 2)
     clones = graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
     assert not any(source.op == "placeholder" for clone in clones for source in clone.all_input_nodes)
     for call in calls:
