@@ -13,14 +13,17 @@ Sides, all in one process and interleaved; a round is one call of each, and rati
   nothing; all three write float weights back, float32 here and bfloat16 on a GPU (`gpu.py`).  Those that are not
   installed are left out and said so.
 
-Before anything is timed, one step of "qgalore" is compared with eager from an equal state.  A second table is of 8-bit
-Adam on 16 M elements that are not projected, beside copying its bytes.  Writes `results/update-step.json`.
+Before anything is timed, one step of "qgalore" is compared with eager from an equal state, and its memory is counted:
+what is allocated while it runs, and the blocks that are kept from call to call, beyond R (in both types), N and the
+block of rows that the write-back works on.  A second table is of 8-bit Adam on 16 M elements that are not projected,
+beside copying its bytes.  Writes `results/update-step.json`.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
@@ -36,9 +39,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._inductor.utils import fresh_cache
+from torch.profiler import ProfilerActivity, profile
 from train_step import set_due, spread
 
 import qgalore_compile as qg
+from qgalore_compile.kernels import gemm_cpu
 
 SHAPES = ((512, 1376, 128), (2048, 2048, 512), (4096, 4096, 1024), (4096, 11008, 1024))
 TARGETS = {(512, 1376): 2.0, (2048, 2048): 1.25, (4096, 4096): 1.1, (4096, 11008): 1.1}
@@ -145,6 +150,31 @@ def _others(name: str, m: int, n: int, rank: int, device: str) -> Callable[[], A
     return step
 
 
+def extra_bytes(m: int, n: int, rank: int) -> dict[str, float]:
+    """Bytes that an update takes beside weight, states and gradient, in a thread that has run no other."""
+    found: dict[str, float] = {}
+
+    def measure() -> None:
+        opt, _ = projected(m, n, rank)
+        step = compiled(opt.step, "qgalore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        live = most = 0
+        for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        blocks = {use: held.nbytes for use, held in vars(gemm_cpu._held).items()}
+        low = max(m, n) * rank
+        extra = most + sum(blocks.values()) - blocks["product"] - (2 + 4 + 2) * low
+        found.update(allocated=most, extra=extra, per_thread=extra / torch.get_num_threads(), **blocks)
+
+    thread = threading.Thread(target=measure)  # its blocks are its own
+    thread.start()
+    thread.join()
+    return found
+
+
 def unprojected(elements: int = 1 << 24) -> dict[str, Callable[[], Any]]:
     """8-bit Adam on elements that are not projected, and copying as many bytes."""
     weight = nn.Parameter(torch.randn(elements // 512, 512).bfloat16())
@@ -184,6 +214,8 @@ def main(
         deviation = check(m, n, rank)
         times = timed(sides_of(m, n, rank, wanted), rounds)
         entry: dict[str, Any] = {"target": TARGETS[m, n], "deviation": deviation, "sides": {}}
+        entry["bytes"] = extra_bytes(m, n, rank)
+        print(f"{m}x{n}: {entry['bytes']['per_thread'] / 2**20:.2f} MiB a thread beyond R, N and the block of rows")
         for name, values in times.items():
             row = {"ms": spread(values)}
             for other in ("gemms", "qgalore"):

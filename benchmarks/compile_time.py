@@ -1,0 +1,77 @@
+"""Seconds from the first call of a training step to its loss: with an empty cache, and in a second process.
+
+    .venv/bin/python benchmarks/compile_time.py --preset 60m
+
+Each measurement is a process of its own.  The first one of a side has an empty cache of compiled code; the second one
+finds what the first has left there, as the next run of a user's program does.  Its share of the first counts the step
+itself and all that no cache saves: tracing, the passes' analysis where Inductor asks for its key, loading.  Sides as in
+`train_step.py`.  Writes `results/compile-time-<preset>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from backends import RESULTS, machine
+from rich.console import Console
+from rich.table import Table
+from train_step import SIDES, Settings, build, chosen, compile_step, set_due, timed
+
+
+def first_call(side: str, settings: Settings) -> float:
+    """Seconds of the first call in this process, without a refresh."""
+    plain, schedules = build(SIDES[side], settings)
+    step = compile_step(plain, SIDES[side])
+    set_due(schedules, False)
+    return timed(step, settings.tokens(0))
+
+
+def in_process(side: str, arguments: list[str], cache: Path) -> float:
+    """:func:`first_call` in a process with that folder as its cache."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    command = [sys.executable, __file__, *arguments, "--one", side]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="Model and rank.")] = "60m",
+    layers: Annotated[int | None, typer.Option(help="Layers, in place of the preset's.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    sides: Annotated[str, typer.Option(help="Sides, by comma.")] = "inductor,qgalore",
+    rounds: Annotated[int, typer.Option(help="Pairs of processes a side, interleaved.", min=1)] = 1,
+    one: Annotated[str, typer.Option(help="Print the seconds of this side's first call, and nothing else.")] = "",
+) -> None:
+    settings = Settings(preset, layers, batch, seq)
+    if one:
+        print(first_call(one, settings))
+        return
+    arguments = ["--preset", preset, "--batch", str(batch), "--seq", str(seq)]
+    arguments += ["--layers", str(layers)] if layers else []
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in chosen(sides)}
+    for _ in range(rounds):
+        for side, pairs in found.items():
+            with TemporaryDirectory() as folder:
+                cold, warm = (in_process(side, arguments, Path(folder)) for _ in range(2))
+            pairs.append({"cold_s": cold, "warm_s": warm, "share": warm / cold})
+            print(f"{SIDES[side].title}: {cold:.1f} s, then {warm:.1f} s ({warm / cold:.2f})", flush=True)
+    table = Table("side", "empty cache, s", "second process, s", "share")
+    for side, pairs in found.items():
+        columns = [" ".join(f"{pair[key]:{form}}" for pair in pairs)
+                   for key, form in (("cold_s", ".1f"), ("warm_s", ".1f"), ("share", ".2f"))]  # fmt: skip
+        table.add_row(SIDES[side].title, *columns)
+    Console().print(table)
+    result = {"machine": machine(), "settings": {"preset": preset, "batch": batch, "seq": seq}, "sides": found}
+    RESULTS.joinpath(f"compile-time-{settings.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
