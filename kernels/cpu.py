@@ -91,6 +91,16 @@ class Kernel:
         where it cannot."""
         _ = self._run
 
+    def pitches(self) -> list[int]:
+        """Of whole contiguous matrices: elements from one row to the next, of two a byte bytes."""
+        columns = self.program.space.columns
+        return [-(-columns // 2) if buffer.memory == "u4" else columns for buffer in self.program.buffers]
+
+    def launch(self, pointers: Sequence[int], pitches: Sequence[int], rows: int, groups: int) -> None:
+        """Run a program without numbers on all rows and groups, given the address and the pitch of every buffer."""
+        count = len(pointers)
+        self._run((ctypes.c_void_p * count)(*pointers), (ctypes.c_int64 * count)(*pitches), None, 0, rows, 0, groups)
+
     def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
         """What a launch takes, from one contiguous tensor for each buffer."""
         return Arguments(self, tensors, numbers)
@@ -110,9 +120,8 @@ class Arguments:
         self._pointers = (ctypes.c_void_p * len(buffers))()
         self._pitches = (ctypes.c_int64 * len(buffers))()
         self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
-        columns = kernel.program.space.columns
+        self._pitches[:] = kernel.pitches()
         for index, buffer in enumerate(buffers):
-            self._pitches[index] = -(-columns // 2) if buffer.memory == "u4" else columns
             if buffer.name in tensors:
                 self._pointers[index] = tensors[buffer.name].data_ptr()
 
