@@ -118,9 +118,8 @@ class Arguments:
         buffers = kernel.program.buffers
         self._kernel, self._tensors = kernel, tensors
         self._pointers = (ctypes.c_void_p * len(buffers))()
-        self._pitches = (ctypes.c_int64 * len(buffers))()
+        self._pitches = (ctypes.c_int64 * len(buffers))(*kernel.pitches())
         self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
-        self._pitches[:] = kernel.pitches()
         for index, buffer in enumerate(buffers):
             if buffer.name in tensors:
                 self._pointers[index] = tensors[buffer.name].data_ptr()
