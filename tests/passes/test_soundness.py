@@ -77,8 +77,8 @@ def steps(draw: st.DrawFn, *, flawed: bool, due: bool = False) -> Step:
 
 
 def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float = 0.0) -> None:
-    """Bit for bit; where an SVD ran, floats up to ``rounding`` times their tensor's largest, and codes up to one: a
-    moment that lies between two has been rounded either way."""
+    """Bit for bit; where an SVD ran, floats up to ``rounding`` times their tensor's largest, and codes, two a byte or
+    one, up to one."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
@@ -87,7 +87,7 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], *, roundin
         if rounding and one.is_floating_point() and one.numel():
             assert float((one - other).abs().max()) <= rounding * float(other.abs().max())
         elif rounding and one.dtype == torch.uint8 and one.numel():
-            assert int((one.int() - other.int()).abs().max()) <= 1
+            assert set((one.int() - other.int()).abs().unique().tolist()) <= {0, 1, 15, 16, 17}
         else:
             assert torch.equal(one, other)
 
@@ -104,7 +104,10 @@ def check(step: Step, *names: str, runs: int = 1) -> set[int]:
     given = list(inputs.values())
     expected = results(module, given)
     # LAPACK's last bits depend on the memory layout of G: one ulp was seen.  1e-6 is the contract of architecture.md.
-    rounding = 1e-6 if any(layer.due for layer in step.layers) else 0.0
+    # A code that lies between two may then be rounded either way: of a projector, one of INT4's 15 steps at most.
+    due = [layer for layer in step.layers if layer.due]
+    coded = any(layer.projector != "float" or layer.momentum != "float" for layer in due)
+    rounding = 0.0 if not due else 0.1 if coded else 1e-6
     matched = []
     for _ in range(runs):
         matched.append(after(module, *(names or REWRITES)).context.layers)
