@@ -17,18 +17,22 @@ from qgalore_compile import formats, rng
 from qgalore_compile._ops import define
 from qgalore_compile.gather import gathered, is_carrier
 from qgalore_compile.projection import (
+    captured_energy,
     full_gradient,
     leading_subspace,
     official_similarity,
     project,
     projector_shape,
     side_of,
+    sketched_subspace,
     subspace_similarity,
 )
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.scheduler import Rule, Schedule, ticked_unless_due
+from qgalore_compile.timing import timed
 
 METHODS = ("svd", "randomized")
 SIMILARITIES = ("subspace", "official")
+TRIGGERS = ("similarity", "energy")
 
 
 class ProjectorFormat(NamedTuple):
@@ -59,8 +63,7 @@ def _refresh(
     projector: Sequence[Tensor],
     schedule: Tensor,
     factors: Sequence[Tensor],
-    scales: Sequence[Tensor] | None = None,
-    *,
+    scales: Sequence[Tensor] | None,
     shape: Sequence[int],
     rank: int,
     bits: int,
@@ -70,20 +73,27 @@ def _refresh(
     threshold: float,
     gamma: float,
     max_gap: int | None,
+    min_gap: int,
+    shrink: float | None,
+    energy: float | None,
     seed: int,
     param: int,
 ) -> None:
-    now = Schedule.from_tensor(schedule)
-    rule = Rule(official, threshold, gamma, max_gap)
-    if now.due(rule):
+    if ticked_unless_due(schedule):
+        return
+    with timed(schedule, low.device):
+        now = Schedule.from_tensor(schedule)
+        rule = Rule(official, threshold, gamma, max_gap, min_gap, shrink, energy)
         factors = _scaled([gathered(factors[0], shape)] if is_carrier(factors[0]) else factors, scales)
         if _finite(factors):
-            now = _compute_anew(
-                low, projector, now, factors, shape, rank, ProjectorFormat(bits, group_size), method, rule, seed, param
-            )
+            if now.measures(rule):
+                now = now.measured(rule, captured_energy(low, factors))
+            if now.due:
+                form = ProjectorFormat(bits, group_size)
+                now = _compute_anew(low, projector, now, factors, shape, rank, form, method, rule, seed, param)
         else:
             low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
-    schedule.copy_(now.ticked().to_tensor())
+        schedule.copy_(now.ticked().to_tensor())
 
 
 def _scaled(factors: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor]:
@@ -119,7 +129,11 @@ def _compute_anew(
     """Overwrite the projector and R in place; the schedule after it."""
     side = side_of(shape)
     columns = projector_shape(shape, rank)[1]
-    new = leading_subspace(factors, rank, side, method=method, seed=seed, step=now.clock, param=param)
+    draws = {"seed": seed, "step": now.clock, "param": param}
+    if now.stands_in:
+        new = sketched_subspace(factors, rank, side, **draws)
+    else:
+        new = leading_subspace(factors, rank, side, method=method, **draws)
     similarity = None
     if now.refreshes:
         measure = official_similarity if rule.official else subspace_similarity
@@ -129,13 +143,14 @@ def _compute_anew(
     dtype = factors[-1].dtype  # the first one has been scaled
     gradient = factors[0] if len(factors) == 1 else full_gradient(factors).to(dtype)
     low.copy_(project(gradient, form.decode(projector, columns, dtype), side))
-    return now.refreshed(rule, similarity)
+    return now.stood_in() if now.stands_in else now.refreshed(rule, similarity)
 
 
+# No argument is keyword-only: as keywords, passing them on costs twice as much, in every layer and step.
 _refresh_op = define(
-    "refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor[] factors, "
-    "Tensor[]? scales=None, *, SymInt[] shape, "
-    "int rank, int bits, int group_size, str method, bool official, float threshold, float gamma, int? max_gap, "
+    "refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor[] factors, Tensor[]? scales, "
+    "SymInt[] shape, int rank, int bits, int group_size, str method, "
+    "bool official, float threshold, float gamma, int? max_gap, int min_gap, float? shrink, float? energy, "
     "int seed, int param) -> ()",
     _refresh,
     lambda *args, **kwargs: None,
@@ -162,7 +177,7 @@ def refresh_(
     Args:
         low: R, float32, projected with the projector as it was; overwritten in a refresh.
         projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
-        schedule: float64 (4 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
+        schedule: float64 (9 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
         factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
             0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
             and R becomes NaN, which the optimizer's non-finite check sees.
@@ -171,19 +186,6 @@ def refresh_(
         seed, param: select the random numbers of the range finder.
     """
     _refresh_op(
-        low,
-        list(projector),
-        schedule,
-        list(factors),
-        shape=list(shape),
-        rank=rank,
-        bits=form.bits,
-        group_size=form.group_size,
-        method=method,
-        official=rule.official,
-        threshold=rule.threshold,
-        gamma=rule.gamma,
-        max_gap=rule.max_gap,
-        seed=rng.signed_seed(seed),
-        param=param,
-    )
+        low, list(projector), schedule, list(factors), None, list(shape), rank, form.bits, form.group_size, method,
+        *rule, rng.signed_seed(seed), param,
+    )  # fmt: skip
