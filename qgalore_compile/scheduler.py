@@ -14,7 +14,7 @@ last       the clock at the last refresh, -1 before the first
 refreshes  refreshes so far, the stand-in not among them
 slot       the parameter's place in a round of min_gap calls, -1 where refreshes are not staggered
 checks     energies that were compared with the reference so far
-energy     ‖R‖² / ‖G‖² as measured last, NaN before
+energy     ‖R‖² / ‖G‖² as measured last, NaN before; the rounding of an INT4 projector can lift it above 1
 reference  the same as measured at the call after the last refresh, NaN until then
 9 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
 =========  ==========================================================================================================

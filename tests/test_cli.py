@@ -64,7 +64,8 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
     arguments = "--preset 60m --steps 7 --batch 3 --seq 99 --accumulate 2 --lr 0.5 --rank 16 --update-proj-gap 11 "
     arguments += "--scale 0.75 --optimizer galore --backend inductor --dtype bfloat16 --data text --out there --seed 4 "
     arguments += "--tied --eval-every 2 --eval-tokens 1000 --log-every 3 --checkpoint-every 5 --refresh randomized "
-    arguments += "--similarity official --weight-decay 0.125 --max-grad-norm 1.5 --vocab-size 300 --device cpu"
+    arguments += "--similarity official --weight-decay 0.125 --max-grad-norm 1.5 --vocab-size 300 --device cpu "
+    arguments += "--max-gap 44 --no-stagger --trigger similarity --energy-threshold 0.5"
     assert run("train", *arguments.split()).exit_code == 0
     assert trained == [
         TrainConfig(
@@ -72,6 +73,7 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
             optimizer="galore", backend="inductor", dtype="bfloat16", data="text", out="there", seed=4, tied=True,
             eval_every=2, eval_tokens=1000, log_every=3, checkpoint_every=5, refresh="randomized",
             similarity="official", weight_decay=0.125, max_grad_norm=1.5, vocab_size=300, device="cpu",
+            max_gap=44, stagger=False, trigger="similarity", energy_threshold=0.5,
         )
     ]  # fmt: skip
 
