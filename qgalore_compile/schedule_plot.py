@@ -30,8 +30,7 @@ def plot_schedule(metrics: Path, png: Path, *, title: str) -> bool:
 
     Above, one row a weight: its gap (with trigger "energy" the energy that its projector caught, of the gradient's),
     with a mark at each refresh; the similarity of the last two subspaces; the seconds that its turns took.  Below, what
-    they come to in each step: refreshes, and seconds.  Seconds of a step are this run's own, so a step in which many
-    weights refresh shows as a peak.
+    they come to in each step: refreshes, and seconds, stand-ins and checks included.
 
     Args:
         metrics, png: read, and written.
@@ -55,7 +54,7 @@ def plot_schedule(metrics: Path, png: Path, *, title: str) -> bool:
     (first, second, cost), (count, seconds, corner) = axes
     if any(turn["energy"] is not None for row in rows for turn in row):
         found, name = _history(rows, "energy", last), "energy caught"
-        norm = Normalize(np.nanmin(found), 1)
+        norm = Normalize(min(np.nanmin(found), 0.99), 1)
     else:
         found, name = _history(rows, "gap", last), "gap (steps)"
         smallest, largest = np.nanmin(found), np.nanmax(found)
@@ -136,6 +135,8 @@ def _by_step(axes: Axes, rows: list[list[dict[str, Any]]], last: int, amount: An
     for turns in rows:
         for turn in turns:
             total[turn["step"]] += amount(turn)
-    axes.vlines(list(total), 0, list(total.values()), lw=max(0.6, min(3.0, 400 / last)), color="tab:orange")
+    width = max(0.6, min(3.0, 400 / last))
+    # not clipped: the first step, which has all stand-ins, is the frame
+    axes.vlines(list(total), 0, list(total.values()), lw=width, color="tab:orange", clip_on=False, zorder=3)
     axes.set(xlim=(0.5, last + 0.5), ylim=(0, None), xlabel="step", title=title)
     axes.grid(axis="y", alpha=0.3)
