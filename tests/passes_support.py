@@ -142,8 +142,8 @@ class Layer:
         returned = FUNCTIONALIZED(
             torch.ops.qgalore.refresh_.default,
             factors=[gradient], scales=None, shape=list(self.shape), rank=self.rank,
-            bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, **RULE._asdict(),
-            seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
+            bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, power_iterations=2,
+            **RULE._asdict(), seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
             _schedule_base_index=len(bases) - 1, _all_bases=bases,
         )  # fmt: skip
         return returned[1], dict(zip([*names, "schedule"], returned[2:], strict=True))
