@@ -183,9 +183,11 @@ def test_a_gradient_that_is_not_finite_is_checked_again_at_the_next_call() -> No
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_factors_and_gathered_gradients_measure_what_eager_does(accumulate: int) -> None:
+@pytest.mark.parametrize("how", ["keep", "rotate"])
+def test_factors_and_gathered_gradients_measure_what_eager_does(accumulate: int, how: str) -> None:
     """Compiled without a C++ compiler: the op gets factors, or what was gathered in a step that only checks."""
-    keys = {"update_proj_gap": 2, "trigger": "energy", "energy_threshold": 0.5, "int8": False, "moments": "32bit"}
+    keys = {"update_proj_gap": 2, "trigger": "energy", "energy_threshold": 0.5, "int8": False, "moments": "32bit",
+            "moments_on_refresh": how}  # fmt: skip
     model, opt = toy(**keys)
     twin, twin_opt = toy(**keys)
     backend = Interpreted(disable=["fuse", "fuse_products", "opaque", "order"])  # what the op is given, they leave
