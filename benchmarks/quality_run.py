@@ -21,9 +21,8 @@ import shlex
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, partialmethod
 from pathlib import Path
@@ -38,12 +37,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import qgalore_compile as qg
-from qgalore_compile import refresh
 from qgalore_compile.data import Corpus, load_corpus
 from qgalore_compile.llama import PRESETS, Llama
 from qgalore_compile.optim import QGaLoreAdamW
 from qgalore_compile.pretrain import save_checkpoint
-from qgalore_compile.scheduler import Schedule
 from qgalore_compile.telemetry import finite, resident_bytes
 from qgalore_compile.train_config import TrainConfig
 from qgalore_compile.training import Run, evaluate, make_model
@@ -60,7 +57,9 @@ class Measured:
 
     Attributes:
         step_seconds: of each step but a process's first one, which compiles; evaluations apart.
-        refresh_seconds, refreshes: in refreshes of subspaces, those of first steps included, and how many.
+        refresh_seconds, refreshes: in refreshes of subspaces, those of first steps included, and how many.  Of this
+            project's optimizer the seconds count stand-ins and looks at the energy too, the number does not.
+        first_refresh_seconds: of those, in first steps, which `step_seconds` leaves out.
         curve: (steps done, held-out loss) of each evaluation.
         compile_seconds, wall_seconds: first steps of all processes; everything from the model to the last evaluation.
         peak_rss, peak_rss_steps: most resident memory of a process, bytes; and after its first step, without what
@@ -70,6 +69,7 @@ class Measured:
 
     step_seconds: list[float] = field(default_factory=list)
     refresh_seconds: float = 0.0
+    first_refresh_seconds: float = 0.0
     refreshes: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
     compile_seconds: float = 0.0
@@ -119,41 +119,30 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
 
 @contextmanager
 def timed_refreshes(measured: Measured) -> Iterator[None]:
-    """Count and time refreshes, of this project's op and of galore-torch; calls that refresh nothing do not count."""
-
-    def count(started: float) -> None:
-        measured.refreshes += 1
-        measured.refresh_seconds += time.perf_counter() - started
-
-    schema = torch.ops.qgalore.refresh_.default._schema
-    place = [argument.name for argument in schema.arguments].index("schedule")
-    compute = refresh._refresh
-
-    def ours(*args: Any, **kwargs: Any) -> None:
-        before, started = Schedule.from_tensor(args[place]).refreshes, time.perf_counter()
-        compute(*args, **kwargs)
-        if Schedule.from_tensor(args[place]).refreshes > before:
-            count(started)
+    """Count and time refreshes of galore-torch."""
+    if "galore_torch" not in sys.modules:
+        yield
+        return
+    from galore_torch.galore_projector import GaLoreProjector
 
     def theirs(decompose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         found = decompose(*args, **kwargs)
-        count(started)
+        measured.refreshes += 1
+        measured.refresh_seconds += time.perf_counter() - started
         return found
 
-    library = torch.library.Library("qgalore", "FRAGMENT")
-    with ExitStack() as stack:
-        stack.callback(library._destroy)
-        stack.enter_context(mock.patch.object(refresh, "_refresh", ours))  # what else of the module calls it
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # it shall override
-            library.impl("refresh_", ours, "CompositeExplicitAutograd", allow_override=True)
-        if "galore_torch" in sys.modules:
-            from galore_torch.galore_projector import GaLoreProjector
-
-            timed = partialmethod(partial(theirs, GaLoreProjector.get_orthogonal_matrix))
-            stack.enter_context(mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", timed))
+    timed = partialmethod(partial(theirs, GaLoreProjector.get_orthogonal_matrix))
+    with mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", timed):
         yield
+
+
+def told_refreshes(measured: Measured, optimizer: Optimizer, earlier: float) -> None:
+    """Take the refreshes of this project's optimizer from its schedule; ``earlier``: seconds in other processes."""
+    if isinstance(optimizer, QGaLoreAdamW):
+        records = optimizer.schedule()
+        measured.refreshes = sum(record.refreshes for record in records)
+        measured.refresh_seconds = earlier + sum(record.seconds for record in records)
 
 
 def live_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
@@ -203,12 +192,15 @@ def train(spec: RunSpec, corpus: Corpus, *, folder: Path, work: Path) -> Path:
     checkpoint = work / f"{spec.name}.pt"
     measured = _resume(run, spec, checkpoint)
     earlier, measured.processes = measured.wall_seconds, measured.processes + 1
+    refreshing = measured.refresh_seconds
     peak, can_restart, saved = 0, False, time.perf_counter()
     with timed_refreshes(measured):
         while run.step < config.steps:
             first = not run.started
             record = run.advance()
             if first:
+                told_refreshes(measured, run.optimizer, refreshing)
+                measured.first_refresh_seconds += measured.refresh_seconds - refreshing
                 measured.compile_seconds += run.compile_seconds
                 peak, can_restart = _peak(), restart_peak()
             else:
@@ -217,10 +209,12 @@ def train(spec: RunSpec, corpus: Corpus, *, folder: Path, work: Path) -> Path:
                 measured.curve.append((record.step, record.val_loss))
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 measured.wall_seconds = earlier + time.perf_counter() - started
+                told_refreshes(measured, run.optimizer, refreshing)
                 state = {"settings": spec.settings(), "run": run.state_dict(), "measured": asdict(measured)}
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(checkpoint, state)
                 saved = time.perf_counter()
+    told_refreshes(measured, run.optimizer, refreshing)
     if can_restart:
         measured.peak_rss_steps = max(measured.peak_rss_steps, peak_since_restart())
     measured.peak_rss = max(measured.peak_rss, peak, _peak())
@@ -256,7 +250,7 @@ def _peak() -> int:
 
 def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: int) -> dict[str, Any]:
     seconds = measured.step_seconds
-    training = sum(seconds) + measured.refresh_seconds
+    training = sum(seconds) + measured.first_refresh_seconds  # the other refreshes are within the steps
     tokens = run.config.tokens_per_step
     command = ["benchmarks/quality_run.py", "--scale", spec.scale.name, "--case", spec.case.name]
     refreshes = measured.refreshes

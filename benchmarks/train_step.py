@@ -166,7 +166,8 @@ def set_due(schedules: list[Tensor], due: bool) -> None:
     """Whether the next step refreshes every subspace."""
     for schedule in schedules:
         state = Schedule.from_tensor(schedule)
-        schedule.copy_(dataclasses.replace(state, last=-1 if due else state.clock).to_tensor())
+        turn = state.clock if due else NEVER
+        schedule.copy_(dataclasses.replace(state, slot=-1, next=turn).to_tensor())  # no slot: all in one step
 
 
 def timed(step: Step, tokens: tuple[Tensor, Tensor]) -> float:

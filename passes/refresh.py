@@ -65,7 +65,6 @@ def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
 def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
     op: dict[str, Any] = call.kwargs
     schedule = op["_all_bases"][op["_schedule_base_index"]]
-    rule = {name: op[name] for name in ("official", "threshold", "gamma", "max_gap")}
     carried: fx.Node | None = None
     factors: list[fx.Node] = []
     scales: list[fx.Node] = []
@@ -76,7 +75,7 @@ def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
             scale = products.scale_of(graph, term.scales, value(grad_output).device)
             if len(parsed.terms) > 1:
                 gather = torch.ops.qgalore.gather_gradient.default
-                carried = make(graph, gather, carried, schedule, grad_output, inputs, scale, **rule)
+                carried = make(graph, gather, carried, schedule, grad_output, inputs, scale)
                 continue
             factors = [grad_output, inputs]
             scales = [scale] if scale is not None else []
@@ -88,5 +87,5 @@ def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
     """What one refresh costs beside the step: operations in the tokens T, and bytes that exist for its time."""
     m, n = map(hint, layer.shape)
     method: Any = call.kwargs["method"]
-    iterations: Any = call.kwargs.get("power_iterations", 2)
+    iterations: Any = call.kwargs["power_iterations"]
     return described(method, m, n, layer.rank, iterations, terms)

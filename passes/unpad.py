@@ -63,7 +63,7 @@ def _of_refreshes(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
     gradients: list[fx.Node] = []
     projectors: set[frozenset[fx.Node] | None] = set()
     for call in graph.find_nodes(op="call_function", target=FUNCTIONALIZED):
-        if call.args[0] is not torch.ops.qgalore.refresh_.default:
+        if call.args[0] not in (torch.ops.qgalore.refresh_.default, torch.ops.qgalore.refresh_.moments):
             continue
         given: Any = call.kwargs
         gradients += given["factors"]

@@ -40,7 +40,7 @@ from qgalore_compile.copies import Copier, CopyError, alone, unshared_constants
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.projection import Side
 from qgalore_compile.reach import Entry, bound, entries
-from qgalore_compile.scheduler import FIXED
+from qgalore_compile.scheduler import EXACT
 
 __all__ = ["TOLERANCES", "CheckResult", "CopyError", "TensorError", "check"]
 
@@ -232,7 +232,7 @@ def _compare(
     start = before.value() if before is not None and known else torch.zeros_like(eager)
     apart, moved, note = _apart(value, eager), _norm(_apart(eager, start), finite=True), ""
     largest = float(apart.max()) if apart.numel() else 0.0
-    clocks = apart[:FIXED] if expected.key == "schedule" else apart
+    clocks = apart[:EXACT] if expected.key == "schedule" else apart
     if (not eager.is_floating_point() or expected.key in ("step", "schedule")) and bool(clocks.any()):
         return TensorError(name, largest, moved, _norm(clocks) / (moved or 1.0), 0.0, False, note="must be exact")
     movement, anew = TOLERANCES[_lowest({precision, expected.tensor.dtype})]
@@ -240,9 +240,9 @@ def _compare(
     tolerance, scale = movement, moved
     if expected.key == "grad_norm" or name.endswith(".grad") or not (known or expected.key):
         tolerance, scale = anew, size
-    elif expected.key == "schedule":  # its similarities
-        scale = _norm(eager[FIXED:], finite=True)
-    elif expected.projector and expected.refreshes != (before.refreshes if before else 0.0):
+    elif expected.key == "schedule":  # its similarities and energies
+        scale = _norm(eager[EXACT:], finite=True)
+    elif expected.projector and expected.turn != (before.turn if before else 0):
         error, scale = _subspaces_apart(value, eager, expected.projector) * size, size
         note = "refreshed: its subspace"
     if not scale or tolerance * scale < error <= CONTRACT * size:

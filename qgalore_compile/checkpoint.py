@@ -46,6 +46,12 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         names = names_of(group, position)
         for name, parameter, key in zip(names, group["params"], saved_group["params"], strict=True):
             copies += _pairs(name, tuple(parameter.shape), optimizer.state[parameter], saved_state.get(key, {}))
+        # schedules of another version may have this one's length, if its queue has another
+        if saved_group.get("queue_size") != group.get("queue_size"):
+            raise ValueError(
+                f"{names[0]}: the saved schedule has queue_size={saved_group.get('queue_size')}, this optimizer's "
+                f"{group.get('queue_size')}; build it with the settings of the saved one"
+            )
     if "global" in saved_state and "global" in optimizer.state:
         copies += _pairs("global", (), optimizer.state["global"], saved_state["global"])  # type: ignore[index]
     with torch.no_grad():

@@ -136,6 +136,35 @@ def train(
         Literal["subspace", "official"] | None,
         typer.Option(help="How two subspaces are compared. [default: subspace]", rich_help_panel=STEP),
     ] = None,
+    max_gap: Annotated[
+        int | None,
+        typer.Option(
+            help="Most steps between two refreshes. [default: 16 gaps; official: no limit]", rich_help_panel=STEP
+        ),
+    ] = None,
+    stagger: Annotated[
+        bool | None,
+        typer.Option(
+            "--stagger/--no-stagger",
+            help="Spread refreshes over steps, a cheap projector standing in at first. [default: stagger]",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    trigger: Annotated[
+        Literal["similarity", "energy"] | None,
+        typer.Option(
+            help="What refreshes a subspace: a gap that similarities stretch, or a projector that catches too little "
+            "of the gradient. [default: similarity]",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    energy_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="For --trigger energy: too little is below this part of what it caught at first. [default: 0.8]",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Decoupled, not on norms. [default: 0]", rich_help_panel=STEP)
     ] = None,

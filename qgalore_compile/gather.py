@@ -1,9 +1,9 @@
 """Gathering a gradient over micro-batches, for a refresh that is due, and for nothing otherwise.
 
-A compiled step with accumulation calls :func:`gather_gradient <_gather>` once a micro-batch.  When the parameter's
-schedule says that no refresh is due it returns at once.  When one is due it adds the micro-batch's product to a buffer
-that the first call of the step allocates, and that goes with the last reader.  So the buffer exists for due parameters
-in due steps alone, and no micro-batch's factors are kept for the refresh.
+A compiled step with accumulation calls :func:`gather_gradient <_gather>` once a micro-batch.  When it is not the
+parameter's turn it returns at once.  When it is, for a refresh or for a look at the captured energy, it adds the
+micro-batch's product to a buffer that the first call of the step allocates, and that goes with the last reader.  So the
+buffer exists for due parameters in due steps alone, and no micro-batch's factors are kept for the refresh.
 
 The op's result must have one shape whether or not a buffer exists, or the graph could not be compiled once.  So the
 result, the *carrier*, has no elements, and the buffer is the storage behind it: reference counting frees it, no
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.scheduler import is_due
+from qgalore_compile.timing import timed
 
 
 def is_carrier(factor: Tensor) -> bool:
@@ -46,33 +47,24 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _gather(
-    carried: Tensor | None,
-    schedule: Tensor,
-    grad_output: Tensor,
-    inputs: Tensor,
-    scale: Tensor | None,
-    *,
-    official: bool,
-    threshold: float,
-    gamma: float,
-    max_gap: int | None,
+    carried: Tensor | None, schedule: Tensor, grad_output: Tensor, inputs: Tensor, scale: Tensor | None
 ) -> Tensor:
     """A carrier of Σ dYᵀ X so far; ``carried`` is the one before, None at the first micro-batch."""
     carrier = _empty(grad_output)
-    if not Schedule.from_tensor(schedule).due(Rule(official, threshold, gamma, max_gap)):
+    if not is_due(schedule):
         return carrier
-    product = grad_output.to(torch.float32).t() @ inputs.to(torch.float32)
-    if scale is not None:
-        product *= scale
-    if carried is not None:
-        product += gathered(carried, product.shape)
-    return carrier.set_(product.untyped_storage(), 0, (0,), (1,))
+    with timed(schedule, carrier.device):
+        product = grad_output.to(torch.float32).t() @ inputs.to(torch.float32)
+        if scale is not None:
+            product *= scale
+        if carried is not None:
+            product += gathered(carried, product.shape)
+        return carrier.set_(product.untyped_storage(), 0, (0,), (1,))
 
 
 _gather_op = define(
-    "gather_gradient(Tensor? carried, Tensor schedule, Tensor grad_output, Tensor inputs, Tensor? scale, *, "
-    "bool official, float threshold, float gamma, int? max_gap) -> Tensor",
+    "gather_gradient(Tensor? carried, Tensor schedule, Tensor grad_output, Tensor inputs, Tensor? scale) -> Tensor",
     _gather,
-    lambda carried, schedule, grad_output, inputs, scale, **rule: _empty(grad_output),
+    lambda carried, schedule, grad_output, inputs, scale: _empty(grad_output),
     torch.Tag.cudagraph_unsafe,  # it decides on the host
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qgalore_compile import formats
 from qgalore_compile.moments import ON_REFRESH, stored_moments
 from qgalore_compile.projection import projector_shape, side_of
-from qgalore_compile.refresh import SIMILARITIES, Moments, ProjectorFormat
+from qgalore_compile.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.scheduler import Rule, Schedule
 from qgalore_compile.subspace import METHODS
@@ -36,10 +36,15 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "similarity": "subspace",
     "similarity_threshold": 0.4,
     "max_gap": None,
+    "shrink_threshold": None,
+    "stagger": True,
+    "trigger": "similarity",
+    "energy_threshold": 0.8,
 }
-"""Keys of a projected group beside ``rank``.  ``cos_threshold`` belongs to similarity "official",
-``similarity_threshold`` to "subspace"; ``power_iterations`` to the range finder, with which "power" starts too;
-``max_gap`` None means no cap for "official" and 16 × update_proj_gap else."""
+"""Keys of a projected group beside ``rank``.  ``power_iterations`` belongs to the range finder, with which "power"
+starts too; ``cos_threshold`` to similarity "official"; ``similarity_threshold``, ``shrink_threshold`` (None: half of
+the former), ``stagger`` and ``trigger`` to "subspace"; ``energy_threshold`` to trigger "energy".  ``max_gap`` None: no
+cap for "official", 16 × update_proj_gap else."""
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
@@ -139,17 +144,32 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
             f"got {group['max_gap']!r}"
         )
     for key, least in (("scale", -math.inf), ("gamma_proj", 1), ("cos_threshold", -math.inf),
-                       ("similarity_threshold", -math.inf)):  # fmt: skip
+                       ("similarity_threshold", -math.inf), ("shrink_threshold", -math.inf),
+                       ("energy_threshold", 0)):  # fmt: skip
         value = group[key]
+        if key == "shrink_threshold" and value is None:
+            continue
         if not isinstance(value, (int, float)) or not least <= value < math.inf:
             bound = "" if least == -math.inf else f" of at least {least}"
             raise ValueError(f"{where}: {key} must be a finite number{bound}, got {value!r}")
+    if group["shrink_threshold"] is not None and group["shrink_threshold"] > group["similarity_threshold"]:
+        raise ValueError(
+            f"{where}: shrink_threshold must not be above similarity_threshold={group['similarity_threshold']!r}, or "
+            f"one similarity asked for a longer gap and a shorter one, got {group['shrink_threshold']!r}"
+        )
+    if not isinstance(group["stagger"], bool):
+        raise ValueError(f"{where}: stagger must be True or False, got {group['stagger']!r}")
     if not _is_int(group["quant_n_bit"]):
         raise ValueError(f"{where}: quant_n_bit must be one of 4, 8, got {group['quant_n_bit']!r}")
     _one_of(group, "quant_n_bit", (4, 8), where)
     _one_of(group, "refresh", METHODS, where)
     _one_of(group, "similarity", SIMILARITIES, where)
     _one_of(group, "moments_on_refresh", ON_REFRESH, where)
+    _one_of(group, "trigger", TRIGGERS, where)
+    if group["trigger"] == "energy" and group["similarity"] == "official":
+        raise ValueError(
+            f"{where}: trigger 'energy' is no part of the published rule, similarity 'official'; use 'subspace'"
+        )
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.dim() != 2:
             raise ValueError(
@@ -209,11 +229,15 @@ def projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype:
 
 
 def refresh_rule(group: dict[str, Any]) -> Rule:
-    """When the group's gaps grow."""
+    """When the group's parameters are refreshed."""
+    gap, gamma = group["update_proj_gap"], group["gamma_proj"]
     if group["similarity"] == "official":
-        return Rule(True, group["cos_threshold"], group["gamma_proj"], group["max_gap"])
-    max_gap = group["max_gap"] or 16 * group["update_proj_gap"]
-    return Rule(False, group["similarity_threshold"], group["gamma_proj"], max_gap)
+        return Rule(True, group["cos_threshold"], gamma, group["max_gap"], gap, None, None)
+    threshold, max_gap = group["similarity_threshold"], group["max_gap"] or 16 * gap
+    if group["trigger"] == "energy":
+        return Rule(False, threshold, gamma, max_gap, gap, None, group["energy_threshold"])
+    shrink = group["shrink_threshold"]
+    return Rule(False, threshold, gamma, max_gap, gap, threshold / 2 if shrink is None else shrink, None)
 
 
 def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor]) -> Moments | None:
@@ -223,7 +247,16 @@ def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor]) -> Mome
     return Moments(stored_moments(state), state["step"], group["moments_on_refresh"], tuple(group["betas"]))
 
 
-def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def slot_of(group: dict[str, Any], index: int) -> int:
+    """The slot of the optimizer's ``index``-th projected parameter, -1 where the group's refreshes are not staggered.
+
+    Counted over groups, so that groups of the same gap share the steps of a round.
+    """
+    staggered = group["stagger"] and group["similarity"] != "official"
+    return index % group["update_proj_gap"] if staggered else -1
+
+
+def new_state(p: Tensor, group: dict[str, Any], slot: int = -1) -> dict[str, Tensor]:
     """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
     state = {"step": torch.zeros((), device=p.device)}
     shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
@@ -233,7 +266,7 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         shape = (m, rank) if side == "right" else (rank, n)
         zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
         state.update(zip(PROJECTOR, projector_format(group).encode(zeros), strict=False))
-        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"]).to_tensor()
+        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
     else:
         eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
     for name in ("exp_avg", "exp_avg_sq"):

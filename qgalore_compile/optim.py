@@ -32,7 +32,8 @@ from qgalore_compile import checkpoint, formats, groups
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
 from qgalore_compile.rng import random_bits
-from qgalore_compile.scheduler import Schedule, ScheduleRecord
+from qgalore_compile.scheduler import Schedule, ScheduleRecord, record_of
+from qgalore_compile.timing import seconds_of
 from qgalore_compile.weights import Int8Weight, write_back_
 
 
@@ -122,8 +123,10 @@ class QGaLoreAdamW(Optimizer):
                 groups.check_projection(group, names, where)
         # a clone a group: one shared tensor would be scheduled once a group
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).detach().clone()
-        for parameter in group["params"]:
-            self.state[parameter] = groups.new_state(parameter, group)
+        first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
+        for index, parameter in enumerate(group["params"], first):
+            slot = groups.slot_of(group, index) if "rank" in group else -1
+            self.state[parameter] = groups.new_state(parameter, group, slot)
         if "global" not in self.state and group["params"]:
             device = group["params"][0].device
             self.state["global"] = {  # type: ignore[index]  # PyTorch keeps entries that are not parameters as they are
@@ -148,15 +151,12 @@ class QGaLoreAdamW(Optimizer):
         for position, group in enumerate(self.param_groups):
             if "rank" not in group:
                 continue
-            rule = groups.refresh_rule(group)
             for name, p in zip(groups.names_of(group, position), group["params"], strict=True):
-                now = Schedule.from_tensor(self.state[p]["schedule"])
+                schedule = self.state[p]["schedule"]
+                rank, shape = groups.rank_of(group, p), tuple(p.shape)
                 records.append(
-                    ScheduleRecord(
-                        name, tuple(p.shape), side_of(p.shape), groups.rank_of(group, p),
-                        now.gap, now.last, now.next(rule), now.refreshes, now.similarities, now.failures,
-                    )
-                )  # fmt: skip
+                    record_of(Schedule.from_tensor(schedule), name, shape, side_of(shape), rank, seconds_of(schedule))
+                )
         return records
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The main job: train a LLaMA on text, one compiled graph a step, and compare it with the bigram model.
 
-`pretrain(config)` writes into `config.out`: `metrics.jsonl` (one line a step), `curves.png`, `result.json`, and
-`checkpoint.pt`, from which a config with `resume=True` continues.
+`pretrain(config)` writes into `config.out`: `metrics.jsonl` (one line a step), `curves.png`, `schedule.png`
+(where anything is projected), `result.json`, and `checkpoint.pt`, from which a config with `resume=True` continues.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qgalore_compile.data import bigram_loss, check_lengths, load_corpus
+from qgalore_compile.schedule_plot import plot_schedule
 from qgalore_compile.telemetry import Display, MetricsLog, StepRecord, finite, plot_curves
 from qgalore_compile.train_config import TrainConfig
 from qgalore_compile.training import Run
 
-CHECKPOINT, METRICS, CURVES, RESULT = "checkpoint.pt", "metrics.jsonl", "curves.png", "result.json"
+CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
+CURVES, SCHEDULE = "curves.png", "schedule.png"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -123,12 +125,9 @@ def pretrain(
         save_checkpoint(out / CHECKPOINT, run.state_dict())
     result = _result(run, bigram)
     (out / RESULT).write_text(json.dumps(finite(asdict(result)), indent=2) + "\n", encoding="utf-8")
-    plot_curves(
-        out / METRICS,
-        out / CURVES,
-        title=f"{config.preset}, optimizer {config.optimizer}, backend {config.backend}",
-        bigram=bigram,
-    )
+    title = f"{config.preset}, optimizer {config.optimizer}, backend {config.backend}"
+    plot_curves(out / METRICS, out / CURVES, title=title, bigram=bigram)
+    plot_schedule(out / METRICS, out / SCHEDULE, title=title)
     _conclude(console, config, result)
     return result
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from qgalore_compile import formats, groups
 from qgalore_compile.projection import Side, side_of
+from qgalore_compile.scheduler import Schedule
 from qgalore_compile.weights import Int8Weight
 
 _STATE = (Tensor, nn.Module, Optimizer)
@@ -178,9 +179,9 @@ class Entry(NamedTuple):
         return side_of(self.parameter.shape)
 
     @property
-    def refreshes(self) -> float:
-        """Refreshes of the subspace so far."""
-        return float(self.state["schedule"][3]) if "schedule" in self.state else 0.0
+    def turn(self) -> int:
+        """The clock of the next turn; a step that moves it may have computed the subspace anew."""
+        return Schedule.from_tensor(self.state["schedule"]).next if "schedule" in self.state else 0
 
     def value(self) -> Tensor:
         """What it stands for, exact or in float64."""

@@ -1,14 +1,15 @@
 """The refresh op: one opaque op per projected parameter, which asks its schedule at run time.
 
-A compiled step holds it between the projection and Adam.  It returns at once in a step that is not due, so one graph
-serves every combination of refreshing layers (Python branches would recompile, ``torch.cond`` would defeat the
-caches).  What only a refresh needs happens inside: the gradient, its subspace, the similarity, requantisation, and the
-moments' change of basis.
+A compiled step holds it between the projection and Adam.  It returns at once in a step that is not the parameter's
+turn, so one graph serves every combination of refreshing layers (Python branches would recompile, ``torch.cond`` would
+defeat the caches).  What only a turn needs happens inside: the gradient, the energy that the projector catches of it,
+its subspace, the similarity, requantisation, and the moments' change of basis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from qgalore_compile._ops import define
 from qgalore_compile.gather import gathered, is_carrier
 from qgalore_compile.moments import follow_
 from qgalore_compile.projection import Side, official_similarity, projector_shape, side_of, subspace_similarity
-from qgalore_compile.scheduler import Rule, Schedule
-from qgalore_compile.subspace import Gradient, leading_subspace
+from qgalore_compile.scheduler import Rule, Schedule, ticked_unless_due
+from qgalore_compile.subspace import Gradient, captured_energy, leading_subspace, sketched_subspace
+from qgalore_compile.timing import timed
 
 SIMILARITIES = ("subspace", "official")
+TRIGGERS = ("similarity", "energy")
 
 
 class ProjectorFormat(NamedTuple):
@@ -49,23 +52,39 @@ class ProjectorFormat(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """The op's constants: see :func:`refresh_`."""
+    """The op's constants, in the order of its schema: see :func:`refresh_`."""
 
     shape: Sequence[int]
     rank: int
     bits: int
     group_size: int
     method: str
+    power_iterations: int
     official: bool
     threshold: float
     gamma: float
     max_gap: int | None
+    min_gap: int
+    shrink: float | None
+    energy: float | None
     seed: int
     param: int
-    power_iterations: int = 2
     on_refresh: str = "keep"
     beta1: float = 0.0
     beta2: float = 0.0
+
+    @property
+    def form(self) -> ProjectorFormat:
+        return ProjectorFormat(self.bits, self.group_size)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(
+            self.official, self.threshold, self.gamma, self.max_gap, self.min_gap, self.shrink, self.energy
+        )  # fmt: skip
+
+
+# Every layer calls one of these two in every step, so nothing is built before the schedule has been asked.
 
 
 def _refresh(
@@ -73,23 +92,11 @@ def _refresh(
     projector: Sequence[Tensor],
     schedule: Tensor,
     factors: Sequence[Tensor],
-    scales: Sequence[Tensor] | None = None,
-    *,
-    moments: Sequence[Tensor] = (),
-    step: Tensor | None = None,
-    **constants: Any,
+    scales: Sequence[Tensor] | None,
+    *constants: Any,
 ) -> None:
-    settings = _Settings(**constants)
-    now = Schedule.from_tensor(schedule)
-    rule = Rule(settings.official, settings.threshold, settings.gamma, settings.max_gap)
-    if now.due(rule):
-        factors = _scaled([gathered(factors[0], settings.shape)] if is_carrier(factors[0]) else factors, scales)
-        if _finite(factors):
-            updates = int(step) if step is not None else 0
-            now = _compute_anew(low, projector, now, Gradient(factors), rule, settings, moments, updates)
-        else:
-            low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
-    schedule.copy_(now.ticked().to_tensor())
+    if not ticked_unless_due(schedule):
+        _turn(low, projector, schedule, factors, scales, _Settings(*constants), (), None)
 
 
 def _refresh_with_moments(
@@ -99,10 +106,36 @@ def _refresh_with_moments(
     moments: Sequence[Tensor],
     step: Tensor,
     factors: Sequence[Tensor],
-    scales: Sequence[Tensor] | None = None,
-    **constants: Any,
+    scales: Sequence[Tensor] | None,
+    *constants: Any,
 ) -> None:
-    _refresh(low, projector, schedule, factors, scales, moments=moments, step=step, **constants)
+    if not ticked_unless_due(schedule):
+        _turn(low, projector, schedule, factors, scales, _Settings(*constants), moments, step)
+
+
+def _turn(
+    low: Tensor,
+    projector: Sequence[Tensor],
+    schedule: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    settings: _Settings,
+    moments: Sequence[Tensor],
+    step: Tensor | None,
+) -> None:
+    """A call in which it is the parameter's turn."""
+    with timed(schedule, low.device):
+        now = Schedule.from_tensor(schedule)
+        factors = _scaled([gathered(factors[0], settings.shape)] if is_carrier(factors[0]) else factors, scales)
+        if _finite(factors):
+            gradient = Gradient(factors)
+            if now.measures(settings.rule):
+                now = now.measured(settings.rule, captured_energy(low, gradient))
+            if now.due:
+                now = _compute_anew(low, projector, now, gradient, settings, moments, step)
+        else:
+            low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
+        schedule.copy_(now.ticked().to_tensor())
 
 
 def _scaled(factors: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor]:
@@ -132,49 +165,54 @@ def _compute_anew(
     projector: Sequence[Tensor],
     now: Schedule,
     gradient: Gradient,
-    rule: Rule,
     settings: _Settings,
     moments: Sequence[Tensor],
-    updates: int,
+    step: Tensor | None,
 ) -> Schedule:
     """Overwrite the projector, R and the moments in place; the schedule after it."""
-    side = side_of(settings.shape)
-    form = ProjectorFormat(settings.bits, settings.group_size)
+    side, form = side_of(settings.shape), settings.form
     columns = projector_shape(settings.shape, settings.rank)[1]
-    new, failures = _found(gradient, low if now.refreshes else None, now.clock, side, settings)
+    new, failures = _found(gradient, low, now, side, settings)
     now = now.failed(failures)
     if new is None:
         return now  # still due, and R is the old projector's
-    similarity, old = None, None
-    if now.refreshes:
-        old = form.decode(projector, columns)
-        measure = official_similarity if rule.official else subspace_similarity
+    # the first refresh may follow a stand-in: the moments are of its basis, and its similarity would tell of a sketch
+    old = form.decode(projector, columns) if now.has_projector else None
+    similarity = None
+    if old is not None and now.refreshes:
+        measure = official_similarity if settings.official else subspace_similarity
         similarity = measure(old, new, side)
     for stored, value in zip(projector, form.encode(new), strict=True):
         stored.copy_(value)
-    if old is not None and moments:
+    if old is not None and step is not None:
         betas = (settings.beta1, settings.beta2)
         decoded = form.decode(projector, columns)
-        follow_(moments, settings.on_refresh, old, decoded, side, updates=updates, betas=betas)
+        follow_(moments, settings.on_refresh, old, decoded, side, updates=int(step), betas=betas)
     low.copy_(gradient.project(lambda dtype: form.decode(projector, columns, dtype), side))
-    return now.refreshed(rule, similarity)
+    return now.stood_in() if now.stands_in else now.refreshed(settings.rule, similarity)
 
 
 def _found(
-    gradient: Gradient, low: Tensor | None, clock: int, side: Side, settings: _Settings
+    gradient: Gradient, low: Tensor, now: Schedule, side: Side, settings: _Settings
 ) -> tuple[Tensor | None, int]:
     """(new projector, attempts that failed before it): by the group's method, by the SVD's other driver where there is
-    one, by iteration alone; None where all of them fail."""
-    attempts: list[dict[str, Any]] = [{"method": settings.method, "ordered": settings.official}]
-    if settings.method == "svd" and gradient.factors[0].is_cuda:
-        attempts.append({"method": "svd", "driver": "gesvd"})
-    attempts.append({"method": "power", "exact": False})
+    one, by iteration alone; None where all of them fail.  A stand-in is a sketch, or by iteration alone."""
+    draws: dict[str, Any] = {"seed": settings.seed, "step": now.clock, "param": settings.param}
+    compute = partial(
+        leading_subspace, gradient, settings.rank, side, power_iterations=settings.power_iterations,
+        low=low if now.refreshes else None, **draws,
+    )  # fmt: skip
+    attempts: list[Callable[[], Tensor]] = []
+    if now.stands_in:
+        attempts.append(partial(sketched_subspace, gradient, settings.rank, side, **draws))
+    else:
+        attempts.append(partial(compute, method=settings.method, ordered=settings.official))
+        if settings.method == "svd" and gradient.factors[0].is_cuda:
+            attempts.append(partial(compute, method="svd", driver="gesvd"))
+    attempts.append(partial(compute, method="power", exact=False))
     for failures, attempt in enumerate(attempts):
         try:
-            new = leading_subspace(
-                gradient, settings.rank, side, power_iterations=settings.power_iterations, low=low,
-                seed=settings.seed, step=clock, param=settings.param, **attempt,
-            )  # fmt: skip
+            new = attempt()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, but not in its __all__
             continue
         if bool(torch.isfinite(new).all()):
@@ -182,14 +220,15 @@ def _found(
     return None, len(attempts)
 
 
-_FACTORS = "Tensor[] factors, Tensor[]? scales=None"
+# No argument is keyword-only, and none has a default: as keywords, passing them on costs twice as much.
+_GRADIENT = "Tensor[] factors, Tensor[]? scales"
 _CONSTANTS = (
-    "SymInt[] shape, int rank, int bits, int group_size, str method, bool official, float threshold, float gamma, "
-    "int? max_gap, int seed, int param, int power_iterations=2"
+    "SymInt[] shape, int rank, int bits, int group_size, str method, int power_iterations, bool official, "
+    "float threshold, float gamma, int? max_gap, int min_gap, float? shrink, float? energy, int seed, int param"
 )
 # it decides on the host: no part of a CUDA graph
 _refresh_op = define(
-    f"refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, {_FACTORS}, *, {_CONSTANTS}) -> ()",
+    f"refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, {_GRADIENT}, {_CONSTANTS}) -> ()",
     _refresh,
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
@@ -197,7 +236,7 @@ _refresh_op = define(
 # An overload, so that groups that keep their moments have a graph in which nothing but Adam writes them.
 _refresh_with_moments_op = define(
     "refresh_.moments(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor(d!)[] moments, Tensor step, "
-    f"{_FACTORS}, *, {_CONSTANTS}, str on_refresh, float beta1, float beta2) -> ()",
+    f"{_GRADIENT}, {_CONSTANTS}, str on_refresh, float beta1, float beta2) -> ()",
     _refresh_with_moments,
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
@@ -235,39 +274,28 @@ def refresh_(
     Args:
         low: R, float32, of this gradient and the projector as it was; overwritten in a refresh.
         projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
-        schedule: float64 on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
+        schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
         factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
             0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
             and R becomes NaN, which the optimizer's non-finite check sees.
         shape: (m, n) of the weight.
         rank, form, method, rule, power_iterations: the group's settings.
-        seed, param: select the random numbers of the range finder.
-        moments: overwritten in every refresh but the first, whether or not the optimizer then refuses the step for
-            another parameter's sake: the projector is new, and moments belong to a projector.  None to keep them.
+        seed, param: select the random numbers of the range finder, of sketches and of completions.
+        moments: overwritten in every refresh that replaces a projector, be it a stand-in, whether or not the optimizer
+            then refuses the step for another parameter's sake: the projector is new, and moments belong to a projector.
+            None to keep them.
 
     A method that does not converge, or whose result is not finite, is followed by the next: the SVD's other driver (on
     CUDA), then "power" without an SVD.  Where that fails too, the projector and R stay as they are and the parameter
     stays due.  The schedule counts each failure.
     """
-    constants: dict[str, Any] = dict(
-        shape=list(shape),
-        rank=rank,
-        bits=form.bits,
-        group_size=form.group_size,
-        method=method,
-        official=rule.official,
-        threshold=rule.threshold,
-        gamma=rule.gamma,
-        max_gap=rule.max_gap,
-        seed=rng.signed_seed(seed),
-        param=param,
-        power_iterations=power_iterations,
-    )
+    constants = (
+        list(shape), rank, form.bits, form.group_size, method, power_iterations, *rule, rng.signed_seed(seed), param,
+    )  # fmt: skip
     if moments is None:
-        _refresh_op(low, list(projector), schedule, list(factors), **constants)
+        _refresh_op(low, list(projector), schedule, list(factors), None, *constants)
         return
-    beta1, beta2 = moments.betas
     _refresh_with_moments_op(
-        low, list(projector), schedule, list(moments.stored), moments.step, list(factors),
-        on_refresh=moments.on_refresh, beta1=beta1, beta2=beta2, **constants,
+        low, list(projector), schedule, list(moments.stored), moments.step, list(factors), None, *constants,
+        moments.on_refresh, *moments.betas,
     )  # fmt: skip

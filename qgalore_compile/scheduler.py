@@ -8,28 +8,55 @@ element    meaning
 =========  ==========================================================================================================
 clock      calls of ``step`` in which the parameter had a gradient, those that a non-finite gradient skipped included:
            counting attempts lets the decision be made without waiting for the device
-gap        calls from one refresh to the next
+next       the clock of the next *turn*, at which the op looks at the gradient: to refresh, to check, to stand in
+gap        calls from one refresh to the next; where refreshes are staggered, rounded down to a multiple of min_gap
 last       the clock at the last refresh, -1 before the first
-refreshes  refreshes so far
+refreshes  refreshes so far, the stand-in not among them
+slot       the parameter's place in a round of min_gap calls, -1 where refreshes are not staggered
+checks     energies that were compared with the reference so far
 failures   decompositions so far that did not converge or were not finite (:mod:`qgalore_compile.refresh`)
-5 …        the last ``queue_size`` similarities, oldest first, NaN where there is none yet
+energy     ‖R‖² / ‖G‖² as measured last, NaN before; the rounding of an INT4 projector can lift it above 1
+reference  the same as measured at the call after the last refresh, NaN until then
+10 …       the last ``queue_size`` similarities, oldest first, NaN where there is none yet
 =========  ==========================================================================================================
 
-Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0`` (or later, where that refresh failed on a
-gradient that was not finite); once the queue is full and its mean reaches the threshold, each refresh multiplies the
-gap by gamma; no cap, the queue is never cleared.  ``"subspace"`` counts from the last refresh, and caps the gap.
+A turn that a non-finite gradient spoilt, or decompositions that all failed, is made up for at the next call.
+
+Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0``; once the queue is full and its mean
+reaches the threshold, each refresh multiplies the gap by gamma; no cap, the queue is never cleared.  ``"subspace"``
+counts from the last refresh and
+
+caps       the gap.
+shrinks    it by gamma, not below min_gap, when the *newest* similarity is below ``shrink``.  Not the mean: that would
+           hold up the answer by several of the longest gaps, while a false alarm costs a few refreshes.  What the
+           queue held was true of the subspace before it moved, so it goes, and growth has to be earned again.
+staggers   refreshes over parameters.  The i-th projected parameter of an optimizer has the slot i mod min_gap, and
+           its turns come at clocks ≡ slot (mod min_gap) alone: the first at the slot, the others whole multiples of
+           min_gap later.  Two parameters of different slots never meet, so of N parameters whose clocks agree at most
+           ceil(N / min_gap) refresh in one step, without a word between them.  A parameter that had no gradient in some
+           steps is behind by as many: its turns meet other slots' from then on, one in each of its rounds.  So do,
+           for once, turns that are made up for.  Until its slot comes, a projector from a sketch of the
+           first gradient stands in (:func:`~qgalore_compile.subspace.sketched_subspace`): no step has N
+           decompositions, the first neither.  What the stand-in and the first refresh have in common is not counted as
+           a similarity, for it tells about the sketch.
+energy     is, where a threshold is given, what decides at a turn, once in min_gap calls: refresh when the projector
+           catches less than this part of the reference, or when max_gap calls have passed.  The reference is the next
+           gradient's, not the refreshed one's own, which a projector fits better than any other.  The gap stays.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FIXED = 5  # elements before the queue
+EXACT = 8
+"""Elements before ``energy``: integers, which two runs of the same step have in common, whatever rounds them."""
+FIXED = EXACT + 2
+"""Elements before the queue."""
 
 
 class Rule(NamedTuple):
@@ -38,14 +65,20 @@ class Rule(NamedTuple):
     Attributes:
         official: Q-GaLore's published rule; else the rule of this project.
         threshold: mean similarity from which on the gap grows.
-        gamma: factor by which it grows.
+        gamma: factor by which it grows and shrinks.
         max_gap: the gap never exceeds it; None for no cap.
+        min_gap: ``update_proj_gap``, the first gap; it does not shrink below, and staggered turns are multiples apart.
+        shrink: similarity below which it shrinks; None for never.
+        energy: fraction of the reference below which a check refreshes; None where similarities decide.
     """
 
     official: bool
     threshold: float
     gamma: float
     max_gap: int | None
+    min_gap: int = 1
+    shrink: float | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,59 +86,108 @@ class Schedule:
     """A parameter's schedule as Python numbers; the module's docstring describes the fields."""
 
     clock: int
+    next: int
     gap: int
     last: int
     refreshes: int
+    slot: int
+    checks: int
+    failures: int
+    energy: float
+    reference: float
     queue: tuple[float, ...]
-    failures: int = 0
 
     @classmethod
-    def first(cls, gap: int, queue_size: int) -> Schedule:
+    def first(cls, gap: int, queue_size: int, slot: int = -1) -> Schedule:
         """Before the first step."""
-        return cls(clock=0, gap=gap, last=-1, refreshes=0, queue=(math.nan,) * queue_size)
+        return cls(0, 0, gap, -1, 0, slot, 0, 0, math.nan, math.nan, (math.nan,) * queue_size)
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Schedule:
-        """Read the float64 tensor (5 + queue_size,)."""
-        clock, gap, last, refreshes, failures, *queue = tensor.tolist()
-        return cls(int(clock), int(gap), int(last), int(refreshes), tuple(queue), int(failures))
+        """Read the float64 tensor (FIXED + queue_size,)."""
+        numbers = tensor.tolist()
+        clock, next_, gap, last, refreshes, slot, checks, failures = map(int, numbers[:EXACT])
+        energy, reference = numbers[EXACT:FIXED]
+        queue = tuple(numbers[FIXED:])
+        return cls(clock, next_, gap, last, refreshes, slot, checks, failures, energy, reference, queue)
 
     def to_tensor(self) -> Tensor:
-        """float64 tensor (5 + queue_size,) on the CPU."""
-        fixed = (self.clock, self.gap, self.last, self.refreshes, self.failures)
-        return torch.tensor([*fixed, *self.queue], dtype=torch.float64, device="cpu")
+        """float64 tensor (FIXED + queue_size,) on the CPU."""
+        counts = (
+            self.clock, self.next, self.gap, self.last, self.refreshes, self.slot, self.checks, self.failures,
+        )  # fmt: skip
+        return torch.tensor([*counts, self.energy, self.reference, *self.queue], dtype=torch.float64, device="cpu")
 
     @property
     def similarities(self) -> tuple[float, ...]:
         """The similarities in the queue, oldest first."""
         return tuple(value for value in self.queue if not math.isnan(value))
 
-    def due(self, rule: Rule) -> bool:
-        """Whether the step at ``clock`` refreshes the subspace."""
-        if self.last < 0:
-            return True
-        if rule.official:  # a multiple of the gap has come since: the published clock % gap == 0, but for failed ones
-            return self.clock // self.gap > self.last // self.gap
-        return self.clock - self.last >= self.gap
+    @property
+    def due(self) -> bool:
+        """Whether it is the parameter's turn."""
+        return self.clock >= self.next
 
-    def next(self, rule: Rule) -> int:
-        """The clock of the next refresh."""
-        if self.last < 0:
-            return self.clock
-        if rule.official:
-            return max(self.clock, (self.last // self.gap + 1) * self.gap)
-        return max(self.clock, self.last + self.gap)
+    @property
+    def stands_in(self) -> bool:
+        """Whether this turn asks for the stand-in only, since the slot is still to come."""
+        return self.refreshes == 0 and self.clock < self.slot
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether a refresh or a stand-in has put a projector in the place of the first zeros."""
+        return self.refreshes > 0 or 0 < self.slot == self.next
+
+    def stood_in(self) -> Schedule:
+        """After the stand-in."""
+        return replace(self, next=self.slot)
 
     def refreshed(self, rule: Rule, similarity: float | None) -> Schedule:
         """After a refresh at ``clock``; ``similarity`` of the new subspace to the old, None at the first refresh."""
         queue, gap = self.queue, self.gap
         if similarity is not None:
             queue = (*queue[1:], similarity)
-            if not any(map(math.isnan, queue)) and sum(queue) / len(queue) >= rule.threshold:
+            if rule.shrink is not None and similarity < rule.shrink:
+                queue = (math.nan,) * (len(queue) - 1) + (similarity,)
+                gap = max(rule.min_gap, int(gap / rule.gamma))
+            elif rule.energy is None and sum(queue) / len(queue) >= rule.threshold:  # NaN, where not full, is not
                 gap = int(gap * rule.gamma)
                 if rule.max_gap is not None:
                     gap = max(self.gap, min(gap, rule.max_gap))
-        return replace(self, gap=gap, last=self.clock, refreshes=self.refreshes + 1, queue=queue)
+        now = replace(self, gap=gap, last=self.clock, refreshes=self.refreshes + 1, queue=queue, reference=math.nan)
+        return replace(now, next=now._next_refresh(rule))
+
+    def _next_refresh(self, rule: Rule) -> int:
+        if rule.official:
+            return (self.clock // self.gap + 1) * self.gap
+        if rule.energy is not None:
+            return self.clock + 1  # to measure the reference
+        return self._turn(self.clock, self.gap, rule)
+
+    def _turn(self, start: int, gap: int, rule: Rule) -> int:
+        """The clock of the turn that follows one at ``start``, or at the slot before it, after ``gap`` calls."""
+        if self.slot < 0:
+            return max(start + gap, self.clock + 1)
+        return start - (start - self.slot) % rule.min_gap + max(gap // rule.min_gap, 1) * rule.min_gap
+
+    def measures(self, rule: Rule) -> bool:
+        """Whether this turn asks for the captured energy first."""
+        return rule.energy is not None and self.refreshes > 0
+
+    def measured(self, rule: Rule, energy: float) -> Schedule:
+        """After measuring the captured energy (NaN: of no gradient); still due if it asks for a refresh."""
+        assert rule.energy is not None
+        # the reference's turn comes beside the others, which count from the refresh
+        start = self.last if self.slot < 0 and self.clock == self.last + 1 else self.clock
+        if math.isnan(self.reference):
+            now = replace(self, energy=energy, reference=energy)
+        else:
+            now = replace(self, energy=energy, checks=self.checks + 1)
+            if energy < rule.energy * self.reference:
+                return now
+            if rule.max_gap is not None and self.clock - self.last >= rule.max_gap:
+                return now
+        return replace(now, next=self._turn(start, rule.min_gap, rule))
 
     def failed(self, times: int) -> Schedule:
         """After decompositions that failed at ``clock``."""
@@ -116,9 +198,44 @@ class Schedule:
         return replace(self, clock=self.clock + 1)
 
 
+def is_due(schedule: Tensor) -> bool:
+    """``Schedule.from_tensor(schedule).due``, at a fifth of its time."""
+    numbers = schedule.numpy()
+    return bool(numbers[0] >= numbers[1])
+
+
+def ticked_unless_due(schedule: Tensor) -> bool:
+    """Count the call in ``schedule`` if it is nobody's turn; False, and nothing counted, if it is.
+
+    Every layer comes here in every step.  Through NumPy, which writes one element in place: 3 µs, where PyTorch's
+    indexing takes 7 and reading and writing all of it took 21.
+    """
+    numbers = schedule.numpy()
+    if numbers[0] >= numbers[1]:
+        return False
+    numbers[0] += 1
+    return True
+
+
 @dataclass(frozen=True)
 class ScheduleRecord:
-    """The refresh schedule of one projected parameter; steps count from 0, ``last`` is -1 before the first refresh."""
+    """The refresh schedule of one projected parameter.
+
+    Attributes:
+        name, shape, side, rank: of the parameter and its projector.
+        gap: calls from one refresh to the next, as the similarities have it; staggered refreshes round it down to a
+            multiple of update_proj_gap, and with trigger "energy" it is update_proj_gap.
+        last, next: steps (from 0) of the last refresh, -1 before the first, and of the next turn: a refresh, or with
+            trigger "energy" a look at the gradient.  They count the steps in which the parameter had a gradient.
+        refreshes: so far, the stand-in not among them.
+        similarities: the last ``queue_size`` ones, oldest first; since the last fall, where one fell low.
+        slot: the parameter's place in a round of update_proj_gap steps; None where refreshes are not staggered.
+        checks: captured energies that were compared with the reference so far.
+        failures: decompositions so far that did not converge or were not finite.
+        energy, reference: ‖R‖² / ‖G‖² as measured last, and as measured after the last refresh; None where trigger
+            "energy" has not measured it yet.
+        seconds: spent in the turns of this parameter by this process; no part of the state, nor of comparisons.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -129,4 +246,30 @@ class ScheduleRecord:
     next: int
     refreshes: int
     similarities: tuple[float, ...]
+    slot: int | None
+    checks: int
     failures: int
+    energy: float | None
+    reference: float | None
+    seconds: float = field(repr=False, compare=False)
+
+
+def record_of(now: Schedule, name: str, shape: tuple[int, ...], side: str, rank: int, seconds: float) -> ScheduleRecord:
+    """What there is to tell of a schedule."""
+    return ScheduleRecord(
+        name=name,
+        shape=shape,
+        side=side,
+        rank=rank,
+        gap=now.gap,
+        last=now.last,
+        next=max(now.clock, now.next),
+        refreshes=now.refreshes,
+        similarities=now.similarities,
+        slot=now.slot if now.slot >= 0 else None,
+        checks=now.checks,
+        failures=now.failures,
+        energy=None if math.isnan(now.energy) else now.energy,
+        reference=None if math.isnan(now.reference) else now.reference,
+        seconds=seconds,
+    )

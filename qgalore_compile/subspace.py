@@ -12,8 +12,12 @@ randomized    range finder: q times A Aᵀ of a random S of rank + 16 columns on
               directions of it, in order.  A random S on the long side, Halko's, costs more numbers and half a step more
 power         one step of subspace iteration from the old projector: orthonormal columns of A (Aᵀ P), where Aᵀ P is the
               R that the step has projected anyway.  A basis of the subspace, not its singular vectors in order; each
-              column stays near the old one of its number.  Without an old projector it is "randomized".
+              column stays near the old one of its number.  Without an old projector it is "randomized", nor does a
+              stand-in's count as one: from a sketch of an earlier gradient, a step reaches 0.89 to 0.95 of the exact
+              energy where the range finder reaches 0.97 to 0.99
 ============  ======================================================================================================
+
+Where a parameter waits for its first refresh, :func:`sketched_subspace` gives it a rougher one.
 
 Below the rank in tokens all of them are exact, through the factors.  Products run in float32; Gram matrices, Cholesky
 factors and eigenvectors in float64, so that squaring a float32 matrix loses nothing: these are products and small
@@ -25,6 +29,7 @@ Computations, 4th edition, section 5.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,6 +75,19 @@ class Gradient:
         wide = [factor.to(torch.float32) for factor in self.factors]
         found = list(zip(wide[::2], wide[1::2], strict=True))
         return found if side == "left" else [(right, left) for left, right in found]
+
+    def energy(self) -> float:
+        """‖G‖².
+
+        ‖dYᵀX‖² is the sum of (dY dYᵀ) ∘ (X Xᵀ): 2T²(m + n) operations, where forming G takes 2Tmn.
+        """
+        m, n = self.shape
+        if self._formed is not None or self.tokens is None or self.tokens * (m + n) >= m * n:
+            return _energy(self.formed())
+        grad_outputs = torch.cat([factor.to(torch.float32) for factor in self.factors[::2]])
+        inputs = torch.cat([factor.to(torch.float32) for factor in self.factors[1::2]])
+        products = (grad_outputs @ grad_outputs.t()).mul_(inputs @ inputs.t())
+        return float(products.sum(dtype=torch.float64))
 
     def project(self, projector: Callable[[torch.dtype], Tensor], side: Side) -> Tensor:
         """R, products in the gradient's dtype, through G where there is one.  ``projector`` gives P in a dtype."""
@@ -157,6 +175,43 @@ def leading_subspace(
         sketch = rng.normal((d, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param)
         vectors, values = _range_finder(operator, sketch.to(operator.device), power_iterations)
     return _laid_out(_complete(vectors[:, :rank], values[:rank], rank, (seed, step, param)), side)
+
+
+def sketched_subspace(
+    factors: Sequence[Tensor] | Gradient, rank: int, side: Side, *, seed: int = 0, step: int = 0, param: int = 0
+) -> Tensor:
+    """A rough projector at the price of a product: an orthonormal basis of A Ω, Ω (k, rank) random.
+
+    The range finder without power iterations, oversampling or the decomposition that would choose among directions:
+    0.83 of the energy that the exact subspace catches, where singular values fall like i^-0.5, and all of it where the
+    gradient's rank is below ``rank``.  Arguments and result are those of :func:`leading_subspace`.
+    """
+    gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
+    k = gradient.shape[1 if side == "left" else 0]
+    # one product, and R: what a power step asks of G
+    operator = _Operator(gradient, side, _through_factors(gradient, "power", rank, 0))
+    sketch = operator(rng.normal((k, rank), seed=seed, step=step, param=param).to(operator.device))
+    basis = _orthonormal(sketch)
+    if basis is None:
+        vectors, values = _singular(sketch)
+        basis = _complete(vectors, values, rank, (seed, step, param))
+    return _laid_out(basis, side)
+
+
+def captured_energy(low: Tensor, factors: Sequence[Tensor] | Gradient) -> float:
+    """‖R‖² / ‖G‖², without forming G where that is cheaper; NaN where G is zero.
+
+    Args:
+        low: R, of any dtype.
+        factors: ``[G]`` or ``[dY1, X1, …]``, or a :class:`Gradient` of those.
+    """
+    gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
+    whole = gradient.energy()
+    return _energy(low) / whole if whole > 0 else math.nan
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _through_factors(gradient: Gradient, method: str, rank: int, iterations: int) -> bool:

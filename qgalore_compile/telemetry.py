@@ -17,6 +17,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A projected weight's turn in a step: its refresh, the stand-in for it, or a look at the captured energy.
+
+    Attributes:
+        name: of the weight.
+        refreshed: whether its subspace was computed anew; the stand-in does not count.
+        gap: from now on, steps.
+        similarity: of the new subspace to the old; None where no two were compared.
+        energy: ‖R‖² / ‖G‖² before the refresh, if that was measured.
+        seconds: that the turn took, gathering included.
+    """
+
+    name: str
+    refreshed: bool
+    gap: int
+    similarity: float | None
+    energy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One step; one line of `metrics.jsonl`.
 
@@ -33,6 +54,7 @@ class StepRecord:
         graphs: graphs that Dynamo has compiled for this run so far.
         compile_seconds: how long the process's first step took, compilation included; None for the others.
         val_loss: nats per byte, where the step ends with an evaluation.
+        turns: of the weights whose turn it was.
     """
 
     step: int
@@ -47,6 +69,7 @@ class StepRecord:
     graphs: int
     compile_seconds: float | None = None
     val_loss: float | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 def resident_bytes() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qgalore_compile.llama import LlamaConfig, find_preset
 
+TRIGGERS = ("similarity", "energy")
 OPTIMIZERS = ("qgalore", "galore", "adamw")
 BACKENDS = ("qgalore", "inductor", "eager")
 DTYPES = ("float32", "bfloat16")
@@ -27,8 +28,8 @@ class TrainConfig:
         preset: the model, by its name in `llama.PRESETS`.
         steps, accumulate, batch, seq: optimizer steps; micro-batches of a step; sequences of one; tokens of a sequence.
         lr: peak learning rate.
-        rank, update_proj_gap, scale, refresh, power_iterations, moments_on_refresh, similarity: group keys of the
-            projected weights; "adamw" ignores them.
+        rank, update_proj_gap, scale, refresh, power_iterations, moments_on_refresh, similarity, max_gap, stagger,
+            trigger, energy_threshold: group keys of the projected weights; "adamw" ignores them.
         optimizer: "qgalore" (INT8 weights, INT4 projectors, 8-bit moments), "galore" (the same in float) or "adamw"
             (full rank).
         backend: "qgalore" and "inductor" compile the training step, "eager" does not.
@@ -56,6 +57,10 @@ class TrainConfig:
     power_iterations: int = 2
     moments_on_refresh: str = "keep"
     similarity: str = "subspace"
+    max_gap: int | None = None
+    stagger: bool = True
+    trigger: str = "similarity"
+    energy_threshold: float = 0.8
     accumulate: int = 1
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
@@ -98,7 +103,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         preset = find_preset(self.preset)
-        for name, allowed in (("optimizer", OPTIMIZERS), ("backend", BACKENDS), ("dtype", DTYPES)):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("backend", BACKENDS), ("dtype", DTYPES),
+                              ("trigger", TRIGGERS)):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{option(name)} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations",
@@ -109,8 +115,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ValueError(f"{option(name)} {value}: must be a number above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay {self.weight_decay}: must be a number of at least 0")
+        for name in ("weight_decay", "energy_threshold"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{option(name)} {getattr(self, name)}: must be a number of at least 0")
+        if self.max_gap is not None and self.max_gap < self.update_proj_gap:
+            raise ValueError(
+                f"--max-gap {self.max_gap}: must be at least --update-proj-gap, which is {self.update_proj_gap}"
+            )
+        if self.trigger == "energy" and self.similarity == "official":
+            raise ValueError("--trigger energy is no part of the published rule, --similarity official; drop one")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed}: must be in 0 … 2**63 - 1")
         if self.vocab_size < 256:

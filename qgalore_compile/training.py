@@ -18,7 +18,8 @@ from qgalore_compile.data import Corpus, training_batch, validation_batches
 from qgalore_compile.groups import param_groups
 from qgalore_compile.llama import Llama
 from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.telemetry import StepRecord, resident_bytes
+from qgalore_compile.scheduler import ScheduleRecord
+from qgalore_compile.telemetry import StepRecord, Turn, resident_bytes
 from qgalore_compile.train_config import TrainConfig
 from qgalore_compile.weights import quantize_
 
@@ -55,6 +56,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
         power_iterations=config.power_iterations,
         moments_on_refresh=config.moments_on_refresh,
         similarity=config.similarity,
+        max_gap=config.max_gap,
+        stagger=config.stagger,
+        trigger=config.trigger,
+        energy_threshold=config.energy_threshold,
         quant=quantised,
         weight_decay=config.weight_decay,
     )
@@ -169,7 +174,8 @@ class Run:
         self.compile_seconds = math.nan
         self.compiling_steps: list[int] = []
         self._graphs_before = compiled_graphs()
-        self._refreshes: dict[str, int] = {}
+        self._schedule: dict[str, ScheduleRecord] = {}
+        self._turns()
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     @property
@@ -185,7 +191,7 @@ class Run:
     @property
     def refreshes(self) -> int:
         """Refreshes of all projected weights so far."""
-        return sum(self._refreshes.values())
+        return sum(record.refreshes for record in self._schedule.values())
 
     @property
     def skipped_steps(self) -> int:
@@ -225,6 +231,7 @@ class Run:
         evaluated = self.step % config.eval_every == 0 or self.step == config.steps
         if evaluated:
             self.val_loss = evaluate(self.model, self.corpus.validation, config)
+        turns = self._turns()
         return StepRecord(
             step=self.step,
             loss=loss_value,
@@ -232,20 +239,29 @@ class Run:
             grad_norm=grad_norm.item(),
             tokens_per_second=config.tokens_per_step / seconds,
             rss=resident_bytes(),
-            refreshed=self._refreshed(),
+            refreshed=tuple(turn.name for turn in turns if turn.refreshed),
             refreshes=self.refreshes,
             skipped_steps=self.skipped_steps,
             graphs=self.graphs,
             compile_seconds=seconds if first else None,
             val_loss=self.val_loss if evaluated else None,
+            turns=turns,
         )
 
-    def _refreshed(self) -> tuple[str, ...]:
-        """Names of the weights refreshed since the last call."""
+    def _turns(self) -> tuple[Turn, ...]:
+        """The weights that had their turn since the last call: those that have spent time in it."""
         if not isinstance(self.optimizer, QGaLoreAdamW):
             return ()
-        before, self._refreshes = self._refreshes, {r.name: r.refreshes for r in self.optimizer.schedule()}
-        return tuple(name for name, refreshes in self._refreshes.items() if refreshes > before.get(name, 0))
+        before, self._schedule = self._schedule, {record.name: record for record in self.optimizer.schedule()}
+        turns = []
+        for name, earlier in before.items():
+            now = self._schedule[name]
+            if now.seconds > earlier.seconds:
+                refreshed = now.refreshes > earlier.refreshes
+                similarity = now.similarities[-1] if refreshed and now.similarities else None
+                energy = now.energy if earlier.refreshes else None
+                turns.append(Turn(name, refreshed, now.gap, similarity, energy, now.seconds - earlier.seconds))
+        return tuple(turns)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, in types that `torch.load(weights_only=True)` accepts."""
@@ -265,4 +281,4 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.step, self.val_loss = saved["step"], saved["val_loss"]
-        self._refreshed()
+        self._turns()

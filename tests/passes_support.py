@@ -39,6 +39,7 @@ class Layer:
         projector, weight: "float", or "int4" and "int8".
         dtype: of the activations, the gradient and both products; states are float32.
         refresh: "svd" or "randomized" puts the refresh op behind R; ``due``: whether its schedule says so.
+        follow: "rotate" or "reset" hands the op the moments of the rule "adam" too.
         after: what happens to the gradient before the projection.
     """
 
@@ -58,6 +59,7 @@ class Layer:
     dtype: torch.dtype = torch.float32
     refresh: str | None = None
     due: bool = True
+    follow: str | None = None
     after: Callable[[Tensor, Tensors], Tensor] = lambda gradient, tensors: gradient
 
     def __post_init__(self) -> None:
@@ -137,16 +139,20 @@ class Layer:
     def _refreshed(self, low: Tensor, gradient: Tensor, t: Tensors) -> tuple[Tensor, Tensors]:
         """R and what the refresh op writes, as a functional graph holds it."""
         names = ["p_codes", "p_scale", "p_offset"] if self.projector == "int4" else ["p"]
-        bases = [low, *(t[name] for name in names), t["schedule"]]
-        places = {f"_projector_{index}_base_index": 1 + index for index in range(len(names))}
+        moments = ["m", "v"] if self.follow else []
+        bases = [low, *(t[name] for name in (*names, "schedule", *moments))]
+        places: dict[str, Any] = {f"_projector_{index}_base_index": 1 + index for index in range(len(names))}
+        if self.follow:
+            places |= {f"_moments_{index}_base_index": 2 + len(names) + index for index in range(2)}
+            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "beta1": 0.9, "beta2": 0.99}
         returned = FUNCTIONALIZED(
-            torch.ops.qgalore.refresh_.default,
+            torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default,
             factors=[gradient], scales=None, shape=list(self.shape), rank=self.rank,
-            bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, **RULE._asdict(),
-            seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
-            _schedule_base_index=len(bases) - 1, _all_bases=bases,
+            bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, power_iterations=2,
+            **RULE._asdict(), seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
+            _schedule_base_index=1 + len(names), _all_bases=bases,
         )  # fmt: skip
-        return returned[1], dict(zip([*names, "schedule"], returned[2:], strict=True))
+        return returned[1], dict(zip([*names, "schedule", *moments], returned[2:], strict=True))
 
 
 def _encoded(name: str, value: Tensor, quantize: Callable[..., Any] | None) -> Tensors:

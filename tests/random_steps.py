@@ -12,9 +12,8 @@ factors powers of two.  What follows, from Adam to quantised moments, then sees 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -23,11 +22,12 @@ from torch import Tensor, fx
 
 from qgalore_compile import formats
 from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED
-from qgalore_compile.scheduler import Schedule
+from qgalore_compile.scheduler import Rule, Schedule
 
 aten = torch.ops.aten
 
 GROUP = 4
+ONCE = replace(Schedule.first(10, 1), clock=5, last=0, refreshes=1)  # refreshed once, five calls ago
 
 FLAWS = {
     "gradient returned": "the step returns Σ G beside the loss",
@@ -165,7 +165,7 @@ class Step:
                 "m": encode(layer.momentum, torch.randn(layer.low_shape, generator=generator)),
                 "v": [torch.rand(layer.low_shape, generator=generator)],
                 "q": [integers(*layer.projector_shape)],
-                "s": [Schedule(5, 1 if layer.due else 100, 0, 1, (math.nan,)).to_tensor()],
+                "s": [replace(ONCE, next=1 if layer.due else 100).to_tensor()],
             }
             made |= {f"{kind}{index}.{part}": each for kind, parts in stored.items() for part, each in enumerate(parts)}
         names = list(made)
@@ -292,12 +292,12 @@ class Step:
         if not layer.refresh:
             return low, stored
         bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
-        rule = {"official": False, "threshold": 0.4, "gamma": 2.0, "max_gap": None}
+        rule = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=None)._asdict()
         places = {f"_projector_{at}_base_index": at + 1 for at in range(len(stored))}
         _, new_low, *new_stored, new_schedule = recorder.call(
             FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, factors=[gradient], scales=None,
             shape=[layer.m, layer.n], rank=layer.rank, bits=bits, group_size=GROUP,
-            method="svd", **rule, seed=0, param=index, _low_base_index=0,
+            method="svd", power_iterations=2, **rule, seed=0, param=index, _low_base_index=0,
             _projector_length=len(stored), **places, _schedule_base_index=len(stored) + 1,
             _all_bases=[low, *stored, *schedule],
         )  # fmt: skip

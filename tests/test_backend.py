@@ -51,14 +51,14 @@ def warm_up_and_cosine(opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr
 # -- one graph --------------------------------------------------------------------------------------------------------
 
 
-def model_with_two_gaps() -> tuple[Toy, qg.QGaLoreAdamW]:
+def model_with_two_gaps(**keys: Any) -> tuple[Toy, qg.QGaLoreAdamW]:
     """Layers that refresh at different steps: gaps 3 and 7, growing from the second similarity on."""
     torch.manual_seed(0)
     model = qg.quantize_(Toy(), group_size=8)
     first, second = (linear.weight for linear in model.blocks)
     projected = {id(first), id(second)}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in projected]
-    keys = {"rank": 4, "queue_size": 2, "similarity_threshold": 0.1}
+    keys = {"rank": 4, "queue_size": 2, "similarity_threshold": 0.1, **keys}
     groups = [
         {"params": [first], "update_proj_gap": 3, **keys},
         {"params": [second], "update_proj_gap": 7, "refresh": "randomized", **keys},
@@ -68,7 +68,7 @@ def model_with_two_gaps() -> tuple[Toy, qg.QGaLoreAdamW]:
 
 
 def test_forty_steps_with_schedule_refreshes_and_accumulation_are_one_graph() -> None:
-    model, opt = model_with_two_gaps()
+    model, opt = model_with_two_gaps(stagger=False)
     schedule = warm_up_and_cosine(opt, 40)
     step, backend = compiled(training_step(model, opt))
     compiling_steps, refreshed_together = set(), set()
@@ -93,10 +93,11 @@ def test_a_last_smaller_batch_costs_at_most_one_more_compile() -> None:
     assert backend.count <= 2
 
 
-def test_the_compiled_step_refreshes_when_the_eager_one_does() -> None:
+@pytest.mark.parametrize("stagger", [False, True], ids=["together", "staggered"])
+def test_the_compiled_step_refreshes_when_the_eager_one_does(stagger: bool) -> None:
     logs = []
     for compile_it in (False, True):
-        model, opt = model_with_two_gaps()
+        model, opt = model_with_two_gaps(stagger=stagger)
         step: Any = training_step(model, opt)
         if compile_it:
             step, _ = compiled(step)
@@ -198,7 +199,9 @@ def test_a_compiled_step_equals_an_eager_step(settings: dict[str, Any]) -> None:
 
 
 def test_a_compiled_step_equals_an_eager_step_in_bfloat16() -> None:
-    compare_along_a_run(*toy(dtype=torch.bfloat16), tolerance=BFLOAT16)
+    # not staggered: at the refresh in step 1 two entries of a singular vector are nearly the largest, so that bfloat16
+    # decides its sign, and the moments of the step before stay what they are
+    compare_along_a_run(*toy(dtype=torch.bfloat16, stagger=False), tolerance=BFLOAT16)
 
 
 def test_a_compiled_step_equals_an_eager_step_with_a_tied_head() -> None:
@@ -304,7 +307,7 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: update, refresh, reassociate"),
+        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: unpad, update, refresh, reassociate"),
         ({"exact": 1}, "'exact' must be True or"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),

@@ -131,12 +131,12 @@ def test_a_scheduler_resumes_too() -> None:
 
 
 def test_counters_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, opt = same_layout()
+    model, opt = same_layout(stagger=False)
     monkeypatch.setattr(torch.linalg, "svd", no_convergence)
     model(tokens()).backward()
     model.embed.weight.grad[0, 0] = torch.nan  # type: ignore[index]
     opt.step()
-    _, other = same_layout()
+    _, other = same_layout(stagger=False)
     other.load_state_dict(through_a_file(opt.state_dict()))
     assert int(other.skipped_steps) == 1
     assert [record.failures for record in other.schedule()] == [1, 1]
@@ -210,6 +210,37 @@ def test_a_state_of_another_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"blocks\.0\.weight of shape \(20, 12\).*exp_avg.*float32.*uint8"):
         opt.load_state_dict(saved)
     assert_same(was, snapshot(model, opt))
+
+
+@pytest.mark.parametrize(("fixed", "queue_size"), [(4, 5), (4, 11), (5, 5), (5, 10)])
+def test_a_schedule_of_an_earlier_layout_is_refused_even_where_its_length_fits(fixed: int, queue_size: int) -> None:
+    """Four numbers stood before the queue, later five; ten do."""
+    model, opt = toy()
+    saved = through_a_file(opt.state_dict())
+    for key in saved["param_groups"][0]["params"]:
+        saved["state"][key]["schedule"] = torch.zeros(fixed + queue_size, dtype=torch.float64)
+    saved["param_groups"][0]["queue_size"] = queue_size
+    train(model, opt, 0, 2)
+    was, keys = snapshot(model, opt), repr(opt.param_groups)
+    with pytest.raises(ValueError, match=r"blocks\.0\.weight.*schedule.*settings of the saved one"):
+        opt.load_state_dict(saved)
+    assert_same(was, snapshot(model, opt))
+    assert repr(opt.param_groups) == keys
+
+
+@pytest.mark.parametrize("trigger", ["similarity", "energy"])
+def test_a_run_resumed_before_its_first_refresh_keeps_its_slots(trigger: str) -> None:
+    settings = {"trigger": trigger, "update_proj_gap": 3, "queue_size": 2, "similarity_threshold": 0.0}
+    model, opt = toy(**settings)
+    train(model, opt, 0, 1)  # the second weight has a stand-in
+    saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+    train(model, opt, 1, 9)
+    resumed, resumed_opt = toy(seed=1, **settings)
+    resumed.load_state_dict(saved["model"])
+    resumed_opt.load_state_dict(saved["opt"])
+    train(resumed, resumed_opt, 1, 9)
+    assert_same(snapshot(model, opt), snapshot(resumed, resumed_opt))
+    assert repr(opt.schedule()) == repr(resumed_opt.schedule())
 
 
 def test_another_model_s_state_is_refused() -> None:

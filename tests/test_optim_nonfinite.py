@@ -28,7 +28,7 @@ steps_before = pytest.mark.parametrize("before", [0, 1, GAP], ids=["first step",
 
 def setting_up(before: int, **settings: Any) -> tuple[Toy, qg.QGaLoreAdamW]:
     """A model after ``before`` steps, with the gradients of the next one."""
-    model, opt = toy(update_proj_gap=GAP, similarity_threshold=2.0, **settings)
+    model, opt = toy(update_proj_gap=GAP, similarity_threshold=2.0, stagger=False, **settings)
     step = training_step(model, opt)
     for index in range(before):
         step(tokens(seed=index))

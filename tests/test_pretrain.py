@@ -108,11 +108,36 @@ def test_run_learns_and_leaves_metrics_curves_result_and_checkpoint(config: Trai
 
 
 def test_refreshes_are_counted_and_named_in_the_step_that_did_them(config: TrainConfig) -> None:
-    result, _ = train(replace(config, steps=9))
+    result, _ = train(replace(config, steps=9, stagger=False))
     refreshed = {r["step"]: r["refreshed"] for r in read_metrics(Path(config.out, "metrics.jsonl")) if r["refreshed"]}
     assert len(refreshed[1]) == 14
     assert "layers.1.mlp.down_proj.weight" in refreshed[1]
     assert result.refreshes == sum(map(len, refreshed.values())) > 14
+
+
+def test_every_turn_is_told_and_no_step_has_more_refreshes_than_its_share(config: TrainConfig) -> None:
+    result, _ = train(replace(config, steps=9))
+    records = read_metrics(Path(config.out, "metrics.jsonl"))
+    turns = {record["step"]: record["turns"] for record in records}
+    assert len(turns[1]) == 14  # refreshed or stood in for
+    assert all(turn["seconds"] > 0 for each in turns.values() for turn in each)
+    share = -(-14 // config.update_proj_gap)
+    refreshed = [[turn["name"] for turn in turns[step] if turn["refreshed"]] for step in turns]
+    assert refreshed == [record["refreshed"] for record in records]
+    assert max(map(len, refreshed)) == share
+    assert sum(map(len, refreshed)) == result.refreshes
+    assert len({name for names in refreshed[: config.update_proj_gap] for name in names}) == 14
+    again = [turn for step in range(1 + config.update_proj_gap, 10) for turn in turns[step]]
+    assert all(0 <= turn["similarity"] <= 1 and turn["gap"] == config.update_proj_gap for turn in again)
+    assert Path(config.out, "schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_energy_trigger_tells_what_projectors_caught(config: TrainConfig) -> None:
+    train(replace(config, steps=9, trigger="energy"))
+    turns = [turn for record in read_metrics(Path(config.out, "metrics.jsonl")) for turn in record["turns"]]
+    energies = [turn["energy"] for turn in turns if turn["energy"] is not None]
+    assert len(energies) >= 14  # a reference each
+    assert all(0 <= energy < 1.1 for energy in energies)
 
 
 def test_learning_rate_warms_up_then_falls_to_a_tenth(config: TrainConfig) -> None:
@@ -364,6 +389,10 @@ def test_preset_gives_the_settings_and_options_replace_them() -> None:
         ({"lr": 0.0}, "--lr 0.0: must be a number above 0"),
         ({"lr": math.nan}, "--lr nan"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),
+        ({"trigger": "loss"}, "--trigger 'loss': must be one of similarity, energy"),
+        ({"trigger": "energy", "similarity": "official"}, "--trigger energy is no part of the published rule"),
+        ({"energy_threshold": -1.0}, "--energy-threshold -1.0: must be a number of at least 0"),
+        ({"max_gap": 5, "update_proj_gap": 6}, "--max-gap 5: must be at least --update-proj-gap, which is 6"),
         ({"seed": -1}, "--seed -1"),
         ({"vocab_size": 255}, "--vocab-size 255: tokens are bytes"),
         ({"seq": 65}, "--seq 65: the model of 'nano' takes at most 64 tokens"),

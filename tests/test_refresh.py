@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qgalore_compile.moments import change_of_basis, rotated
 from qgalore_compile.projection import project, projector_shape, side_of, subspace_similarity
-from qgalore_compile.refresh import Moments, ProjectorFormat, refresh_
+from qgalore_compile.refresh import Moments, ProjectorFormat, _Settings, refresh_
 from qgalore_compile.scheduler import Rule, Schedule
 from qgalore_compile.subspace import METHODS
 
@@ -289,7 +289,8 @@ def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool
     by_gradient.call(dy.t() @ x * scale)
     torch.ops.qgalore.refresh_(
         by_factors.low, by_factors.stored, by_factors.schedule, [dy, x], [torch.tensor(scale)] if scaled else None,
-        shape=[300, 90], rank=8, bits=4, group_size=16, method=method, **RULE._asdict(), seed=0, param=3,
+        shape=[300, 90], rank=8, bits=4, group_size=16, method=method, power_iterations=2,
+        **RULE._asdict(), seed=0, param=3,
     )  # fmt: skip
     torch.testing.assert_close(by_factors.low, project(dy.t() @ x * scale, by_factors.projector, "right"))
     energy = float(by_gradient.low.square().sum())
@@ -393,3 +394,102 @@ def test_a_refresh_that_fails_leaves_the_moments(monkeypatch: pytest.MonkeyPatch
     layer.call(torch.randn(23, 12))
     assert layer.now.failures == 2
     assert all(map(torch.equal, kept, stored(layer)))
+
+
+# -- a stand-in before the first refresh ------------------------------------------------------------------------------
+
+
+def waiting(shape: tuple[int, int], **settings: Any) -> Layer:
+    """A layer whose first refresh is its third call."""
+    layer = with_moments(shape, settings.pop("how", "rotate"), **settings)
+    layer.schedule = Schedule.first(10, 5, slot=2).to_tensor()
+    return layer
+
+
+@both_sides
+@pytest.mark.parametrize("how", ["reset", "rotate"])
+def test_moments_follow_the_first_refresh_after_a_stand_in_and_its_similarity_does_not_count(
+    shape: tuple[int, int], how: str
+) -> None:
+    layer = waiting(shape, how=how)
+    kept = stored(layer)
+    layer.call(torch.randn(shape))
+    assert (layer.now.next, layer.now.refreshes) == (2, 0)
+    layer.call(torch.randn(shape))
+    assert all(map(torch.equal, kept, stored(layer)))
+    old = layer.projector
+    layer.call(torch.randn(shape))
+    assert (layer.now.refreshes, layer.now.similarities) == (1, ())
+    expected = [torch.zeros_like(kept[0])] * 2
+    if how == "rotate":
+        change = change_of_basis(old, layer.projector, layer.side)
+        expected = list(rotated(kept[0], kept[1], change, layer.side, updates=7, betas=BETAS))
+    assert all(map(torch.equal, expected, stored(layer)))
+
+
+@both_sides
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_refresh_after_a_stand_in_is_as_good_as_one_without(shape: tuple[int, int], method: str) -> None:
+    """With "power" too: a step from a sketch of another gradient would find less."""
+    layer, grad = waiting(shape, method=method), torch.randn(shape)
+    layer.call(torch.randn(shape))
+    layer.call(torch.randn(shape))
+    project_old(layer, grad)
+    layer.call(grad)
+    other = Layer(shape, 4, INT4, method)
+    other.schedule = replace(Schedule.first(10, 5), clock=2).to_tensor()
+    other.call(grad)
+    assert torch.equal(layer.projector, other.projector)
+    assert torch.equal(layer.low, other.low)
+
+
+@pytest.mark.parametrize("how", ["reset", "rotate"])
+def test_where_no_stand_in_was_found_the_first_refresh_leaves_the_moments(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = waiting((23, 12), how=how)
+    kept = stored(layer)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.linalg, "cholesky_ex", no_convergence)
+        layer.call(torch.randn(23, 12))
+    assert (layer.now.next, layer.now.failures, layer.now.stands_in) == (0, 2, True)
+    assert not layer.projector.any()
+    layer.call(torch.full((23, 12), torch.nan))
+    layer.call(torch.randn(23, 12))
+    assert (layer.now.refreshes, layer.now.last) == (1, 2)
+    assert all(map(torch.equal, kept, stored(layer)))
+
+
+# -- the operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overload", ["default", "moments"])
+def test_arguments_are_positional_and_the_constants_in_the_order_of_their_record(overload: str) -> None:
+    """Keyword-only ones cost twice as much to pass on, in every layer and step."""
+    arguments = getattr(torch.ops.qgalore.refresh_, overload)._schema.arguments
+    assert not any(argument.kwarg_only or argument.has_default_value() for argument in arguments)
+    names = [argument.name for argument in arguments]
+    constants = list(_Settings._fields if overload == "moments" else _Settings._fields[:-3])
+    assert names[names.index("shape") :] == constants
+    assert constants[6:13] == list(Rule._fields)
+
+
+@pytest.mark.parametrize("tokens", [5, 400])
+def test_a_check_and_the_refresh_it_asks_for_form_the_gradient_once(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer((60, 40), 4, rule=RULE._replace(energy=0.8), gap=1)
+    factors = [torch.randn(tokens, 60), torch.randn(tokens, 40)]
+    layer.call(*factors)
+    layer.schedule = replace(layer.now, reference=1.0).to_tensor()  # of which R, zeros, has nothing
+    layer.low.zero_()
+    formed: list[int] = []
+
+    def counted(given: list[Tensor]) -> Tensor:
+        formed.append(len(given))
+        return given[0].t() @ given[1]
+
+    monkeypatch.setattr("qgalore_compile.subspace.full_gradient", counted)
+    layer.call(*factors)
+    assert (layer.now.checks, layer.now.refreshes) == (1, 2)
+    assert len(formed) == (tokens == 400)

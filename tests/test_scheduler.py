@@ -13,10 +13,11 @@ from support import tokens, toy, training_step
 from torch import nn
 
 import qgalore_compile as qg
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.groups import refresh_rule
+from qgalore_compile.scheduler import Rule, Schedule, is_due, ticked_unless_due
 
 OFFICIAL = Rule(official=True, threshold=0.4, gamma=2.0, max_gap=None)
-SUBSPACE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=3200)
+SUBSPACE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=3200, min_gap=10)
 
 
 def refresh_steps(
@@ -26,7 +27,7 @@ def refresh_steps(
     values = similarities if isinstance(similarities, list) else [similarities]
     now, log = Schedule.first(gap, queue_size), []
     for step in range(steps):
-        if now.due(rule):
+        if now.due:
             log.append(step)
             now = now.refreshed(rule, None if len(log) == 1 else values[(len(log) - 2) % len(values)])
         now = now.ticked()
@@ -96,20 +97,14 @@ def test_subspace_gap_doubles_once_the_queue_is_full_and_stops_at_the_cap() -> N
 
 
 def test_subspace_is_due_by_steps_since_the_last_refresh() -> None:
-    now = Schedule(clock=14, gap=10, last=7, refreshes=2, queue=(math.nan,) * 5)
-    assert [replace(now, clock=clock).due(SUBSPACE) for clock in (10, 16, 17, 18, 20)] == [
-        False,
-        False,
-        True,
-        True,  # overdue: still due
-        True,
-    ]
-    assert now.next(SUBSPACE) == 17
-    assert replace(now, clock=25).next(SUBSPACE) == 25
+    now = replace(Schedule.first(10, 5), clock=7, refreshes=1, last=0).refreshed(SUBSPACE, None)
+    assert now.next == 17
+    due = [replace(now, clock=clock).due for clock in (8, 10, 16, 17, 18, 20)]
+    assert due == [False, False, False, True, True, True]  # overdue: still due
 
 
 def test_a_cap_below_the_gap_does_not_shrink_it() -> None:
-    now = Schedule(clock=0, gap=100, last=0, refreshes=9, queue=(1.0,))
+    now = replace(Schedule.first(100, 1), last=0, refreshes=9, queue=(1.0,))
     assert now.refreshed(SUBSPACE._replace(max_gap=50), 1.0).gap == 100
 
 
@@ -139,6 +134,43 @@ def test_a_gap_grows_exactly_at_the_threshold() -> None:
         assert Schedule.first(10, 1).refreshed(rule, None).refreshed(rule, similarity).gap == gap
 
 
+# -- shrinking --------------------------------------------------------------------------------------------------------
+
+FALLING = SUBSPACE._replace(shrink=0.2)
+
+
+def test_the_newest_similarity_shrinks_the_gap_whatever_the_mean_is() -> None:
+    now = replace(Schedule.first(10, 3), gap=80, refreshes=9, queue=(1.0, 1.0, 1.0))
+    assert now.refreshed(FALLING, math.nextafter(0.2, 0)).gap == 40
+    assert now.refreshed(FALLING, 0.2).gap == 160  # the mean is still high, and 0.2 is not below 0.2
+
+
+def test_the_gap_never_shrinks_below_update_proj_gap() -> None:
+    now = replace(Schedule.first(10, 1), gap=25, refreshes=9)
+    gaps = []
+    for _ in range(3):
+        now = now.refreshed(FALLING, 0.0)
+        gaps.append(now.gap)
+    assert gaps == [12, 10, 10]
+
+
+def test_after_a_fall_growth_has_to_be_earned_again() -> None:
+    """Without it the old similarities' mean would have the gap grow at the very next refresh."""
+    now = replace(Schedule.first(10, 3), gap=80, refreshes=9, queue=(1.0, 1.0, 1.0)).refreshed(FALLING, 0.1)
+    assert now.similarities == (0.1,)
+    gaps = []
+    for _ in range(4):
+        now = now.refreshed(FALLING, 0.9)
+        gaps.append(now.gap)
+    assert gaps == [40, 80, 160, 320]  # the queue of three is full, and its mean high enough, at the second
+
+
+def test_nothing_shrinks_under_the_published_rule() -> None:
+    group = {"params": [nn.Parameter(torch.ones(6, 4))], "rank": 2, "similarity": "official", "shrink_threshold": 0.3}
+    rule = refresh_rule(qg.QGaLoreAdamW([group]).param_groups[0])
+    assert (rule.shrink, rule.energy, rule.max_gap) == (None, None, None)
+
+
 @pytest.mark.parametrize("rule", [OFFICIAL, SUBSPACE], ids=["official", "subspace"])
 @given(
     gap=st.integers(1, 20),
@@ -149,30 +181,43 @@ def test_next_names_the_step_at_which_it_is_due(rule: Rule, gap: int, similariti
     log = refresh_steps(rule, gap=gap, steps=2000, similarities=similarities)
     now, count = Schedule.first(gap, 5), 0
     for step in range(steps):
-        assert now.next(rule) == min(s for s in log if s >= step)
-        if now.due(rule):
+        assert now.next == min(s for s in log if s >= step)
+        if now.due:
             now = now.refreshed(rule, similarities[(count - 1) % len(similarities)] if count else None)
             count += 1
             assert (now.last, now.refreshes) == (step, count)
         now = now.ticked()
 
 
+count = st.integers(0, 2**50)
+fraction = st.one_of(st.just(math.nan), st.floats(-1, 1))
+
+
 @given(
-    clock=st.integers(0, 2**50),
-    gap=st.integers(1, 2**50),
+    clocks=st.tuples(count, count, count),
     last=st.integers(-1, 2**50),
-    refreshes=st.integers(0, 2**40),
-    failures=st.integers(0, 2**40),
-    queue=st.lists(st.one_of(st.just(math.nan), st.floats(-1, 1)), min_size=1, max_size=8),
+    counts=st.tuples(count, st.integers(-1, 2**50), count, count),
+    fractions=st.tuples(fraction, fraction),
+    queue=st.lists(fraction, min_size=1, max_size=8),
 )
 def test_a_schedule_survives_its_tensor(
-    clock: int, gap: int, last: int, refreshes: int, failures: int, queue: list[float]
-) -> None:
-    now = Schedule(clock, gap, last, refreshes, tuple(queue), failures)
+    clocks: tuple[int, int, int], last: int, counts: tuple[int, int, int, int], fractions: tuple[float, float],
+    queue: list[float],
+) -> None:  # fmt: skip
+    now = Schedule(*clocks, last, *counts, *fractions, tuple(queue))
     tensor = now.to_tensor()
-    assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (5 + len(queue),), "cpu")
+    assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (10 + len(queue),), "cpu")
     back = Schedule.from_tensor(tensor)
     assert repr(back) == repr(now)  # repr: NaN equals NaN in it
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_the_way_that_every_layer_goes_in_every_step_decides_and_counts_as_the_long_one(clock: int, turn: int) -> None:
+    now = replace(Schedule.first(10, 3), clock=clock, next=turn)
+    tensor = now.to_tensor()
+    assert is_due(tensor) is now.due
+    assert ticked_unless_due(tensor) is not now.due
+    assert repr(Schedule.from_tensor(tensor)) == repr(now if now.due else now.ticked())
 
 
 # -- the schedule of a real run ---------------------------------------------------------------------------------------
@@ -193,7 +238,7 @@ def run(opt: qg.QGaLoreAdamW, model: nn.Module, steps: int) -> dict[str, list[in
 
 
 def test_records_tell_name_shape_side_rank_and_what_has_happened() -> None:
-    model, opt = toy(rank=30, update_proj_gap=3)
+    model, opt = toy(rank=30, update_proj_gap=3, stagger=False)
     left_out, first = opt.schedule()[1], opt.schedule()[0]
     assert (first.name, first.shape, first.side, first.rank) == ("blocks.0.weight", (20, 12), "right", 12)
     assert (left_out.name, left_out.shape, left_out.side, left_out.rank) == ("blocks.1.weight", (12, 20), "left", 12)
@@ -208,8 +253,9 @@ def test_records_tell_name_shape_side_rank_and_what_has_happened() -> None:
 def test_refresh_log_of_a_run_whose_layers_are_stable(similarity: str) -> None:
     """A threshold that every similarity reaches: the gap grows at each refresh, once the queue is full."""
     model, opt = toy(
-        update_proj_gap=2, queue_size=2, similarity=similarity, similarity_threshold=0.0, cos_threshold=-1.0, max_gap=8
-    )
+        update_proj_gap=2, queue_size=2, similarity=similarity, similarity_threshold=0.0, cos_threshold=-1.0, max_gap=8,
+        stagger=False,
+    )  # fmt: skip
     log = run(opt, model, 30)
     expected = [0, 2, 4, 8, 16, 24]  # the queue of two is full at step 4: gap 4, then 8, which is the cap
     assert log == {"blocks.0.weight": expected, "blocks.1.weight": expected}
@@ -218,8 +264,8 @@ def test_refresh_log_of_a_run_whose_layers_are_stable(similarity: str) -> None:
 def test_each_group_follows_its_own_gap() -> None:
     model, _ = toy()
     groups = [
-        {"params": [model.blocks[0].weight], "param_names": ["a"], "rank": 4, "update_proj_gap": 2},
-        {"params": [model.blocks[1].weight], "param_names": ["b"], "rank": 4, "update_proj_gap": 3},
+        {"params": [model.blocks[0].weight], "param_names": ["a"], "rank": 4, "update_proj_gap": 2, "stagger": False},
+        {"params": [model.blocks[1].weight], "param_names": ["b"], "rank": 4, "update_proj_gap": 3, "stagger": False},
         {"params": [model.embed.weight], "param_names": ["c"]},
     ]
     for group in groups[:2]:
@@ -229,7 +275,7 @@ def test_each_group_follows_its_own_gap() -> None:
 
 
 def test_a_parameter_s_clock_counts_the_steps_in_which_it_had_a_gradient() -> None:
-    model, opt = toy(update_proj_gap=2, similarity_threshold=2.0)
+    model, opt = toy(update_proj_gap=2, similarity_threshold=2.0, stagger=False)
     first, second = model.blocks[0].weight, model.blocks[1].weight
     for step in range(6):
         model(tokens(seed=step)).backward()
@@ -248,7 +294,8 @@ def test_similarity_falls_from_a_stable_layer_to_an_unstable_one(seed: int) -> N
     torch.manual_seed(seed)
     stable = torch.randn(60, 3) @ torch.randn(3, 40)
     p, q = nn.Parameter(torch.zeros(60, 40)), nn.Parameter(torch.zeros(60, 40))
-    opt = qg.QGaLoreAdamW([{"params": [p, q], "rank": 3, "update_proj_gap": 1}])
+    keys = {"rank": 3, "update_proj_gap": 1, "shrink_threshold": -1.0}  # no similarity is dropped
+    opt = qg.QGaLoreAdamW([{"params": [p, q], **keys}])
     for _ in range(4):
         p.grad = stable + 0.01 * torch.randn(60, 40)
         q.grad = torch.randn(60, 3) @ torch.randn(3, 40)

@@ -69,14 +69,16 @@ def test_an_addmm_loses_the_padding_of_what_it_adds_too(added: tuple[int, ...]) 
 @pytest.mark.parametrize("projector", ["float", "int4"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("follow", [None, "rotate"])
 def test_a_refreshed_layer_is_found_behind_padding(
-    monkeypatch: pytest.MonkeyPatch, side: str, accumulate: int, projector: str
+    monkeypatch: pytest.MonkeyPatch, side: str, accumulate: int, projector: str, follow: str | None
 ) -> None:
     monkeypatch.setitem(GRADIENTS, "mm", lambda dy, x: padded(dy.t(), x))
     monkeypatch.setattr(Layer, "project", lambda layer, gradient, p: (
         padded(gradient, p.t()) if layer.right else padded(p.t(), gradient)
     ))  # fmt: skip
-    layer = Layer(shape=(21, 13), side=side, refresh="svd", due=False, accumulate=accumulate, projector=projector)
+    layer = Layer(shape=(21, 13), side=side, refresh="svd", due=False, accumulate=accumulate, projector=projector,
+                  follow=follow)  # fmt: skip
     built = galore(layer)
     expected = built.run()
     manager = built.after("unpad", "update", "refresh", "reassociate")
