@@ -10,7 +10,8 @@ an element buffer to the next, so that a caller may hand in a block of a matrix,
 
 Within a group there is one loop over elements for each phase (:meth:`BlockProgram.phases`): values that a later phase
 needs are kept in an array on the stack, which stays in the first-level cache.  The compiler vectorises the loops; the
-arithmetic is float32 without contraction or reassociation, sums excepted.
+arithmetic is float32 without contraction or reassociation, sums excepted.  Random bits and the dynamic 8-bit map are
+calls with a whole group between the loops, for which there are intrinsics.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
+from qgalore_compile.kernels.program import DYNAMIC8, REDUCTIONS, BlockProgram, Instruction, number_of
 
 _TYPES = {"f32": "float", "i32": "int32_t", "bool": "bool"}
 _MEMORY = {
@@ -47,7 +48,7 @@ _SPELLING = {
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
     )},
 }  # fmt: skip
-_CHEAP = {"load", "constant", "f32", "i32", "bool"}
+_CHEAP = {"load", "constant", "f32", "i32", "bool", *DYNAMIC8}
 """Element instructions that are run again in a later phase rather than kept."""
 
 _PRELUDE = """\
@@ -72,7 +73,7 @@ static inline uint16_t store_bf16(float value) {{
 }}
 """
 
-_PHILOX = (Path(__file__).parent / "philox.inc").read_text()
+_PHILOX, _DYNAMIC8 = ((Path(__file__).parent / name).read_text() for name in ("philox.inc", "dynamic8.inc"))
 
 
 def print_cpp(program: BlockProgram) -> str:
@@ -92,6 +93,9 @@ class _Printer:
                      if not self._is_repeated(number) and self.phase[number] < self.until[number]
                      and program.instructions[number].extent == "element"}  # fmt: skip
         self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
+        self.calls = [number for number, each in enumerate(program.instructions) if each.operation in DYNAMIC8]
+        sources = {program.instructions[number].args[0] for number in self.calls if program.completes(number)}
+        self.kept |= sources.difference(self.calls)
 
     def _schedule(self) -> tuple[dict[str, int], list[int]]:
         """(when each buffer is written, the last phase that each instruction is needed in).
@@ -108,7 +112,7 @@ class _Printer:
             for name, value in stores:
                 until[value] = max(until[value], writing[name])
             for number in reversed(range(len(instructions))):
-                needed = [until[user] if self._is_repeated(user) else self.phase[user] for user in self.users[number]]
+                needed = [until[user] if self._takes_again(user) else self.phase[user] for user in self.users[number]]
                 until[number] = max([until[number], *needed])
             for name in writing:
                 writing[name] = max(writing[name], until[loads[name]] if name in loads else 0)
@@ -120,6 +124,10 @@ class _Printer:
         each = self.program.instructions[number]
         return each.extent == "column" or (each.extent == "element" and each.operation in _CHEAP)
 
+    def _takes_again(self, number: int) -> bool:
+        """Whether a repeated instruction takes its arguments again: what was called is an array."""
+        return self._is_repeated(number) and self.program.instructions[number].operation not in DYNAMIC8
+
     # -- the source -------------------------------------------------------------------------------------------------
 
     def lines(self) -> Iterator[str]:
@@ -127,7 +135,7 @@ class _Printer:
         operations = {each.operation for each in self.program.instructions}
         half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
         yield from (f"// {line}" for line in self.program.pretty().splitlines())
-        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "")
+        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "") + (_DYNAMIC8 if self.calls else "")
         for name, values in self.program.tables.items():
             entries = ", ".join(_literal(value) for value in values)
             yield f"static const float {name}[{len(values)}] = {{{entries}}};"
@@ -155,17 +163,28 @@ class _Printer:
         else:
             yield f"        constexpr int64_t length = {self.space.width};"
         yield from self._those("row", "        ")
+        room = -(-self.space.width // 64) * 64  # for whole runs of what is called
         for number in sorted(self.kept):
             kind = _TYPES[self.program.instructions[number].type]
-            yield f"        {kind} kept_{number}[{self.space.width}];"
+            yield f"        {kind} kept_{number}[{room}];"
+        for number in self.calls:
+            kind = {"f32": "float", "i32": "uint8_t"}[self.program.instructions[number].type]
+            yield f"        {kind} given_{number}[{room}];"
         for number in self.random:
             yield from self._draws(number)
         for buffer in self.program.buffers:
             if buffer.memory == "u4":
                 yield from self._nibbles(buffer.name)
+        for number in self.calls:
+            if name := self.program.reads(number):
+                yield self._call(number, f"at_{name} + row * pitch_{name} + first")
         for phase in range(self.last + 1):
             yield from self._group_values(phase)
             yield from self._loop(phase)
+            for number in self.calls:
+                if self.phase[number] == phase and self.program.completes(number):
+                    source = self.program.instructions[number].args[0]
+                    yield self._call(number, f"{'given' if source in self.calls else 'kept'}_{source}")
         yield from self._group_values(self.last + 1)
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
@@ -208,6 +227,13 @@ class _Printer:
         yield f"        for (int64_t j = {name}_low; j < length; ++j)"
         yield f"            {name}_codes[j] = {name}_row[first + j - {half}] >> 4;"
 
+    def _call(self, number: int, source: str) -> str:
+        """The dynamic 8-bit map of a group."""
+        each = self.program.instructions[number]
+        taken = ", ".join([source, *(f"v{arg}" for arg in each.args[1:])])
+        signed = "true" if each.names == ("signed",) else "false"
+        return f"        {each.operation}s<{signed}>({taken}, length, given_{number});"
+
     def _group_values(self, phase: int) -> Iterator[str]:
         """Values of extent "group" that are known once the loops before ``phase`` are through."""
         for number, each in enumerate(self.program.instructions):
@@ -216,7 +242,7 @@ class _Printer:
 
     def _known(self, number: int) -> int:
         """The phase in which a value is known: a reduction's result in the one behind its loop."""
-        return self.phase[number] + self.program.reduces(number)
+        return self.phase[number] + self.program.completes(number)
 
     def _loop(self, phase: int) -> Iterator[str]:
         """One loop over the elements of a group."""
@@ -274,7 +300,7 @@ class _Printer:
             if each.extent not in ("element", "column") or number in found:
                 continue
             found.add(number)
-            if not (number in self.kept and self.phase[number] < phase):
+            if each.operation not in DYNAMIC8 and not (number in self.kept and self.phase[number] < phase):
                 pending.extend(each.args)
         return sorted(found)
 
@@ -295,6 +321,8 @@ class _Printer:
             return f"{each.names[0]}[v{each.args[0]}]"
         if each.operation == "random_bits":
             return f"static_cast<int32_t>(draws_{number}[j])"
+        if each.operation in DYNAMIC8:
+            return f"static_cast<{_TYPES[each.type]}>(given_{number}[j])"
         if each.operation == "group_sum":
             return f"r{number}"
         if each.operation in REDUCTIONS:
