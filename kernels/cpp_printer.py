@@ -32,8 +32,11 @@ _SPELLING = {
     "minimum": "{0} != {0} ? {0} : ({0} < {1} ? {0} : {1})", "maximum": "{0} != {0} ? {0} : ({0} > {1} ? {0} : {1})",
     # a number, not NaN, is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
     "minimum constant": "!({0} >= {1}) ? {0} : {1}", "maximum constant": "!({0} <= {1}) ? {0} : {1}",
-    # GCC 12 narrows a selection of bytes by a condition from outside the loop into one that it cannot vectorise
+    # GCC 12 narrows a selection by a condition from outside the loop, where bytes or halves of what is chosen are
+    # stored, into one that it cannot vectorise
     "where invariant": "({1} & -static_cast<int32_t>({0})) | ({2} & (static_cast<int32_t>({0}) - 1))",
+    "where invariant bf16": "float_of((bits_of({1}) & -static_cast<int32_t>({0})) | "
+                            "(bits_of({2}) & (static_cast<int32_t>({0}) - 1)))",
     "f32 of bool": "{0} ? 1.0f : 0.0f",
     "abs": "std::abs({0})", "sign": "({0} > 0) - ({0} < 0)", "sqrt": "std::sqrt({0})",
     "rsqrt": "1.0f / std::sqrt({0})", "pow": "std::pow({0}, {1})", "sigmoid": "1.0f / (1.0f + std::exp(-{0}))",
@@ -42,7 +45,7 @@ _SPELLING = {
     "ne": "{0} != {1}", "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}",
     "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
     "where": "{0} ? {1} : {2}", "f32": "static_cast<float>({0})", "i32": "static_cast<int32_t>({0})",
-    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))",
+    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
     "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))",
     **{name: f"std::{name}({{0}})" for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
@@ -71,6 +74,18 @@ static inline uint16_t store_bf16(float value) {{
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }}
+
+static inline int32_t bits_of(float value) {{
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}}
+
+static inline float float_of(int32_t bits) {{
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}}
 """
 
 _PHILOX, _DYNAMIC8 = ((Path(__file__).parent / name).read_text() for name in ("philox.inc", "dynamic8.inc"))
@@ -92,6 +107,7 @@ class _Printer:
         self.kept = {number for number in range(len(program.instructions))
                      if not self._is_repeated(number) and self.phase[number] < self.until[number]
                      and program.instructions[number].extent == "element"}  # fmt: skip
+        self.exact = self._in_bf16()
         self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
         self.calls = [number for number, each in enumerate(program.instructions) if each.operation in DYNAMIC8]
         sources = {program.instructions[number].args[0] for number in self.calls if program.completes(number)}
@@ -123,6 +139,16 @@ class _Printer:
         """Whether an instruction is run again where it is needed, which costs no more than a load."""
         each = self.program.instructions[number]
         return each.extent == "column" or (each.extent == "element" and each.operation in _CHEAP)
+
+    def _in_bf16(self) -> set[int]:
+        """Values that bfloat16 holds as they are: rounding takes eight operations a vector, cutting one."""
+        found: set[int] = set()
+        for number, each in enumerate(self.program.instructions):
+            loaded = each.operation == "load" and self.program.buffer(each.names[0]).memory == "bf16"
+            chosen = each.operation == "where" and found.issuperset(each.args[1:])
+            if loaded or chosen or each.operation == "round_bf16":
+                found.add(number)
+        return found
 
     def _takes_again(self, number: int) -> bool:
         """Whether a repeated instruction takes its arguments again: what was called is an array."""
@@ -190,7 +216,7 @@ class _Printer:
             buffer = self.program.buffer(name)
             if buffer.extent == "group":
                 place = f"at_{name}[row * {self.space.groups} + group]"
-                yield f"        {place} = {_narrowed(f'v{value}', buffer.memory)};"
+                yield f"        {place} = {self._narrowed(value, buffer.memory)};"
         yield "    }"
         yield "}"
 
@@ -262,9 +288,12 @@ class _Printer:
         for number, each in reductions:
             start = {"group_min": "std::numeric_limits<float>::infinity()",
                      "group_max": "-std::numeric_limits<float>::infinity()", "group_sum": "0.0f"}  # fmt: skip
-            yield f"        float r{number} = {start[each.operation]};"
+            kind, first = ("int32_t", "0") if self._is_of_sizes(each) else ("float", start[each.operation])
+            yield f"        {kind} r{number} = {first};"
             clauses += f" reduction({each.operation[6:].replace('sum', '+')}: r{number})"
-        watched = dict.fromkeys(each.args[0] for _, each in reductions if each.operation != "group_sum")
+        watched = dict.fromkeys(
+            each.args[0] for _, each in reductions if each.operation != "group_sum" and not self._is_of_sizes(each)
+        )
         for value in watched:
             yield f"        int nan_{value} = 0;"
             clauses += f" reduction(|: nan_{value})"
@@ -278,7 +307,7 @@ class _Printer:
             if number in self.kept and not earlier:
                 yield f"            kept_{number}[j] = v{number};"
         for number, each in reductions:
-            reduced = f"v{each.args[0]}"
+            reduced = f"bits_of(v{each.args[0]})" if self._is_of_sizes(each) else f"v{each.args[0]}"
             if each.operation == "group_sum":
                 yield f"            r{number} += {reduced};"
             else:
@@ -289,6 +318,11 @@ class _Printer:
         for name, stored in stores:
             yield from self._store(name, stored)
         yield "        }"
+
+    def _is_of_sizes(self, each: Instruction) -> bool:
+        """Whether the largest is asked for of numbers without a sign, whose bits are in the order of the numbers, NaN
+        last: two operations a vector in place of five."""
+        return each.operation == "group_max" and self.program.instructions[each.args[0]].operation == "abs"
 
     def _needed(self, wanted: list[int], phase: int) -> list[int]:
         """Element values that a loop computes or reads back, in order."""
@@ -306,7 +340,7 @@ class _Printer:
 
     def _store(self, name: str, value: int) -> Iterator[str]:
         buffer = self.program.buffer(name)
-        yield f"            at_{name}[row * pitch_{name} + first + j] = {_narrowed(f'v{value}', buffer.memory)};"
+        yield f"            at_{name}[row * pitch_{name} + first + j] = {self._narrowed(value, buffer.memory)};"
 
     # -- one instruction --------------------------------------------------------------------------------------------
 
@@ -325,6 +359,8 @@ class _Printer:
             return f"static_cast<{_TYPES[each.type]}>(given_{number}[j])"
         if each.operation == "group_sum":
             return f"r{number}"
+        if self._is_of_sizes(each):
+            return f"float_of(r{number})"
         if each.operation in REDUCTIONS:
             return f"nan_{each.args[0]} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
         return _SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
@@ -335,9 +371,20 @@ class _Printer:
         if each.operation in ("minimum", "maximum") and sources[1].operation == "constant":
             value = number_of(sources[1].names[0])
             return f"{each.operation} constant" if value == value else each.operation
-        if each.operation == "where" and each.type == "i32" and sources[0].extent != each.extent == "element":
-            return "where invariant"
+        if each.operation == "where" and sources[0].extent != each.extent == "element":
+            if each.type == "i32":
+                return "where invariant"
+            if self.exact.issuperset(each.args[1:]):
+                return "where invariant bf16"
+        if each.operation == "round_bf16" and each.args[0] in self.exact:
+            return "round_bf16 exact"
         return "f32 of bool" if each.operation == "f32" and sources[0].type == "bool" else each.operation
+
+    def _narrowed(self, value: int, memory: str) -> str:
+        """A value as memory holds it."""
+        if memory == "bf16":
+            return f"static_cast<uint16_t>(bits_of(v{value}) >> 16)" if value in self.exact else f"store_bf16(v{value})"
+        return f"v{value}" if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>(v{value})"
 
     def _load(self, each: Instruction) -> str:
         name = each.names[0]
@@ -360,10 +407,3 @@ def _literal(value: float) -> str:
     if value in (float("inf"), float("-inf")):
         return f"{'-' if value < 0 else ''}std::numeric_limits<float>::infinity()"
     return f"static_cast<float>({float(value).hex()})"
-
-
-def _narrowed(value: str, memory: str) -> str:
-    """A value as memory holds it."""
-    if memory == "bf16":
-        return f"store_bf16({value})"
-    return value if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>({value})"
