@@ -9,8 +9,8 @@ from_graph.py         a region of an FX graph becomes a program, or there is a t
 region.py             what it becomes: the program and its arguments; spaces to try; the reasons
 spelling.py           how PyTorch's operators are spelled in a program
 patterns.py           formats that take several nodes: nibbles, rows filled up to whole groups
-dynamic8.py           the dynamic 8-bit code in a program's instructions
-cpp_printer.py        program → C++; ``philox.inc`` holds the random bits
+dynamic8.py           the dynamic 8-bit map as two operations, and as what they mean in other ones
+cpp_printer.py        program → C++; ``philox.inc`` holds the random bits, ``dynamic8.inc`` the dynamic 8-bit map
 cpu.py                compiles, caches and launches what was printed
 gemm.py               ``GemmProgram``: a product with prologues and an epilogue
 gemm_cpu.py           runs one in blocks around the library's GEMM

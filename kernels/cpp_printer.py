@@ -10,7 +10,8 @@ an element buffer to the next, so that a caller may hand in a block of a matrix,
 
 Within a group there is one loop over elements for each phase (:meth:`BlockProgram.phases`): values that a later phase
 needs are kept in an array on the stack, which stays in the first-level cache.  The compiler vectorises the loops; the
-arithmetic is float32 without contraction or reassociation, sums excepted.
+arithmetic is float32 without contraction or reassociation, sums excepted.  Random bits and the dynamic 8-bit map are
+calls with a whole group between the loops, for which there are intrinsics.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
+from qgalore_compile.kernels.program import DYNAMIC8, REDUCTIONS, BlockProgram, Instruction, number_of
 
 _TYPES = {"f32": "float", "i32": "int32_t", "bool": "bool"}
 _MEMORY = {
@@ -31,8 +32,11 @@ _SPELLING = {
     "minimum": "{0} != {0} ? {0} : ({0} < {1} ? {0} : {1})", "maximum": "{0} != {0} ? {0} : ({0} > {1} ? {0} : {1})",
     # a number, not NaN, is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
     "minimum constant": "!({0} >= {1}) ? {0} : {1}", "maximum constant": "!({0} <= {1}) ? {0} : {1}",
-    # GCC 12 narrows a selection of bytes by a condition from outside the loop into one that it cannot vectorise
+    # GCC 12 narrows a selection by a condition from outside the loop, where bytes or halves of what is chosen are
+    # stored, into one that it cannot vectorise
     "where invariant": "({1} & -static_cast<int32_t>({0})) | ({2} & (static_cast<int32_t>({0}) - 1))",
+    "where invariant bf16": "float_of((bits_of({1}) & -static_cast<int32_t>({0})) | "
+                            "(bits_of({2}) & (static_cast<int32_t>({0}) - 1)))",
     "f32 of bool": "{0} ? 1.0f : 0.0f",
     "abs": "std::abs({0})", "sign": "({0} > 0) - ({0} < 0)", "sqrt": "std::sqrt({0})",
     "rsqrt": "1.0f / std::sqrt({0})", "pow": "std::pow({0}, {1})", "sigmoid": "1.0f / (1.0f + std::exp(-{0}))",
@@ -41,13 +45,13 @@ _SPELLING = {
     "ne": "{0} != {1}", "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}",
     "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
     "where": "{0} ? {1} : {2}", "f32": "static_cast<float>({0})", "i32": "static_cast<int32_t>({0})",
-    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))",
+    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
     "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))",
     **{name: f"std::{name}({{0}})" for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
     )},
 }  # fmt: skip
-_CHEAP = {"load", "constant", "f32", "i32", "bool"}
+_CHEAP = {"load", "constant", "f32", "i32", "bool", *DYNAMIC8}
 """Element instructions that are run again in a later phase rather than kept."""
 
 _PRELUDE = """\
@@ -70,9 +74,21 @@ static inline uint16_t store_bf16(float value) {{
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }}
+
+static inline int32_t bits_of(float value) {{
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}}
+
+static inline float float_of(int32_t bits) {{
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}}
 """
 
-_PHILOX = (Path(__file__).parent / "philox.inc").read_text()
+_PHILOX, _DYNAMIC8 = ((Path(__file__).parent / name).read_text() for name in ("philox.inc", "dynamic8.inc"))
 
 
 def print_cpp(program: BlockProgram) -> str:
@@ -91,7 +107,11 @@ class _Printer:
         self.kept = {number for number in range(len(program.instructions))
                      if not self._is_repeated(number) and self.phase[number] < self.until[number]
                      and program.instructions[number].extent == "element"}  # fmt: skip
+        self.exact = self._in_bf16()
         self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
+        self.calls = [number for number, each in enumerate(program.instructions) if each.operation in DYNAMIC8]
+        sources = {program.instructions[number].args[0] for number in self.calls if program.completes(number)}
+        self.kept |= sources.difference(self.calls)
 
     def _schedule(self) -> tuple[dict[str, int], list[int]]:
         """(when each buffer is written, the last phase that each instruction is needed in).
@@ -108,7 +128,7 @@ class _Printer:
             for name, value in stores:
                 until[value] = max(until[value], writing[name])
             for number in reversed(range(len(instructions))):
-                needed = [until[user] if self._is_repeated(user) else self.phase[user] for user in self.users[number]]
+                needed = [until[user] if self._takes_again(user) else self.phase[user] for user in self.users[number]]
                 until[number] = max([until[number], *needed])
             for name in writing:
                 writing[name] = max(writing[name], until[loads[name]] if name in loads else 0)
@@ -120,6 +140,20 @@ class _Printer:
         each = self.program.instructions[number]
         return each.extent == "column" or (each.extent == "element" and each.operation in _CHEAP)
 
+    def _in_bf16(self) -> set[int]:
+        """Values that bfloat16 holds as they are: rounding takes eight operations a vector, cutting one."""
+        found: set[int] = set()
+        for number, each in enumerate(self.program.instructions):
+            loaded = each.operation == "load" and self.program.buffer(each.names[0]).memory == "bf16"
+            chosen = each.operation == "where" and found.issuperset(each.args[1:])
+            if loaded or chosen or each.operation == "round_bf16":
+                found.add(number)
+        return found
+
+    def _takes_again(self, number: int) -> bool:
+        """Whether a repeated instruction takes its arguments again: what was called is an array."""
+        return self._is_repeated(number) and self.program.instructions[number].operation not in DYNAMIC8
+
     # -- the source -------------------------------------------------------------------------------------------------
 
     def lines(self) -> Iterator[str]:
@@ -127,7 +161,7 @@ class _Printer:
         operations = {each.operation for each in self.program.instructions}
         half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
         yield from (f"// {line}" for line in self.program.pretty().splitlines())
-        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "")
+        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "") + (_DYNAMIC8 if self.calls else "")
         for name, values in self.program.tables.items():
             entries = ", ".join(_literal(value) for value in values)
             yield f"static const float {name}[{len(values)}] = {{{entries}}};"
@@ -155,23 +189,34 @@ class _Printer:
         else:
             yield f"        constexpr int64_t length = {self.space.width};"
         yield from self._those("row", "        ")
+        room = -(-self.space.width // 64) * 64  # for whole runs of what is called
         for number in sorted(self.kept):
             kind = _TYPES[self.program.instructions[number].type]
-            yield f"        {kind} kept_{number}[{self.space.width}];"
+            yield f"        {kind} kept_{number}[{room}];"
+        for number in self.calls:
+            kind = {"f32": "float", "i32": "uint8_t"}[self.program.instructions[number].type]
+            yield f"        {kind} given_{number}[{room}];"
         for number in self.random:
             yield from self._draws(number)
         for buffer in self.program.buffers:
             if buffer.memory == "u4":
                 yield from self._nibbles(buffer.name)
+        for number in self.calls:
+            if name := self.program.reads(number):
+                yield self._call(number, f"at_{name} + row * pitch_{name} + first")
         for phase in range(self.last + 1):
             yield from self._group_values(phase)
             yield from self._loop(phase)
+            for number in self.calls:
+                if self.phase[number] == phase and self.program.completes(number):
+                    source = self.program.instructions[number].args[0]
+                    yield self._call(number, f"{'given' if source in self.calls else 'kept'}_{source}")
         yield from self._group_values(self.last + 1)
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
             if buffer.extent == "group":
                 place = f"at_{name}[row * {self.space.groups} + group]"
-                yield f"        {place} = {_narrowed(f'v{value}', buffer.memory)};"
+                yield f"        {place} = {self._narrowed(value, buffer.memory)};"
         yield "    }"
         yield "}"
 
@@ -208,6 +253,13 @@ class _Printer:
         yield f"        for (int64_t j = {name}_low; j < length; ++j)"
         yield f"            {name}_codes[j] = {name}_row[first + j - {half}] >> 4;"
 
+    def _call(self, number: int, source: str) -> str:
+        """The dynamic 8-bit map of a group."""
+        each = self.program.instructions[number]
+        taken = ", ".join([source, *(f"v{arg}" for arg in each.args[1:])])
+        signed = "true" if each.names == ("signed",) else "false"
+        return f"        {each.operation}s<{signed}>({taken}, length, given_{number});"
+
     def _group_values(self, phase: int) -> Iterator[str]:
         """Values of extent "group" that are known once the loops before ``phase`` are through."""
         for number, each in enumerate(self.program.instructions):
@@ -216,7 +268,7 @@ class _Printer:
 
     def _known(self, number: int) -> int:
         """The phase in which a value is known: a reduction's result in the one behind its loop."""
-        return self.phase[number] + self.program.reduces(number)
+        return self.phase[number] + self.program.completes(number)
 
     def _loop(self, phase: int) -> Iterator[str]:
         """One loop over the elements of a group."""
@@ -236,9 +288,12 @@ class _Printer:
         for number, each in reductions:
             start = {"group_min": "std::numeric_limits<float>::infinity()",
                      "group_max": "-std::numeric_limits<float>::infinity()", "group_sum": "0.0f"}  # fmt: skip
-            yield f"        float r{number} = {start[each.operation]};"
+            kind, first = ("int32_t", "0") if self._is_of_sizes(each) else ("float", start[each.operation])
+            yield f"        {kind} r{number} = {first};"
             clauses += f" reduction({each.operation[6:].replace('sum', '+')}: r{number})"
-        watched = dict.fromkeys(each.args[0] for _, each in reductions if each.operation != "group_sum")
+        watched = dict.fromkeys(
+            each.args[0] for _, each in reductions if each.operation != "group_sum" and not self._is_of_sizes(each)
+        )
         for value in watched:
             yield f"        int nan_{value} = 0;"
             clauses += f" reduction(|: nan_{value})"
@@ -252,7 +307,7 @@ class _Printer:
             if number in self.kept and not earlier:
                 yield f"            kept_{number}[j] = v{number};"
         for number, each in reductions:
-            reduced = f"v{each.args[0]}"
+            reduced = f"bits_of(v{each.args[0]})" if self._is_of_sizes(each) else f"v{each.args[0]}"
             if each.operation == "group_sum":
                 yield f"            r{number} += {reduced};"
             else:
@@ -264,6 +319,11 @@ class _Printer:
             yield from self._store(name, stored)
         yield "        }"
 
+    def _is_of_sizes(self, each: Instruction) -> bool:
+        """Whether the largest is asked for of numbers without a sign, whose bits are in the order of the numbers, NaN
+        last: two operations a vector in place of five."""
+        return each.operation == "group_max" and self.program.instructions[each.args[0]].operation == "abs"
+
     def _needed(self, wanted: list[int], phase: int) -> list[int]:
         """Element values that a loop computes or reads back, in order."""
         found: set[int] = set()
@@ -274,13 +334,13 @@ class _Printer:
             if each.extent not in ("element", "column") or number in found:
                 continue
             found.add(number)
-            if not (number in self.kept and self.phase[number] < phase):
+            if each.operation not in DYNAMIC8 and not (number in self.kept and self.phase[number] < phase):
                 pending.extend(each.args)
         return sorted(found)
 
     def _store(self, name: str, value: int) -> Iterator[str]:
         buffer = self.program.buffer(name)
-        yield f"            at_{name}[row * pitch_{name} + first + j] = {_narrowed(f'v{value}', buffer.memory)};"
+        yield f"            at_{name}[row * pitch_{name} + first + j] = {self._narrowed(value, buffer.memory)};"
 
     # -- one instruction --------------------------------------------------------------------------------------------
 
@@ -295,8 +355,12 @@ class _Printer:
             return f"{each.names[0]}[v{each.args[0]}]"
         if each.operation == "random_bits":
             return f"static_cast<int32_t>(draws_{number}[j])"
+        if each.operation in DYNAMIC8:
+            return f"static_cast<{_TYPES[each.type]}>(given_{number}[j])"
         if each.operation == "group_sum":
             return f"r{number}"
+        if self._is_of_sizes(each):
+            return f"float_of(r{number})"
         if each.operation in REDUCTIONS:
             return f"nan_{each.args[0]} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
         return _SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
@@ -307,9 +371,20 @@ class _Printer:
         if each.operation in ("minimum", "maximum") and sources[1].operation == "constant":
             value = number_of(sources[1].names[0])
             return f"{each.operation} constant" if value == value else each.operation
-        if each.operation == "where" and each.type == "i32" and sources[0].extent != each.extent == "element":
-            return "where invariant"
+        if each.operation == "where" and sources[0].extent != each.extent == "element":
+            if each.type == "i32":
+                return "where invariant"
+            if self.exact.issuperset(each.args[1:]):
+                return "where invariant bf16"
+        if each.operation == "round_bf16" and each.args[0] in self.exact:
+            return "round_bf16 exact"
         return "f32 of bool" if each.operation == "f32" and sources[0].type == "bool" else each.operation
+
+    def _narrowed(self, value: int, memory: str) -> str:
+        """A value as memory holds it."""
+        if memory == "bf16":
+            return f"static_cast<uint16_t>(bits_of(v{value}) >> 16)" if value in self.exact else f"store_bf16(v{value})"
+        return f"v{value}" if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>(v{value})"
 
     def _load(self, each: Instruction) -> str:
         name = each.names[0]
@@ -332,10 +407,3 @@ def _literal(value: float) -> str:
     if value in (float("inf"), float("-inf")):
         return f"{'-' if value < 0 else ''}std::numeric_limits<float>::infinity()"
     return f"static_cast<float>({float(value).hex()})"
-
-
-def _narrowed(value: str, memory: str) -> str:
-    """A value as memory holds it."""
-    if memory == "bf16":
-        return f"store_bf16({value})"
-    return value if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>({value})"

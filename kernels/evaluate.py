@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
 from qgalore_compile.rng import random_bits
 
@@ -48,6 +49,7 @@ def evaluate(program: BlockProgram, tensors: Mapping[str, Tensor], numbers: Mapp
         tensors: one for each buffer by name, contiguous, of the buffer's format and of its number of elements.
         numbers: the integer arguments.
     """
+    program = expanded(program)
     space, values = program.space, list[Tensor]()
     for instruction in program.instructions:
         args = [values[number] for number in instruction.args]

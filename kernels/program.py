@@ -83,9 +83,13 @@ POINTWISE: dict[str, int] = {
     "f32": 1, "i32": 1, "bool": 1, "round_bf16": 1, "round_f16": 1,
 }  # fmt: skip
 REDUCTIONS = {"group_min", "group_max", "group_sum"}
+DYNAMIC8 = {"dynamic8_value", "dynamic8_code"}
+"""bitsandbytes' map, from a code (i32, 0 to 255) and to it; :mod:`~qgalore_compile.kernels.dynamic8` defines them."""
 OPERATIONS: dict[str, tuple[int, int]] = {
     **{name: (count, 0) for name, count in POINTWISE.items()},
     **dict.fromkeys(REDUCTIONS, (1, 0)),
+    "dynamic8_value": (1, 1),  # code; "signed" or "unsigned"
+    "dynamic8_code": (2, 1),  # value, the group's divisor; "signed" or "unsigned"
     "load": (0, 1),  # buffer
     "constant": (0, 1),  # its value
     "lookup": (1, 1),  # index; table
@@ -205,6 +209,12 @@ class BlockProgram:
             if (sources[0].type, sources[0].extent) != ("f32", "element"):
                 raise ProgramError(f"{operation} reduces f32 elements, got {sources[0].type}, {sources[0].extent}")
             return "f32", "group"
+        if operation in DYNAMIC8:
+            found = ", ".join([*(f"{source.type} {source.extent}" for source in sources), *names])
+            wanted = "i32 element" if operation == "dynamic8_value" else "f32 element, f32 group"
+            if found not in (f"{wanted}, signed", f"{wanted}, unsigned"):
+                raise ProgramError(f"{operation} takes {wanted}, signed or unsigned, got {found}")
+            return "f32" if operation == "dynamic8_value" else "i32", "element"
         return self._pointwise_type(operation, sources), join([source.extent for source in sources])
 
     @staticmethod
@@ -231,16 +241,30 @@ class BlockProgram:
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[int]:
-        """For each instruction, how many reductions one after the other must be complete before it can run: a printer's
-        loops over the elements of a group."""
+        """For each instruction, how many that take whole groups must be complete before it can run, one after the
+        other: a printer's loops over the elements of a group."""
         result: list[int] = []
         for instruction in self.instructions:
-            result.append(max((result[number] + self.reduces(number) for number in instruction.args), default=0))
+            result.append(max((result[number] + self.completes(number) for number in instruction.args), default=0))
         return result
 
     def reduces(self, number: int) -> bool:
-        """Whether an instruction's result is there only when its phase is complete."""
+        """Whether an instruction makes one value of a group."""
         return self.instructions[number].operation in REDUCTIONS
+
+    def completes(self, number: int) -> bool:
+        """Whether an instruction's result is there only when its phase is complete: reductions, and what is called with
+        a whole group, unless the group is there to begin with."""
+        return self.reduces(number) or (self.instructions[number].operation in DYNAMIC8 and not self.reads(number))
+
+    def reads(self, number: int) -> str:
+        """The buffer whose bytes are the codes that an instruction takes the values of, or ""."""
+        each = self.instructions[number]
+        if each.operation == "dynamic8_value":
+            source = self.instructions[each.args[0]]
+            if source.operation == "load" and self.buffer(source.names[0]).memory == "u8":
+                return source.names[0]
+        return ""
 
     def users(self) -> list[list[int]]:
         """For each instruction, those that take its value."""

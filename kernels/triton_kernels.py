@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
+from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
 from qgalore_compile.kernels.program import BlockProgram
@@ -66,7 +67,8 @@ class Kernel:
 
 
 def region_kernel(program: BlockProgram) -> Kernel:
-    """The kernel of a region."""
+    """The kernel of a region; its work is what is computed, without names for several steps."""
+    program = expanded(program)
     rows = region_rows(program)
     grid = -(-program.space.rows * program.space.groups // rows)
     return Kernel(

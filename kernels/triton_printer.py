@@ -29,6 +29,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
 
 POINTER = {
@@ -137,7 +138,7 @@ def helpers(programs: list[BlockProgram]) -> Iterator[str]:
     """The functions that the kernels of some programs call."""
     wanted: dict[str, None] = {}
     for program in programs:
-        for each in program.instructions:
+        for each in expanded(program).instructions:
             wanted.update(dict.fromkeys(_NEEDS.get(each.operation, ())))
     for name in wanted:
         yield f"@triton.jit\ndef {name}({_PARAMETERS.get(name, 'a, b')}):\n{_HELPERS[name]}\n"
@@ -154,7 +155,7 @@ class Body:
     """
 
     def __init__(self, program: BlockProgram, tile: Tile, prefix: str = "", given: tuple[str, str] = ("", "")) -> None:
-        self.program, self.tile, self.prefix, self.given = program, tile, prefix, given
+        self.program, self.tile, self.prefix, self.given = expanded(program), tile, prefix, given
 
     def values(self) -> Iterator[str]:
         """Loads and arithmetic."""
@@ -357,6 +358,7 @@ def signature(program: BlockProgram, prefix: str = "", leave: str = "") -> dict[
 def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
     """A kernel that runs a program over its space, ``rows`` groups (a power of two) an instance on a grid of one
     dimension; arguments as :func:`signature` has them."""
+    program = expanded(program)
     space, width = program.space, power_of_two(program.space.width)
     if _is_flat(program):
         space = space._replace(rows=1, columns=space.rows * space.columns)

@@ -71,7 +71,7 @@ class _Maker:
         kind = chance.choice(("f32", "f32", "i32"))
         choice = chance.choice((
             "arithmetic", "arithmetic", "arithmetic", "unary", "compare", "logic", "where", "reduce", "reduce", "cast",
-            "bits", "random", "lookup", "div", "sum", "library",
+            "bits", "random", "lookup", "div", "sum", "library", "dynamic8",
         ))  # fmt: skip
         if choice == "arithmetic":
             operation = chance.choice(("add", "sub", "mul", "minimum", "maximum"))
@@ -105,6 +105,13 @@ class _Maker:
             self.values.append(emit("bitand", bits, self.made.constant(63, "i32")))
         elif choice == "lookup":
             self.values.append(emit("lookup", self.small(), names=("table",)))
+        elif choice == "dynamic8":
+            sign, value = (chance.choice(("signed", "unsigned")),), pick("f32", "element")
+            divisor = emit("add", emit("group_max", emit("abs", value)), self.made.constant(0.125))
+            code = emit("dynamic8_code", value, divisor, names=sign)
+            mixed = emit("bitand", emit("add", load(self.made, "c"), pick("i32")), self.made.constant(255, "i32"))
+            codes = chance.choice((code, mixed, load(self.made, "c")))
+            self.values += [code, emit("dynamic8_value", codes, names=sign)]
         elif choice == "sum":
             total = emit("group_sum", emit("abs", pick("f32", "element")))
             self.inexact += [total, emit("mul", total, pick("f32"))]

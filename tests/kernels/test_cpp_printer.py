@@ -98,6 +98,17 @@ def test_reductions_propagate_nan_and_infinities() -> None:
     assert found["min"][1, 0] == -torch.inf
 
 
+def test_the_largest_size_of_a_group_propagates_nan_and_infinities() -> None:
+    made = program(ODD, "x f32 element in", "most f32 group out")
+    made.store("most", made.emit("group_max", (made.emit("abs", (load(made, "x"),)),)))
+    x = torch.randn(3, 21) * 1e-3
+    x[0, 3], x[0, 20], x[1, 20], x[2, 0], x[2, 1], x[2, 8:16] = torch.nan, -1e-40, -torch.inf, -torch.nan, 3e38, -0.0
+    tensors = filled(made, x=x)
+    found, expected = compiled(made, tensors)["most"], evaluated(made, tensors)["most"]
+    assert torch.equal(found.nan_to_num(-1.0, -2.0), expected.nan_to_num(-1.0, -2.0))
+    assert found.isnan().tolist() == [[True, False, False], [False] * 3, [True, False, False]]
+
+
 def test_constants_that_are_nan_or_infinite_propagate() -> None:
     made = program(Space(1, 4, 4), "x f32 element in", *(f"o{index} f32 element out" for index in range(4)))
     x = load(made, "x")
@@ -135,6 +146,25 @@ def test_float32_rounds_to_bf16_and_f16_like_pytorch() -> None:
     found = compiled(made, tensors)
     for name, dtype in (("b", torch.bfloat16), ("h", torch.float16)):
         torch.testing.assert_close(found[name], tensors["x"].to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_bf16_already_is_chosen_and_stored_as_it_is() -> None:
+    """Two compiles: a condition from outside the loop and one of each element."""
+    for extent in ("scalar", "element"):
+        made = program(
+            Space(3, 45, 11), "ok bool " + extent + " in", "x f32 element in", "old bf16 element inout",
+            "twice f32 element out",
+        )  # fmt: skip
+        new = made.emit("round_bf16", (load(made, "x"),))
+        chosen = made.emit("where", (load(made, "ok"), new, load(made, "old")))
+        made.store("old", made.emit("round_bf16", (chosen,)))
+        made.store("twice", made.emit("round_bf16", (made.emit("add", (chosen, load(made, "old"))),)))
+        tensors = filled(made)
+        tensors["x"][0, :3] = torch.tensor([torch.nan, torch.inf, 1e-40])
+        tensors["old"][1, :3] = torch.tensor([torch.nan, -torch.inf, 1e-40])
+        found, expected = compiled(made, tensors), evaluated(made, tensors)
+        for name in ("old", "twice"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_random_bits_are_those_of_rng_also_where_a_group_begins_within_a_counter() -> None:

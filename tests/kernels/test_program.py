@@ -157,6 +157,9 @@ def test_constants_keep_their_value_exactly() -> None:
         ("constant", (), ("i32:1.5",), "a constant is f32, i32 or bool, got 'i32:1.5'"),
         ("neg", ("mask",), (), "neg takes f32 or i32, got bool"),
         ("sub", ("mask", "mask"), (), "sub takes f32 or i32, got bool"),
+        ("dynamic8_value", ("codes",), ("both",), "takes i32 element, signed or unsigned, got i32 element, both"),
+        ("dynamic8_value", ("x",), ("signed",), "takes i32 element, signed or unsigned, got f32 element, signed"),
+        ("dynamic8_code", ("x", "row"), ("signed",), "takes f32 element, f32 group, signed or unsigned, got f32 elem"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -244,6 +247,14 @@ def test_a_phase_is_what_waits_for_a_reduction() -> None:
     }  # fmt: skip
 
 
+def test_a_phase_waits_for_the_dynamic_map_of_a_group_unless_memory_holds_its_codes() -> None:
+    made = program(*EVERYTHING)
+    value = dynamic8.decode(made, load(made, "codes"), load(made, "group"), signed=True)
+    codes, absmax = dynamic8.encode(made, value, signed=True)
+    again = dynamic8.decode(made, codes, absmax, signed=True)
+    assert [made.phases()[number] for number in (value, codes, again)] == [0, 1, 3]
+
+
 def test_users_take_a_value_and_are_counted_once() -> None:
     made = program(*EVERYTHING)
     x = load(made, "x")
@@ -271,6 +282,7 @@ def everything() -> BlockProgram:
     absmax_of = made.emit("mul", (softmax(made), load(made, "row")))
     codes, absmax = dynamic8.encode(made, absmax_of, signed=True)
     bits = made.emit("f32", (made.emit("random_bits", (load(made, "step"),), ("seed", "param")),))
+    bits = made.emit("mul", (bits, made.constant(1e6)))
     kept = made.emit("where", (load(made, "mask"), codes, load(made, "packed")))
     made.store("codes", kept)
     made.store("group", absmax)
