@@ -17,6 +17,7 @@ import ast
 import ctypes
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -96,10 +97,12 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), *, padding: bool = False) ->
     ``padding``: whether Inductor pads every product with a side that does not align.
 
     Raises:
-        RuntimeError: torch is built with CUDA, whose device guard and hooks are real.
+        RuntimeError: torch is built with CUDA, whose device guard and hooks are real; or one is there already.
     """
     if torch.backends.cuda.is_built():
         raise RuntimeError("fake_cuda is for builds of torch without CUDA")
+    if torch.cuda.is_available():
+        raise RuntimeError("a fake GPU is there already, and a second one would take its runtime away")
     with ExitStack() as stack:
         stack.callback(_forget)  # the last of all: after the stand-ins are gone
         runtime = _runtime()
@@ -275,6 +278,16 @@ class Program:
         """The arguments of each launch of a kernel, in order, without the stream."""
         launches = re.findall(rf"^\s*{re.escape(kernel)}\.run\((.*), stream=\w+\)$", self.text, re.MULTILINE)
         return [[ast.unparse(each) for each in _arguments(launch)] for launch in launches]
+
+    def launches(self) -> Counter[str]:
+        """How often the program launches each kind of generated kernel."""
+        found: Counter[str] = Counter()
+        for name, source in self.kernels().items():
+            (arguments,) = re.findall(r"^def (?:gemm|region)\((.*)\):", source, re.MULTILINE) or [""]
+            if arguments:
+                kind = "region" if name.startswith("region") else "write-back" if "e_" in arguments else "product"
+                found[kind] += len(self.calls(name))
+        return found
 
     def allocations(self) -> list[str]:
         """The names of the buffers that the module makes."""
