@@ -95,7 +95,9 @@ def carry_out(
         minutes = (time.monotonic() - started) / 60
         said = f"exit status {status}, see its log"
         if status == 0:
-            said = f"{load().result(spec)['val_loss'] or float('nan'):.4f} nats per byte"  # type: ignore[index]
+            result = load().result(spec)
+            assert result is not None  # status 0: it was written
+            said = f"{result['val_loss'] or float('nan'):.4f} nats per byte"
         else:
             failed.append(spec.name)
         console.print(f"{spec.name}: {said}; {minutes:.1f} min; {len(pending) - 1} known run(s) left", highlight=False)

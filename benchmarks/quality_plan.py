@@ -187,7 +187,7 @@ class RunSpec:
         gap = {"update_proj_gap": self.scale.gap}
         if self.case.optimizer == "galore-torch":
             return {**gap, "scale": 0.25, "proj_type": "std", **self.case.keys}
-        return {**PROJECTION_DEFAULTS, "rounding": "stochastic", **gap, **known_keys(self.case)}
+        return {**PROJECTION_DEFAULTS, "rounding": "stochastic", **gap, **self.case.keys}
 
     def settings(self) -> Result:
         """All that decides what the run computes: a result belongs to the run whose settings it holds."""
@@ -200,12 +200,6 @@ class RunSpec:
         }  # fmt: skip
         loaded: Result = json.loads(json.dumps(settings))
         return loaded
-
-
-def known_keys(case: Case) -> dict[str, Any]:
-    """The case's keys, without those published rules that the optimizer follows for want of a key to choose others."""
-    absent = {item for item in PUBLISHED.items() if item[0] not in PROJECTION_DEFAULTS}
-    return {key: value for key, value in case.keys.items() if (key, value) not in absent}
 
 
 class Planned(NamedTuple):
@@ -233,7 +227,7 @@ def refusal(spec: RunSpec) -> str | None:
         same = RunSpec(spec.scale, OURS, spec.lr, spec.seed)
         if repr(same.settings()) == repr(spec.settings()):  # repr: a rate that is NaN equals itself
             return "that is ours"
-    return _refused(case.moments, json.dumps({"update_proj_gap": spec.scale.gap, **known_keys(case)}))
+    return _refused(case.moments, json.dumps({"update_proj_gap": spec.scale.gap, **case.keys}))
 
 
 @cache

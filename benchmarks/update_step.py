@@ -161,7 +161,8 @@ def extra_bytes(m: int, n: int, rank: int) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step()
         live = most = 0
-        for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        assert profiler.profiler is not None  # the block has run
+        for event in profiler.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 live += event.nbytes()
                 most = max(most, live)

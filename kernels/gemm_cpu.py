@@ -62,7 +62,7 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
 def product(text: str, read: Sequence[Tensor]) -> Tensor:
     """The product (m, n) of a :class:`GemmProgram` without an epilogue, from the tensors of its operands."""
     whole = _whole(text)
-    if whole is not None:
+    if whole is not None and whole.bytes <= OPERAND_BYTES:
         return whole.product(read)
     program = parsed(text)
     left_kernel, right_kernel, _ = kernels(text)
@@ -80,7 +80,7 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
 
 
 class _Whole:
-    """A product with one decoded operand that is no larger than a block: everything that calls have in common.
+    """A product with one decoded operand, decoded as a whole: everything that calls have in common.
 
     A step of 60m makes 168 such calls, which took 0.1 ms each beside the kernel and the library's product before.
     """
@@ -92,6 +92,7 @@ class _Whole:
         self.space, self.transposed = operand.prologue.space, operand.transposed
         self.plain_transposed = plain.transposed
         self.dtype = MEMORY_DTYPES[operand.prologue.buffer(VALUE).memory]
+        self.bytes = self.space.rows * self.space.columns * self.dtype.itemsize
         self.first = 0 if decoded == 0 else 1  # of the operand's tensors among those that are read
         self.last = self.first + operand.tensors()
         buffers = operand.prologue.buffers
@@ -117,17 +118,14 @@ class _Whole:
 
 @cache
 def _whole(text: str) -> _Whole | None:
-    """What a text's calls have in common, where its only decoded operand is no larger than a block; else None."""
+    """What a text's calls have in common, where it has one decoded operand; else None."""
     program, parts = parsed(text), kernels(text)
     decoded = [place for place in (0, 1) if parts[place] is not None]
     if len(decoded) != 1:
         return None
-    operand, kernel = (program.left, program.right)[decoded[0]], parts[decoded[0]]
-    assert operand.prologue is not None
+    kernel = parts[decoded[0]]
     assert kernel is not None
-    rows, columns, _ = operand.prologue.space
-    size = rows * columns * MEMORY_DTYPES[operand.prologue.buffer(VALUE).memory].itemsize
-    return _Whole(program, kernel, decoded[0]) if size <= OPERAND_BYTES else None
+    return _Whole(program, kernel, decoded[0])
 
 
 _held = threading.local()

@@ -31,14 +31,14 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import arguments_changed, erase_dead, hint, is_tensor, make, transpose, value
 from qgalore_compile.passes.reassociate import obstacle, wanted
 from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.refresh import REFRESHES
 from qgalore_compile.refresh_cost import described
 
 
 def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Hand every refresh op the gradient's factors."""
     for layer in context.layers:
-        operators = torch.ops.qgalore.refresh_.default, torch.ops.qgalore.refresh_.moments
-        if layer.refresh is None or layer.refresh.args[0] not in operators:
+        if layer.refresh is None or layer.refresh.args[0] not in REFRESHES:
             continue
         call = layer.refresh
         refused = obstacle(layer, besides=call)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from qgalore_compile.passes import products
@@ -39,6 +38,7 @@ from qgalore_compile.passes.nodes import (
     operands,
     shape,
 )
+from qgalore_compile.refresh import REFRESHES
 
 _PAD, _SLICE = aten.constant_pad_nd.default, aten.slice.Tensor
 
@@ -63,7 +63,7 @@ def _of_refreshes(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
     gradients: list[fx.Node] = []
     projectors: set[frozenset[fx.Node] | None] = set()
     for call in graph.find_nodes(op="call_function", target=FUNCTIONALIZED):
-        if call.args[0] not in (torch.ops.qgalore.refresh_.default, torch.ops.qgalore.refresh_.moments):
+        if call.args[0] not in REFRESHES:
             continue
         given: Any = call.kwargs
         gradients += given["factors"]

@@ -241,6 +241,8 @@ _refresh_with_moments_op = define(
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
 )
+REFRESHES = (_refresh_op, _refresh_with_moments_op)
+"""Both overloads, as a graph names them."""
 
 
 class Moments(NamedTuple):

@@ -64,6 +64,11 @@ class Gradient:
         self.shape = (first.shape[0], first.shape[1]) if given else (first.shape[1], last.shape[1])
         self._formed: Tensor | None = None
 
+    @classmethod
+    def of(cls, factors: Sequence[Tensor] | Gradient) -> Gradient:
+        """The gradient of factors, or one as it is."""
+        return factors if isinstance(factors, Gradient) else cls(factors)
+
     def formed(self) -> Tensor:
         """G (m, n) in float32."""
         if self._formed is None:
@@ -76,6 +81,11 @@ class Gradient:
         found = list(zip(wide[::2], wide[1::2], strict=True))
         return found if side == "left" else [(right, left) for left, right in found]
 
+    def joined(self, side: Side) -> tuple[Tensor, Tensor]:
+        """(left, right) of all products as one: A = leftᵀ right."""
+        pairs = self.pairs(side)
+        return torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
+
     def energy(self) -> float:
         """‖G‖².
 
@@ -84,8 +94,7 @@ class Gradient:
         m, n = self.shape
         if self._formed is not None or self.tokens is None or self.tokens * (m + n) >= m * n:
             return _energy(self.formed())
-        grad_outputs = torch.cat([factor.to(torch.float32) for factor in self.factors[::2]])
-        inputs = torch.cat([factor.to(torch.float32) for factor in self.factors[1::2]])
+        grad_outputs, inputs = self.joined("left")
         products = (grad_outputs @ grad_outputs.t()).mul_(inputs @ inputs.t())
         return float(products.sum(dtype=torch.float64))
 
@@ -102,7 +111,7 @@ class Gradient:
             left.t() @ (right @ p.t()) if side == "right" else (left @ p).t() @ right
             for left, right in zip(factors[::2], factors[1::2], strict=True)
         ]
-        return sum((each.to(torch.float32) for each in products[1:]), start=products[0].to(torch.float32))
+        return _added([each.to(torch.float32) for each in products])
 
 
 def full_gradient(factors: Sequence[Tensor]) -> Tensor:
@@ -111,7 +120,7 @@ def full_gradient(factors: Sequence[Tensor]) -> Tensor:
         return factors[0].to(torch.float32)
     pairs = zip(factors[::2], factors[1::2], strict=True)
     products = [grad_output.to(torch.float32).t() @ inputs.to(torch.float32) for grad_output, inputs in pairs]
-    return sum(products[1:], start=products[0])
+    return _added(products)
 
 
 def leading_subspace(
@@ -152,13 +161,13 @@ def leading_subspace(
     Raises:
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
-    gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
+    gradient = Gradient.of(factors)
     warm = method == "power" and low is not None
     d = gradient.shape[0 if side == "left" else 1]
     few = gradient.tokens is not None and gradient.tokens < rank
     if exact and (few or method == "svd" or (not warm and rank + OVERSAMPLING >= d)):
         if few or _through_factors(gradient, "svd", rank, power_iterations):
-            vectors, values = _from_factors(gradient.pairs(side), driver)
+            vectors, values = _from_factors(*gradient.joined(side), driver)
         else:
             vectors, values = _svd(_Operator(gradient, side, False).matrix, driver)
     elif warm:
@@ -186,7 +195,7 @@ def sketched_subspace(
     0.83 of the energy that the exact subspace catches, where singular values fall like i^-0.5, and all of it where the
     gradient's rank is below ``rank``.  Arguments and result are those of :func:`leading_subspace`.
     """
-    gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
+    gradient = Gradient.of(factors)
     k = gradient.shape[1 if side == "left" else 0]
     # one product, and R: what a power step asks of G
     operator = _Operator(gradient, side, _through_factors(gradient, "power", rank, 0))
@@ -205,7 +214,7 @@ def captured_energy(low: Tensor, factors: Sequence[Tensor] | Gradient) -> float:
         low: R, of any dtype.
         factors: ``[G]`` or ``[dY1, X1, …]``, or a :class:`Gradient` of those.
     """
-    gradient = factors if isinstance(factors, Gradient) else Gradient(factors)
+    gradient = Gradient.of(factors)
     whole = gradient.energy()
     return _energy(low) / whole if whole > 0 else math.nan
 
@@ -256,10 +265,10 @@ def _svd(matrix: Tensor, driver: str | None) -> tuple[Tensor, Tensor]:
     return vectors, values
 
 
-def _from_factors(pairs: list[tuple[Tensor, Tensor]], driver: str | None) -> tuple[Tensor, Tensor]:
+def _from_factors(left: Tensor, right: Tensor, driver: str | None) -> tuple[Tensor, Tensor]:
     """Left singular vectors (d, tokens) and values of A from QR of both factors: A = Q_l (R_l R_rᵀ) Q_rᵀ."""
-    q_left, r_left = torch.linalg.qr(torch.cat([left for left, _ in pairs]).t())
-    _, r_right = torch.linalg.qr(torch.cat([right for _, right in pairs]).t(), mode="r")
+    q_left, r_left = torch.linalg.qr(left.t())
+    _, r_right = torch.linalg.qr(right.t(), mode="r")
     vectors, values = _svd(r_left @ r_right.t(), driver)
     return q_left @ vectors, values
 

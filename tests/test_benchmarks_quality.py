@@ -159,20 +159,22 @@ def test_everything_is_run_once_and_nothing_the_second_time(module: Callable[[st
 def test_a_run_that_fails_is_tried_once_and_reported_and_the_others_go_on(
     module: Callable[[str], Any], plan: Any
 ) -> None:
-    worker, console = Worker(plan, fail="-nearest-"), Console(file=io.StringIO(), width=200)
+    worker, said = Worker(plan, fail="-nearest-"), io.StringIO()
+    console = Console(file=said, width=200)
     failed = module("quality").carry_out(worker.load, worker, console)
     assert failed == ["tiny-nearest-lr0.02-seed0", "tiny-nearest-lr0.02-seed1"]
-    assert "exit status 1" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "exit status 1" in said.getvalue()
     assert len(set(worker.names)) == len(worker.names) > 50
 
 
 def test_the_pattern_and_the_budget_hold_runs_back(module: Callable[[str], Any], plan: Any) -> None:
-    worker, console = Worker(plan), Console(file=io.StringIO(), width=200)
+    worker, said = Worker(plan), io.StringIO()
+    console = Console(file=said, width=200)
     module("quality").carry_out(worker.load, worker, console, only="tiny-adamw-lr*-seed0")
     assert worker.names == [f"tiny-adamw-lr{rate}-seed0" for rate in (0.0005, 0.001, 0.002)]
     module("quality").carry_out(worker.load, worker, console, budget=0.25)  # minutes; a run is expected to take 0.5
     assert len(worker.names) == 3
-    assert "the budget is used up" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the budget is used up" in said.getvalue()
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

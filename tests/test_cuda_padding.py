@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fake_cuda import emitted, fake_cuda
+from support import step_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -20,7 +21,7 @@ pytestmark = [
 ]
 
 
-def odd_step(out: int) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor]]:
+def odd_step(out: int) -> tuple[Callable[..., Tensor], tuple[Tensor]]:
     """A step of one INT8 layer whose rows do not align, and of a head; on fake tensors of device "cuda"."""
     with FakeTensorMode():
         model = move_(
@@ -29,15 +30,7 @@ def odd_step(out: int) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor]]:
         qg.quantize_(model, group_size=64, targets=["0"])
         opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=16, targets=["0"]), lr=1e-2)
         x = torch.zeros(80, 64, dtype=torch.bfloat16, device="cuda")
-
-    def step(x: Tensor) -> Tensor:
-        loss = model(x).float().square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    return step, (x,)
+    return step_of(model, opt), (x,)
 
 
 def test_a_layer_of_odd_width_is_fused_where_inductor_pads_products(inductor_cache: object) -> None:

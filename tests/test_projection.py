@@ -1,12 +1,13 @@
-"""The projector: sides, shapes, and the subspace found in a gradient or in its factors; subspaces compared as PPᵀ."""
+"""The projector: sides, shapes, to and fro; how much two subspaces agree."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from subspace_support import as_matrix, seeds, shapes
 from torch import Tensor
 
 from qgalore_compile.projection import (
@@ -18,46 +19,6 @@ from qgalore_compile.projection import (
     subspace_similarity,
 )
 from qgalore_compile.subspace import leading_subspace
-
-EDGES = [1, 2, 6, 7, 13, 42, 53, 123]
-side_lengths = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
-shapes = st.tuples(side_lengths, side_lengths)
-seeds = st.integers(0, 2**20)
-few = settings(max_examples=settings().max_examples // 2)
-
-
-def subspace(factors: list[Tensor], rank: int, shape: tuple[int, int], method: str = "svd", seed: int = 0) -> Tensor:
-    return leading_subspace(factors, rank, side_of(shape), method=method, seed=seed)
-
-
-def as_matrix(projector: Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """PPᵀ, PᵀP on the right side."""
-    p = projector.double().numpy()
-    return p.T @ p if side_of(shape) == "right" else p @ p.T
-
-
-def assert_orthonormal(projector: Tensor, shape: tuple[int, int]) -> None:
-    p = projector.double()
-    gram = p @ p.t() if side_of(shape) == "right" else p.t() @ p
-    torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5)
-
-
-def captured(gradient: Tensor, projector: Tensor) -> float:
-    """‖R‖² of orthonormal P: the energy that the subspace holds."""
-    low = project(gradient.double(), projector.double(), side_of(gradient.shape))
-    return float(low.square().sum())
-
-
-def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
-    """A gradient with these singular values."""
-    u, _ = torch.linalg.qr(torch.randn(shape[0], len(values), dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(shape[1], len(values), dtype=torch.float64))
-    return ((u * values) @ v.t()).float()
-
-
-def decaying(shape: tuple[int, int]) -> Tensor:
-    return with_spectrum(shape, 0.8 ** torch.arange(min(shape), dtype=torch.float64))
-
 
 # -- sides ------------------------------------------------------------------------------------------------------------
 
@@ -81,7 +42,7 @@ def test_projecting_down_and_up_is_the_orthogonal_projection(shape: tuple[int, i
     torch.manual_seed(seed)
     grad = torch.randn(shape)
     rank = min(rank, *shape)
-    projector = subspace([grad], rank, shape)
+    projector = leading_subspace([grad], rank, side_of(shape), method="svd")
     side = side_of(shape)
     up = project_back(project(grad, projector, side), projector, side).double().numpy()
     g, p = grad.double().numpy(), as_matrix(projector, shape)

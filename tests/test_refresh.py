@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,68 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refresh_support import FLOAT, FORMATS, INT4, RULE, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
-from qgalore_compile.moments import change_of_basis, rotated
-from qgalore_compile.projection import project, projector_shape, side_of, subspace_similarity
-from qgalore_compile.refresh import Moments, ProjectorFormat, _Settings, refresh_
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.projection import project, subspace_similarity
+from qgalore_compile.refresh import ProjectorFormat, _Settings
+from qgalore_compile.scheduler import Rule
 from qgalore_compile.subspace import METHODS
-
-RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
-FLOAT = ProjectorFormat(0, 256)
-INT4 = ProjectorFormat(4, 16)
-FORMATS = {"float": FLOAT, "int8": ProjectorFormat(8, 16), "int4": INT4}
-
-
-@dataclass
-class Layer:
-    """One projected parameter as the refresh op sees it."""
-
-    shape: tuple[int, int]
-    rank: int
-    form: ProjectorFormat = FLOAT
-    method: str = "svd"
-    rule: Rule = RULE
-    seed: int = 0
-    gap: int = 10
-    moments: Moments | None = None
-
-    def __post_init__(self) -> None:
-        self.side = side_of(self.shape)
-        self.rank = min(self.rank, *self.shape)
-        m, n = self.shape
-        self.low = torch.zeros((m, self.rank) if self.side == "right" else (self.rank, n))
-        self.stored = self.form.encode(torch.zeros(projector_shape(self.shape, self.rank)))
-        self.schedule = Schedule.first(self.gap, 5).to_tensor()
-
-    def call(self, *factors: Tensor) -> None:
-        settings: dict[str, Any] = dict(
-            shape=self.shape,
-            rank=self.rank,
-            form=self.form,
-            method=self.method,
-            rule=self.rule,
-            seed=self.seed,
-            param=3,
-            moments=self.moments,
-        )
-        refresh_(self.low, self.stored, self.schedule, factors, **settings)
-
-    @property
-    def projector(self) -> Tensor:
-        return self.form.decode(self.stored, projector_shape(self.shape, self.rank)[1])
-
-    @property
-    def now(self) -> Schedule:
-        return Schedule.from_tensor(self.schedule)
-
-    def matrix(self) -> np.ndarray:
-        p = self.projector.double().numpy()
-        return p.T @ p if self.side == "right" else p @ p.T
-
-
-both_sides = pytest.mark.parametrize("shape", [(23, 12), (12, 23)], ids=["right", "left"])
 
 
 @both_sides
@@ -257,11 +202,6 @@ def test_a_projector_survives_its_format(form: ProjectorFormat, columns: int) ->
 # -- power ------------------------------------------------------------------------------------------------------------
 
 
-def project_old(layer: Layer, grad: Tensor) -> None:
-    """What the step does before the op."""
-    layer.low.copy_(project(grad, layer.projector, layer.side))
-
-
 @both_sides
 @pytest.mark.parametrize("official", [True, False])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
@@ -298,10 +238,6 @@ def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool
 
 
 # -- a decomposition that fails ---------------------------------------------------------------------------------------
-
-
-def no_convergence(*args: Any, **kwargs: Any) -> None:
-    raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
 
 
 def not_finite(matrix: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,117 +283,6 @@ def test_where_everything_fails_the_old_projector_and_r_stay_and_it_is_tried_aga
     assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.failures) == (2, 0, 1, 2)
     layer.call(grad)
     assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.failures) == (3, 2, 2, 2)
-
-
-# -- moments that follow ----------------------------------------------------------------------------------------------
-
-BETAS = (0.9, 0.999)
-
-
-def with_moments(shape: tuple[int, int], how: str, **settings: Any) -> Layer:
-    layer = Layer(shape, 4, INT4, gap=2, **settings)
-    m = torch.randn(layer.low.shape)
-    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, BETAS)
-    return layer
-
-
-def stored(layer: Layer) -> list[Tensor]:
-    assert layer.moments is not None
-    return [tensor.clone() for tensor in layer.moments.stored]
-
-
-@both_sides
-@pytest.mark.parametrize("how", ["reset", "rotate"])
-def test_moments_follow_every_refresh_but_the_first_and_nothing_else(shape: tuple[int, int], how: str) -> None:
-    layer = with_moments(shape, how)
-    kept = stored(layer)
-    for grad in (torch.randn(shape), torch.randn(shape), torch.full(shape, torch.nan)):  # first; not due; not finite
-        layer.call(grad)
-        assert all(map(torch.equal, kept, stored(layer)))
-    old = layer.projector
-    layer.call(torch.randn(shape))
-    if how == "reset":
-        assert not any(bool(moment.any()) for moment in stored(layer))
-        return
-    change = change_of_basis(old, layer.projector, layer.side)  # of the stored projectors
-    expected = rotated(kept[0], kept[1], change, layer.side, updates=7, betas=BETAS)
-    assert all(map(torch.equal, expected, stored(layer)))
-
-
-def test_a_refresh_that_fails_leaves_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = with_moments((23, 12), "rotate")
-    layer.call(torch.randn(23, 12))
-    layer.call(torch.randn(23, 12))
-    kept = stored(layer)
-    monkeypatch.setattr(torch.linalg, "svd", no_convergence)
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", no_convergence)
-    layer.call(torch.randn(23, 12))
-    assert layer.now.failures == 2
-    assert all(map(torch.equal, kept, stored(layer)))
-
-
-# -- a stand-in before the first refresh ------------------------------------------------------------------------------
-
-
-def waiting(shape: tuple[int, int], **settings: Any) -> Layer:
-    """A layer whose first refresh is its third call."""
-    layer = with_moments(shape, settings.pop("how", "rotate"), **settings)
-    layer.schedule = Schedule.first(10, 5, slot=2).to_tensor()
-    return layer
-
-
-@both_sides
-@pytest.mark.parametrize("how", ["reset", "rotate"])
-def test_moments_follow_the_first_refresh_after_a_stand_in_and_its_similarity_does_not_count(
-    shape: tuple[int, int], how: str
-) -> None:
-    layer = waiting(shape, how=how)
-    kept = stored(layer)
-    layer.call(torch.randn(shape))
-    assert (layer.now.next, layer.now.refreshes) == (2, 0)
-    layer.call(torch.randn(shape))
-    assert all(map(torch.equal, kept, stored(layer)))
-    old = layer.projector
-    layer.call(torch.randn(shape))
-    assert (layer.now.refreshes, layer.now.similarities) == (1, ())
-    expected = [torch.zeros_like(kept[0])] * 2
-    if how == "rotate":
-        change = change_of_basis(old, layer.projector, layer.side)
-        expected = list(rotated(kept[0], kept[1], change, layer.side, updates=7, betas=BETAS))
-    assert all(map(torch.equal, expected, stored(layer)))
-
-
-@both_sides
-@pytest.mark.parametrize("method", METHODS)
-def test_the_first_refresh_after_a_stand_in_is_as_good_as_one_without(shape: tuple[int, int], method: str) -> None:
-    """With "power" too: a step from a sketch of another gradient would find less."""
-    layer, grad = waiting(shape, method=method), torch.randn(shape)
-    layer.call(torch.randn(shape))
-    layer.call(torch.randn(shape))
-    project_old(layer, grad)
-    layer.call(grad)
-    other = Layer(shape, 4, INT4, method)
-    other.schedule = replace(Schedule.first(10, 5), clock=2).to_tensor()
-    other.call(grad)
-    assert torch.equal(layer.projector, other.projector)
-    assert torch.equal(layer.low, other.low)
-
-
-@pytest.mark.parametrize("how", ["reset", "rotate"])
-def test_where_no_stand_in_was_found_the_first_refresh_leaves_the_moments(
-    how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = waiting((23, 12), how=how)
-    kept = stored(layer)
-    with monkeypatch.context() as broken:
-        broken.setattr(torch.linalg, "cholesky_ex", no_convergence)
-        layer.call(torch.randn(23, 12))
-    assert (layer.now.next, layer.now.failures, layer.now.stands_in) == (0, 2, True)
-    assert not layer.projector.any()
-    layer.call(torch.full((23, 12), torch.nan))
-    layer.call(torch.randn(23, 12))
-    assert (layer.now.refreshes, layer.now.last) == (1, 2)
-    assert all(map(torch.equal, kept, stored(layer)))
 
 
 # -- the operators ----------------------------------------------------------------------------------------------------

@@ -8,16 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subspace_support import as_matrix, seeds, shapes
 from torch import Tensor
 
 from qgalore_compile import subspace as subspaces
 from qgalore_compile.projection import official_similarity, project, project_back, projector_shape, side_of
 from qgalore_compile.subspace import METHODS, Gradient, full_gradient, leading_subspace
 
-EDGES = [1, 2, 6, 7, 13, 42, 53, 123]
-side_lengths = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
-shapes = st.tuples(side_lengths, side_lengths)
-seeds = st.integers(0, 2**20)
 few = settings(max_examples=settings().max_examples // 2)
 
 
@@ -33,12 +30,6 @@ def random_projector(shape: tuple[int, int], rank: int) -> Tensor:
     wide = torch.randn(min(shape), rank, generator=torch.Generator().manual_seed(5))
     columns, _ = torch.linalg.qr(wide)
     return columns.t() if side_of(shape) == "right" else columns
-
-
-def as_matrix(projector: Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """PPᵀ, PᵀP on the right side."""
-    p = projector.double().numpy()
-    return p.T @ p if side_of(shape) == "right" else p @ p.T
 
 
 def assert_orthonormal(projector: Tensor, shape: tuple[int, int]) -> None:

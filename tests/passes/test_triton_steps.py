@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_within_contract, tokens, toy, training_step
+from support import assert_within_contract, step_of, tokens, toy, training_step
 from torch import Tensor, fx, nn
 
 pytest.importorskip("triton")
@@ -127,24 +127,13 @@ def linears(dtype: torch.dtype) -> tuple[nn.Module, qg.QGaLoreAdamW]:
     return model, qg.QGaLoreAdamW([group], lr=1e-2, weight_decay=0.1)
 
 
-def square(model: nn.Module, opt: Any) -> Callable[..., Tensor]:
-    def step(x: Tensor) -> Tensor:
-        loss = model(x).float().square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    return step
-
-
 def batch_of(dtype: torch.dtype) -> Callable[[int], Tensor]:
     return lambda index: torch.randn(16, 48, generator=torch.Generator().manual_seed(index)).to(dtype)
 
 
 def test_a_layers_update_is_three_launches_and_its_products_one_each(calls: Calls) -> None:
     """Down, region and up; the forwards of both, and the gradient of what is between them."""
-    for _ in steps(lambda: linears(torch.float32), batch_of(torch.float32), calls, 1, square):
+    for _ in steps(lambda: linears(torch.float32), batch_of(torch.float32), calls, 1, step_of):
         assert (calls.counted.count("region"), calls.counted.count("gemm")) == (2, 2 * 2 + 2 + 1)
 
 
@@ -156,7 +145,7 @@ def test_in_bfloat16_only_the_rounding_of_the_update_is_left_out(calls: Calls) -
     units of the group's scale, moves by 3 δ / scale at most, which is how probable another rounding is.
     """
     for before, found, expected in steps(
-        lambda: linears(torch.bfloat16), batch_of(torch.bfloat16), calls, 3, square, reassociate="never"
+        lambda: linears(torch.bfloat16), batch_of(torch.bfloat16), calls, 3, step_of, reassociate="never"
     ):
         states = [{name: value for name, value in of.items() if "/" in name} for of in (found, expected)]
         assert_within_contract(*states)
@@ -177,7 +166,7 @@ def test_in_bfloat16_a_gradient_that_is_taken_apart_is_rounded_elsewhere(calls: 
     """dY P is rounded where eager rounds G, either by 2⁻⁹.  Of what is left where terms cancel that is more: at the
     first step, where Adam moves everything by ± lr, a few signs change.  So steps agree in the norm."""
     for index, (before, found, expected) in enumerate(
-        steps(lambda: linears(torch.bfloat16), batch_of(torch.bfloat16), calls, 2, square)
+        steps(lambda: linears(torch.bfloat16), batch_of(torch.bfloat16), calls, 2, step_of)
     ):
         for name in ("0.weight", "2.weight"):
             apart = distance(found[f"{name}.codes"], expected[f"{name}.codes"])
