@@ -106,18 +106,25 @@ def region_of(text: str) -> Kernel:
     return region_kernel(BlockProgram.parse(text))
 
 
-@cache
 def load(kernel: Kernel) -> Any:
-    """The kernel as Triton's function."""
+    """The kernel as Triton's function; one as long as Inductor's cache is the same.
+
+    Inductor reads the function's source again when it compiles a graph that calls it: the file must be there, in the
+    cache of that moment, and not in one that has been cleared since.
+    """
     return getattr(PyCodeCache.load(kernel.source), kernel.name)
 
 
-@cache
 def tuned(kernel: Kernel) -> Any:
     """The kernel with its warps and stages, as launches take it."""
+    return _tuned(load(kernel), kernel.warps, kernel.stages)
+
+
+@lru_cache(maxsize=1024)
+def _tuned(function: Any, warps: int, stages: int) -> Any:
     import triton
 
-    return triton.autotune([triton.Config({}, num_warps=kernel.warps, num_stages=kernel.stages)], key=[])(load(kernel))
+    return triton.autotune([triton.Config({}, num_warps=warps, num_stages=stages)], key=[])(function)
 
 
 # -- what is known of a call's arguments -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from kernels_support import evaluated, filled, load, program
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from triton_products import Side, decoding, write_back
 
 pytest.importorskip("triton")
@@ -108,6 +110,13 @@ def test_a_product_that_is_read_is_an_argument_and_so_are_unknown_sizes() -> Non
 
 
 # -- caching ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_a_function_is_in_the_cache_of_the_moment() -> None:
+    kernel = region_of(str(region()))
+    for _ in range(2):  # Inductor reads it when it compiles a call, also after a cache has been cleared
+        with fresh_cache():
+            assert f"def {kernel.name}" in inspect.getsource(triton_kernels.load(kernel).fn)
 
 
 def test_equal_texts_are_one_kernel_and_one_function() -> None:
