@@ -205,13 +205,19 @@ class _Lowering:
         return node
 
     def _on_device(self, tensor: fx.Node, device: torch.device) -> fx.Node:
-        """A scalar that PyTorch's own operators would take from the CPU as it is, the learning rate: copied once."""
+        """A scalar that PyTorch's own operators would take from the CPU as it is, the learning rate.
+
+        Added to a zero of the device's, for then a kernel of Inductor's takes it as an argument: a copy would wait for
+        all that the device has still to do (0.6 ms of a 1.2 ms update on an H100), and a step that waits every time
+        never runs ahead.
+        """
         if value(tensor).device == device:
             return tensor
         if (tensor, device) not in self.moved:
             at = self._first() if tensor.op == "placeholder" else tensor.next
             with self.graph.inserting_before(at):
-                self.moved[tensor, device] = make(self.graph, prims.device_put.default, tensor, device)
+                zero = make(self.graph, aten.full.default, [], 0, dtype=value(tensor).dtype, device=device)
+                self.moved[tensor, device] = make(self.graph, aten.add.Tensor, zero, tensor)
         return self.moved[tensor, device]
 
     def _first(self) -> fx.Node:
