@@ -47,6 +47,8 @@ class Scale:
         evaluations: points of the curve.
         curve_tokens, final_tokens: held-out bytes of a point, and of the last evaluation, which is the result.
         compiled: whether steps are compiled.
+        device: where it trains.
+        variants: whether parts of ours are changed one at a time; a scale without is for comparing the methods.
         lr_of: the scale whose search finds the rates; None: this one searches.
         minutes, compile_minutes: of a run whose code has been compiled, by optimizer, and of compiling it: expected,
             before any has been timed.
@@ -64,6 +66,8 @@ class Scale:
     minutes: dict[str, float]
     compile_minutes: float = 0.0
     compiled: bool = True
+    device: str = "cpu"
+    variants: bool = True
     lr_of: str | None = None
 
 
@@ -76,6 +80,9 @@ SCALES = {
         # 1.0 M tokens; 32 times, and 9 times
         Scale("35m", "35m", 500, 16, 128, 16, 10, 16_384, 131_072,
               {"adamw": 8.5, "galore-torch": 10, "qgalore": 10.5}, compile_minutes=3, lr_of="tiny"),
+        # For a GPU. 4.1 M tokens; 20 times at a fixed gap
+        Scale("60m", "60m", 1000, 16, 256, 50, 10, 65_536, 524_288,
+              {"adamw": 1, "galore-torch": 2, "qgalore": 1.5}, compile_minutes=1, device="cuda", variants=False),
         Scale("quick", "nano", 3, 2, 16, 1, 3, 64, 64,
               {"adamw": 0.02, "galore-torch": 0.02, "qgalore": 0.02}, compiled=False),
     )
@@ -112,6 +119,8 @@ class Case:
     seeds: int = 2
 
 
+# Ours while its parts were changed one at a time: defaults have followed from that, and may again.
+BASE = {"refresh": "svd"}
 # What the published optimizers do, whatever this project's defaults are.
 PUBLISHED = {"similarity": "official", "moments_on_refresh": "keep", "refresh": "svd"}
 # The rates of the presets (0.015 and 0.001) lie within the three.
@@ -127,9 +136,10 @@ METHODS = (
     Case("galore", "GaLore (ours, unquantised, fixed gap)", "qgalore", GALORE_LR, int8=False, moments="32bit",
          keys={**PUBLISHED, "gamma_proj": 1, "quant": False}, seeds=3),
     Case("qgalore-official", "Q-GaLore, published rules", "qgalore", GALORE_LR, keys=dict(PUBLISHED), seeds=3),
-    Case("qgalore", "Q-GaLore, ours", "qgalore", GALORE_LR, seeds=3),
+    Case("qgalore", "Q-GaLore, ours, by SVD", "qgalore", GALORE_LR, seeds=3),
+    Case("qgalore-default", "Q-GaLore, ours", "qgalore", seeds=3),
 )  # fmt: skip
-OURS = METHODS[-1]
+OURS, DEFAULT = METHODS[-2:]
 
 VARIANTS = (
     Case("fixed-gap", "gap fixed", keys={"gamma_proj": 1}, seeds=3),
@@ -138,6 +148,9 @@ VARIANTS = (
     Case("nearest", "weights rounded to nearest", keys={"rounding": "nearest"}),
     Case("moments-32bit", "moments in float32", moments="32bit"),
     Case("similarity-official", "similarity official", keys={"similarity": "official"}),
+    Case("threshold-0.6", "similarity threshold 0.6", keys={"similarity_threshold": 0.6}),
+    Case("threshold-0.8", "similarity threshold 0.8", keys={"similarity_threshold": 0.8}),
+    Case("cap-24", "gaps of at most two first ones", keys={"max_gap": 24}),
     Case("similarity-subspace", "similarity subspace", keys={"similarity": "subspace"}),
     Case("moments-keep", "moments kept at a refresh", keys={"moments_on_refresh": "keep"}),
     Case("moments-rotate", "moments rotated", keys={"moments_on_refresh": "rotate"}),
@@ -157,7 +170,7 @@ VARIANTS = (
 CASES = {case.name: case for case in (*METHODS, *VARIANTS)}
 
 # At the larger scale, where a run takes long: a second seed for the two that are to be told apart.
-LARGER_SEEDS = {"adamw": 2, "galore-torch": 1, "galore": 1, "qgalore-official": 1, "qgalore": 2}
+LARGER_SEEDS = {"adamw": 2, "galore-torch": 1, "galore": 1, "qgalore-official": 1, "qgalore-default": 2}
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,8 @@ class RunSpec:
         gap = {"update_proj_gap": self.scale.gap}
         if self.case.optimizer == "galore-torch":
             return {**gap, "scale": 0.25, "proj_type": "std", **self.case.keys}
-        return {**PROJECTION_DEFAULTS, "rounding": "stochastic", **gap, **self.case.keys}
+        base = {} if self.case == DEFAULT else BASE
+        return {**PROJECTION_DEFAULTS, "rounding": "stochastic", **gap, **base, **self.case.keys}
 
     def settings(self) -> Result:
         """All that decides what the run computes: a result belongs to the run whose settings it holds."""
@@ -198,6 +212,8 @@ class RunSpec:
             "optimizer": case.optimizer, "int8": case.int8, "moments": case.moments, "rank": self.rank,
             "keys": self.keys, "lr": self.lr, "seed": self.seed,
         }  # fmt: skip
+        if scale.device != "cpu":  # of results on CPUs it has never been a part
+            settings["device"] = scale.device
         loaded: Result = json.loads(json.dumps(settings))
         return loaded
 
@@ -296,19 +312,19 @@ class Plan:
         """In the order in which they are run: what the conclusions need most comes first."""
         searching = [scale for scale in self.scales if scale.lr_of is None]
         for scale in searching:
-            for case in METHODS:
+            for case in (case for case in METHODS if case.lr is not None):
                 for rate in self.search(scale, case)[0]:
                     yield self._planned(RunSpec(scale, case, rate, 0), "search")
             for case in METHODS:
-                yield from self._seeds(scale, case, range(1, case.seeds), "seeds")
-            for case in VARIANTS:
+                yield from self._seeds(scale, case, range(int(case.lr is not None), case.seeds), "seeds")
+            for case in VARIANTS if scale.variants else ():
                 yield from self._seeds(scale, case, range(1 if case.seeds == 2 else case.seeds), "variants")
         for scale in self.scales:
             if scale.lr_of is not None:
                 for case in METHODS:
                     yield from self._seeds(scale, case, range(min(1, LARGER_SEEDS.get(case.name, 0))), "larger")
         for scale in searching:
-            for case in VARIANTS:
+            for case in VARIANTS if scale.variants else ():
                 yield from self._seeds(scale, case, range(1, 2 if case.seeds == 2 else 1), "variants")
         for scale in self.scales:
             if scale.lr_of is not None:

@@ -229,7 +229,7 @@ def _curves(scale: Scale, methods: list[Row], path: Path) -> Path:
 
 def _rates(plan: Plan, scale: Scale, path: Path) -> Path:
     axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
-    for case in METHODS:
+    for case in (case for case in METHODS if case.lr is not None):
         found = [plan.result(RunSpec(scale, case, rate, 0)) for rate in plan.search(scale, case)[0]]
         points = [(result["lr"], _number(result["val_loss"])) for result in found if result is not None]
         if points:

@@ -88,7 +88,8 @@ def config_of(spec: RunSpec) -> TrainConfig:
     ours = case.optimizer == "qgalore"
     kind = ("qgalore" if case.int8 else "galore") if ours else "adamw"
     return TrainConfig.from_preset(
-        scale.preset, optimizer=kind, backend=("qgalore" if ours else "inductor") if scale.compiled else "eager",
+        scale.preset, optimizer=kind, device=scale.device,
+        backend=("qgalore" if ours else "inductor") if scale.compiled else "eager",
         steps=scale.steps, batch=scale.batch, seq=scale.seq, update_proj_gap=scale.gap, rank=spec.rank, lr=spec.lr,
         seed=spec.seed, eval_every=math.ceil(scale.steps / scale.evaluations), eval_tokens=scale.curve_tokens,
     )  # fmt: skip
@@ -126,8 +127,10 @@ def timed_refreshes(measured: Measured) -> Iterator[None]:
     from galore_torch.galore_projector import GaLoreProjector
 
     def theirs(decompose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        _wait()
         started = time.perf_counter()
         found = decompose(*args, **kwargs)
+        _wait()
         measured.refreshes += 1
         measured.refresh_seconds += time.perf_counter() - started
         return found
@@ -135,6 +138,12 @@ def timed_refreshes(measured: Measured) -> Iterator[None]:
     timed = partialmethod(partial(theirs, GaLoreProjector.get_orthogonal_matrix))
     with mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", timed):
         yield
+
+
+def _wait() -> None:
+    """For the device, so that a time is of what was asked for in it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def told_refreshes(measured: Measured, optimizer: Optimizer, earlier: float) -> None:
@@ -265,6 +274,7 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
         "tokens_per_second": tokens * len(seconds) / sum(seconds),
         "median_step_ms": 1e3 * statistics.median(seconds),
         "rss_before": before, "peak_rss": measured.peak_rss, "peak_rss_steps": measured.peak_rss_steps or None,
+        "peak_device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
         "live_bytes": live_bytes(run.model, run.optimizer),
         "graphs": run.graphs, "compile_seconds": measured.compile_seconds, "wall_seconds": measured.wall_seconds,
         "processes": measured.processes, "skipped_steps": run.skipped_steps,

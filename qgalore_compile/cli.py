@@ -123,7 +123,7 @@ def train(
     ] = None,
     refresh: Annotated[
         Literal["svd", "randomized", "power"] | None,
-        typer.Option(help="How a subspace is computed. [default: svd]", rich_help_panel=STEP),
+        typer.Option(help="How a subspace is computed. [default: randomized]", rich_help_panel=STEP),
     ] = None,
     power_iterations: Annotated[
         int | None, typer.Option(help="Of --refresh randomized. [default: 2]", rich_help_panel=STEP)

@@ -30,7 +30,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "gamma_proj": 2,
     "queue_size": 5,
     # this project's
-    "refresh": "svd",
+    "refresh": "randomized",
     "power_iterations": 2,
     "moments_on_refresh": "keep",
     "similarity": "subspace",
@@ -270,9 +270,11 @@ def new_state(p: Tensor, group: dict[str, Any], slot: int = -1) -> dict[str, Ten
     else:
         eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
     for name in ("exp_avg", "exp_avg_sq"):
-        moment = torch.zeros(shape, device=p.device)
         if eight_bit:
-            state[name], state[f"{name}_absmax"], _ = formats.quantize_dynamic8(moment, signed=name == "exp_avg")
+            # One element stands for all: to encode an embedding's 131 M zeros would take 2.5 GB for a while.
+            code, _, _ = formats.quantize_dynamic8(torch.zeros(1, device=p.device), signed=name == "exp_avg")
+            blocks = -(-math.prod(shape) // formats.BLOCK_SIZE)
+            state[name], state[f"{name}_absmax"] = code.expand(shape).clone(), torch.zeros(blocks, device=p.device)
         else:
-            state[name] = moment
+            state[name] = torch.zeros(shape, device=p.device)
     return state

@@ -53,7 +53,7 @@ class TrainConfig:
     rank: int
     update_proj_gap: int
     scale: float = 0.25
-    refresh: str = "svd"
+    refresh: str = "randomized"
     power_iterations: int = 2
     moments_on_refresh: str = "keep"
     similarity: str = "subspace"

@@ -79,8 +79,8 @@ def test_a_rate_that_diverges_is_not_the_best(plan: Any) -> None:
 def test_nothing_but_the_search_can_run_before_there_are_results(plan: Any) -> None:
     planned = list(plan.Plan([]))
     assert {each.stage for each in planned if each.pending} == {"search"}
-    assert sum(each.pending for each in planned) == 3 * len(plan.METHODS)
-    assert {each.spec.name for each in planned if each.stage == "larger"} >= {"35m-qgalore-lrbest-seed1"}
+    assert sum(each.pending for each in planned) == 3 * sum(case.lr is not None for case in plan.METHODS)
+    assert {each.spec.name for each in planned if each.stage == "larger"} >= {"35m-qgalore-default-lrbest-seed1"}
 
 
 def test_seeds_variants_and_the_larger_scale_run_at_the_rate_that_was_found(plan: Any) -> None:
@@ -88,7 +88,7 @@ def test_seeds_variants_and_the_larger_scale_run_at_the_rate_that_was_found(plan
     rates = [(0.01, 2.0), (0.02, 1.0), (0.04, 1.5)]
     results = [done(plan, plan.RunSpec(scale, ours, rate, 0), loss) for rate, loss in rates]
     pending = {each.spec.name for each in plan.Plan(results) if each.pending and each.stage != "search"}
-    assert {"tiny-qgalore-lr0.02-seed2", "tiny-nearest-lr0.02-seed0", "35m-qgalore-lr0.02-seed0"} <= pending
+    assert {"tiny-qgalore-lr0.02-seed2", "tiny-nearest-lr0.02-seed0", "35m-qgalore-default-lr0.02-seed0"} <= pending
     assert "tiny-scale-1-lr-lr0.005-seed0" in pending
     assert not any(name.startswith("tiny-adamw") for name in pending)
 
@@ -103,10 +103,18 @@ def test_a_case_that_the_optimizer_does_not_know_is_left_out_with_its_words(
 
 
 def test_a_variant_that_changes_nothing_is_left_out(plan: Any) -> None:
-    default = plan.PROJECTION_DEFAULTS["refresh"]
     skipped = {each.spec.case.name: each.skipped for each in plan.Plan([]) if each.stage == "variants"}
-    assert skipped[f"refresh-{default}"] == "that is ours"
+    assert skipped[f"refresh-{plan.BASE['refresh']}"] == "that is ours"
     assert skipped["nearest"] is None
+
+
+def test_the_defaults_of_today_are_a_case_of_their_own(plan: Any) -> None:
+    spec = plan.RunSpec(plan.SCALES["tiny"], plan.DEFAULT, 0.02, 0)
+    assert {key: spec.keys[key] for key in plan.PROJECTION_DEFAULTS} == plan.PROJECTION_DEFAULTS | {
+        "update_proj_gap": spec.scale.gap
+    }
+    assert "device" not in spec.settings()
+    assert plan.RunSpec(plan.SCALES["60m"], plan.DEFAULT, 0.02, 0).settings()["device"] == "cuda"
 
 
 def test_a_result_of_other_settings_is_no_result(plan: Any) -> None:

@@ -122,7 +122,7 @@ def test_galore_s_keys_have_the_documented_defaults() -> None:
         "cos_threshold": 0.4,
         "gamma_proj": 2,
         "queue_size": 5,
-        "refresh": "svd",
+        "refresh": "randomized",
         "power_iterations": 2,
         "moments_on_refresh": "keep",
         "similarity": "subspace",
