@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -29,14 +30,32 @@ Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_model(config: TrainConfig) -> Llama:
-    """The model with weights drawn from `config.seed`; its blocks' weights are INT8 for the optimizer "qgalore"."""
-    with torch.random.fork_rng(devices=[]):
+    """The model with weights drawn from `config.seed`; its blocks' weights are INT8 for the optimizer "qgalore".
+
+    Off the CPU they are drawn where they stay, in `config.dtype`, so that a model needs no more of the host's memory
+    than of the device's (7B in float32 is 26 GB); the same seed gives other weights there than on a CPU.
+    """
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    apart = device.type != "cpu"
+    # Not in bfloat16 on a CPU: the draws would be others than those of every result so far.
+    with torch.random.fork_rng(devices=[device] if apart else []), _default_dtype(dtype if apart else torch.float32):
         torch.manual_seed(config.seed)
-        model = Llama(config.model)
-    model.to(device=config.device, dtype=getattr(torch, config.dtype))
+        with device:
+            model = Llama(config.model)
+    model.to(device=device, dtype=dtype)
     if config.optimizer == "qgalore":
         quantize_(model)
     return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
