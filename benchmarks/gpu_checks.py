@@ -23,7 +23,9 @@ GROUP = 256
 
 CODES = {torch.bfloat16: 2e-2, torch.float32: 2e-3}
 """Share of an update's integer codes that may differ, by the dtype of its products: theirs are rounded in other places.
-Those of weights differ by one at most; the codes of moments next to zero stand closer than the products' rounding."""
+With products in float32 those of weights differ by one at most; the codes of moments next to zero stand closer than the
+products' rounding.  With products in bfloat16 a code of a weight may be far off: where v is stored as 0 and m is not,
+the step is ill-conditioned, and one rounding of G moves codes of 2048 x 5461 by up to 18 in eager on a CPU."""
 
 PRODUCT = {torch.bfloat16: 2**-7, torch.float32: 2e-5}
 """Error of a product over its largest element: bfloat16 rounds the decoded weight and the result, by 2⁻⁹ each."""
@@ -117,7 +119,7 @@ def update(case: Case, device: torch.device) -> Iterator[Finding]:
         yield Finding(what, f"{error.name}: relative error", error.relative, error.tolerance)
         if error.codes_differing is not None and error.code_distance is not None:
             yield Finding(what, f"{error.name}: share of codes differing", error.codes_differing, CODES[case.dtype])
-            if "/" not in error.name:  # of a weight, no state of it
+            if "/" not in error.name and case.dtype == torch.float32:  # of a weight, no state of it
                 yield Finding(what, f"{error.name}: distance of codes", error.code_distance, 1)
 
 

@@ -148,8 +148,12 @@ VARIANTS = (
     Case("nearest", "weights rounded to nearest", keys={"rounding": "nearest"}),
     # At the best rate every update is several quanta of a weight; here it is a fraction of one.
     Case("lr-eighth", "an eighth of the lr", lr_factor=0.125),
-    Case("lr-eighth-nearest", "an eighth of the lr, weights rounded to nearest", keys={"rounding": "nearest"},
-         lr_factor=0.125),
+    Case(
+        "lr-eighth-nearest",
+        "an eighth of the lr, weights rounded to nearest",
+        keys={"rounding": "nearest"},
+        lr_factor=0.125,
+    ),
     Case("moments-32bit", "moments in float32", moments="32bit"),
     Case("similarity-official", "similarity official", keys={"similarity": "official"}),
     Case("threshold-0.6", "similarity threshold 0.6", keys={"similarity_threshold": 0.6}),

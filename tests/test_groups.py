@@ -11,6 +11,7 @@ from support import Toy
 from torch import Tensor, nn
 
 import qgalore_compile as qg
+from qgalore_compile import formats
 
 
 def names(groups: list[dict[str, Any]]) -> list[list[str]]:
@@ -296,3 +297,12 @@ def test_an_int8_weight_in_another_optimizer_is_refused_by_name_and_stays(make: 
     with pytest.raises((NotImplementedError, RuntimeError), match=r"(?s)0\.weight.*\(4, 6\).*QGaLoreAdamW"):
         opt.step()
     assert torch.equal(model[0].weight.dequantize(), before)
+
+
+def test_moments_begin_as_encoded_zeros() -> None:
+    weight = nn.Parameter(torch.ones(40, 300))
+    opt = qg.QGaLoreAdamW([{"params": [weight], "rank": 7}])
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        expected = formats.quantize_dynamic8(torch.zeros(7, 300), signed=signed)
+        assert torch.equal(opt.state[weight][name], expected.codes)
+        assert torch.equal(opt.state[weight][f"{name}_absmax"], expected.absmax)

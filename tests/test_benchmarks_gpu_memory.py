@@ -1,0 +1,52 @@
+"""`benchmarks/gpu_memory.py` as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from qgalore_compile.llama import PRESETS
+from qgalore_compile.train_config import TrainConfig
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command, run with arguments; steps are eager, for compiling is no matter of its own here."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("gpu_memory")
+    known = TrainConfig.from_preset
+    monkeypatch.setitem(PRESETS, "tiny-1layers", PRESETS["tiny"])  # put there by the script, and taken away again
+    monkeypatch.setattr(
+        module.TrainConfig, "from_preset", lambda preset, **options: known(preset, backend="eager", **options)
+    )
+    app = typer.Typer()
+    app.command()(module.main)
+    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    result = invoke("--preset", "tiny", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "there is no device 'cuda'" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_a_cpu_tells_everything_but_memory(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ["--preset", "tiny", "--layers", 1, "--steps", 4, "--seq", 16, "--device", "cpu", "--out", tmp_path]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "memory-tiny-1layers-cpu.json").read_text())
+    assert len(found["losses"]) == found["steps"] == 4
+    assert found["refreshes"] >= 4  # staggered: one weight a step
+    assert found["step_ms_with_a_turn"] > 0
+    assert found["memory"] == {}
+    assert found["limit_gib"] is None
