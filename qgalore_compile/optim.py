@@ -38,7 +38,7 @@ from qgalore_compile.weights import Int8Weight, write_back_
 
 
 class _Pending(NamedTuple):
-    """A parameter between the two phases: ``low`` is R in float32, or G as it came where it is not projected."""
+    """A parameter between the two phases: ``low`` is R, or G as it came where it is not projected."""
 
     parameter: Tensor
     group: dict[str, Any]
@@ -213,10 +213,11 @@ class QGaLoreAdamW(Optimizer):
         return pending
 
     def _project(self, p: Tensor, group: dict[str, Any], state: dict[str, Tensor], position: int) -> Tensor:
-        """R in float32, after the refresh if one is due.  The GEMM runs in the gradient's dtype."""
+        """R in the gradient's dtype, after the refresh if one is due: the GEMM runs in that dtype, and all R of a step
+        wait for the last one's norm (6 GiB in float32 at 7B)."""
         assert p.grad is not None
         projector = groups.projector(p, group, state, p.grad.dtype)
-        low = project(p.grad, projector, side_of(p.shape)).to(torch.float32)
+        low = project(p.grad, projector, side_of(p.shape))
         refresh_(
             low, groups.stored_projector(state), state["schedule"], [p.grad],
             shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),

@@ -130,7 +130,7 @@ def _turn(
         if _finite(factors):
             gradient = Gradient(factors)
             if now.measures(settings.rule):
-                now = now.measured(settings.rule, captured_energy(low, gradient))
+                now = now.measured(settings.rule, captured_energy(low.to(torch.float32), gradient))
             if now.due:
                 now = _compute_anew(low, projector, now, gradient, settings, moments, step)
         else:
@@ -200,7 +200,7 @@ def _found(
     draws: dict[str, Any] = {"seed": settings.seed, "step": now.clock, "param": settings.param}
     compute = partial(
         leading_subspace, gradient, settings.rank, side, power_iterations=settings.power_iterations,
-        low=low if now.refreshes else None, **draws,
+        low=low.to(torch.float32) if now.refreshes else None, **draws,
     )  # fmt: skip
     attempts: list[Callable[[], Tensor]] = []
     if now.stands_in:
@@ -274,7 +274,7 @@ def refresh_(
     """Compute a parameter's subspace anew if its schedule says so, and count the call.
 
     Args:
-        low: R, float32, of this gradient and the projector as it was; overwritten in a refresh.
+        low: R, in the gradient's dtype, of this gradient and the projector as it was; overwritten in a refresh.
         projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
         schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
         factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
