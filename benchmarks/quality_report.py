@@ -114,7 +114,8 @@ def spread(values: Sequence[float], form: str = ".4f") -> str:
 
 
 def rows_of(plan: Plan, scale: Scale, cases: Sequence[Case]) -> list[Row]:
-    """The rows that have a result."""
+    """The rows that have a result, of cases that are planned at this scale: a variant that is ours itself is not."""
+    planned = {each.spec.case.name for each in plan if each.spec.scale == scale and each.skipped is None}
 
     def results(case: Case) -> list[Result]:
         rate = plan.best_lr(scale, case)
@@ -122,7 +123,7 @@ def rows_of(plan: Plan, scale: Scale, cases: Sequence[Case]) -> list[Row]:
         return [result for result in found if result is not None]
 
     ours = results(OURS)
-    rows = [Row(scale, case, plan.best_lr(scale, case), results(case), ours) for case in cases]
+    rows = [Row(scale, case, plan.best_lr(scale, case), results(case), ours) for case in cases if case.name in planned]
     return [row for row in rows if row.results]
 
 
