@@ -191,7 +191,8 @@ def _flat(run: Result) -> dict[str, Any]:
 
 def _csv(table: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in table for name in row)  # a result may be older than a figure
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue()
