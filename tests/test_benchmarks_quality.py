@@ -167,7 +167,7 @@ def test_everything_is_run_once_and_nothing_the_second_time(module: Callable[[st
 def test_a_run_that_fails_is_tried_once_and_reported_and_the_others_go_on(
     module: Callable[[str], Any], plan: Any
 ) -> None:
-    worker, said = Worker(plan, fail="-nearest-"), io.StringIO()
+    worker, said = Worker(plan, fail="tiny-nearest-"), io.StringIO()
     console = Console(file=said, width=200)
     failed = module("quality").carry_out(worker.load, worker, console)
     assert failed == ["tiny-nearest-lr0.02-seed0", "tiny-nearest-lr0.02-seed1"]
