@@ -140,6 +140,7 @@ METHODS = (
     Case("qgalore-default", "Q-GaLore, ours", "qgalore", seeds=3),
 )  # fmt: skip
 OURS, DEFAULT = METHODS[-2:]
+SEARCHED = tuple(case for case in METHODS if case.lr is not None)
 
 VARIANTS = (
     Case("fixed-gap", "gap fixed", keys={"gamma_proj": 1}, seeds=3),
@@ -320,11 +321,11 @@ class Plan:
         """In the order in which they are run: what the conclusions need most comes first."""
         searching = [scale for scale in self.scales if scale.lr_of is None]
         for scale in searching:
-            for case in (case for case in METHODS if case.lr is not None):
+            for case in SEARCHED:
                 for rate in self.search(scale, case)[0]:
                     yield self._planned(RunSpec(scale, case, rate, 0), "search")
             for case in METHODS:
-                yield from self._seeds(scale, case, range(int(case.lr is not None), case.seeds), "seeds")
+                yield from self._seeds(scale, case, range(int(case in SEARCHED), case.seeds), "seeds")
             for case in VARIANTS if scale.variants else ():
                 yield from self._seeds(scale, case, range(1 if case.seeds == 2 else case.seeds), "variants")
         for scale in self.scales:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from quality_plan import METHODS, OURS, VARIANTS, Case, Plan, Result, RunSpec, Scale, loss_of
+from quality_plan import METHODS, OURS, SEARCHED, VARIANTS, Case, Plan, Result, RunSpec, Scale, loss_of
 from quality_run import write_whole
 
 MIB = 2**20
@@ -231,7 +231,7 @@ def _curves(scale: Scale, methods: list[Row], path: Path) -> Path:
 
 def _rates(plan: Plan, scale: Scale, path: Path) -> Path:
     axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
-    for case in (case for case in METHODS if case.lr is not None):
+    for case in SEARCHED:
         found = [plan.result(RunSpec(scale, case, rate, 0)) for rate in plan.search(scale, case)[0]]
         points = [(result["lr"], _number(result["val_loss"])) for result in found if result is not None]
         if points:

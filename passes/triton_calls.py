@@ -208,8 +208,8 @@ class _Lowering:
         """A scalar that PyTorch's own operators would take from the CPU as it is, the learning rate.
 
         Added to a zero of the device's, for then a kernel of Inductor's takes it as an argument: a copy would wait for
-        all that the device has still to do (0.6 ms of a 1.2 ms update on an H100), and a step that waits every time
-        never runs ahead.
+        all that the device has still to do, and a step that waits every time never runs ahead (an update of 512 x 1376
+        on an H100: 0.69 ms with the copy, 0.047 without).
         """
         if value(tensor).device == device:
             return tensor

@@ -183,13 +183,6 @@ def test_weight_decay_spares_norms(config: TrainConfig) -> None:
             assert decay[id(parameter)] == (0.0 if name.endswith("norm.weight") else 0.1), name
 
 
-def test_a_seed_draws_the_same_model_in_every_dtype_on_a_cpu(config: TrainConfig) -> None:
-    models = [make_model(replace(config, optimizer="adamw", dtype=dtype)) for dtype in ("float32", "bfloat16")]
-    assert torch.get_default_dtype() == torch.float32
-    for wide, narrow in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(wide.to(torch.bfloat16), narrow)
-
-
 def test_adamw_clips_to_the_norm_and_reports_it_before_clipping(config: TrainConfig) -> None:
     norms = []
     for name, limit in (("free", None), ("clipped", 1e-3)):

@@ -1,0 +1,16 @@
+"""The model of a training run."""
+
+from __future__ import annotations
+
+import torch
+
+from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training import make_model
+
+
+def test_a_seed_draws_the_same_model_in_every_dtype_on_a_cpu() -> None:
+    configs = [TrainConfig.from_preset("tiny", optimizer="adamw", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    models = [make_model(config) for config in configs]
+    assert torch.get_default_dtype() == torch.float32
+    for wide, narrow in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(wide.to(torch.bfloat16), narrow)
