@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when torch is imported, so set before. Two test processes on two cores: one thread and no pool of compile
 # workers each. In force only under pytest-xdist.
@@ -106,3 +108,10 @@ def clean_dynamo() -> None:
 def seeded() -> None:
     """The same random numbers whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A file of the benchmarks, which are scripts in a folder and no package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module

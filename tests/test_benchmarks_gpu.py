@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -25,13 +24,6 @@ from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A file of the benchmarks, which are scripts in a folder and no package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module
 
 
 @pytest.fixture

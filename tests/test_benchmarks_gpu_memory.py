@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,16 @@ from qgalore_compile.train_config import TrainConfig
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def invoke(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The command, run with arguments; steps are eager, for compiling is no matter of its own here."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    module = importlib.import_module("gpu_memory")
+    script = module("gpu_memory")
     known = TrainConfig.from_preset
     monkeypatch.setitem(PRESETS, "tiny-1layers", PRESETS["tiny"])  # put there by the script, and taken away again
     monkeypatch.setattr(
-        module.TrainConfig, "from_preset", lambda preset, **options: known(preset, backend="eager", **options)
+        script.TrainConfig, "from_preset", lambda preset, **options: known(preset, backend="eager", **options)
     )
     app = typer.Typer()
-    app.command()(module.main)
+    app.command()(script.main)
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import math
@@ -19,13 +18,6 @@ from typer.testing import CliRunner
 from qgalore_compile import training
 from qgalore_compile.data import Corpus, load_corpus
 from qgalore_compile.llama import PRESETS
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A file of the benchmarks, which are scripts in a folder and no package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module
 
 
 @pytest.fixture
