@@ -126,7 +126,7 @@ def train(
         typer.Option(help="How a subspace is computed. [default: randomized]", rich_help_panel=STEP),
     ] = None,
     power_iterations: Annotated[
-        int | None, typer.Option(help="Of --refresh randomized. [default: 2]", rich_help_panel=STEP)
+        int | None, typer.Option(help="Of --refresh randomized. [default: 1]", rich_help_panel=STEP)
     ] = None,
     moments_on_refresh: Annotated[
         Literal["keep", "reset", "rotate"] | None,

@@ -31,7 +31,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "queue_size": 5,
     # this project's
     "refresh": "randomized",
-    "power_iterations": 2,
+    "power_iterations": 1,
     "moments_on_refresh": "keep",
     "similarity": "subspace",
     "similarity_threshold": 0.4,

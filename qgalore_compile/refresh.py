@@ -268,7 +268,7 @@ def refresh_(
     rule: Rule,
     seed: int,
     param: int,
-    power_iterations: int = 2,
+    power_iterations: int = 1,
     moments: Moments | None = None,
 ) -> None:
     """Compute a parameter's subspace anew if its schedule says so, and count the call.

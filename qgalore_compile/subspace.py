@@ -129,7 +129,7 @@ def leading_subspace(
     side: Side,
     *,
     method: str,
-    power_iterations: int = 2,
+    power_iterations: int = 1,
     low: Tensor | None = None,
     ordered: bool = False,
     exact: bool = True,

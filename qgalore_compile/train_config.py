@@ -54,7 +54,7 @@ class TrainConfig:
     update_proj_gap: int
     scale: float = 0.25
     refresh: str = "randomized"
-    power_iterations: int = 2
+    power_iterations: int = 1
     moments_on_refresh: str = "keep"
     similarity: str = "subspace"
     max_gap: int | None = None

@@ -124,7 +124,7 @@ def test_galore_s_keys_have_the_documented_defaults() -> None:
         "gamma_proj": 2,
         "queue_size": 5,
         "refresh": "randomized",
-        "power_iterations": 2,
+        "power_iterations": 1,
         "moments_on_refresh": "keep",
         "similarity": "subspace",
         "max_gap": None,

@@ -46,7 +46,7 @@ def test_every_projected_layer_has_its_shape_side_rank_and_what_became_of_its_gr
         assert layer["reassociated"]
         assert layer["inequality"] == "operations 9,216 < 19,200; bytes 6,272 < 7,040"
         assert layer["refresh_takes"] == "the factors of the gradient"
-        assert layer["refresh_cost"].startswith("randomized: about 5376*T + 153600 operations through the factors")
+        assert layer["refresh_cost"].startswith("randomized: about 2816*T + 115200 operations through the factors")
         assert layer["update_function"] == "generated, 2 kernels"
         assert layer["ops"] > 50
 

@@ -124,13 +124,13 @@ def test_a_rank_deficient_gradient_is_kept_whole_and_its_completion_is_orthonorm
 
 
 @pytest.mark.parametrize("shape", [(300, 700), (431, 123), (300, 300)])
-@pytest.mark.parametrize("decay", [0.5, 1.0])
-def test_randomized_captures_nearly_the_exact_energy(shape: tuple[int, int], decay: float) -> None:
+@pytest.mark.parametrize(("decay", "share"), [(0.5, 0.93), (1.0, 0.99)])
+def test_randomized_captures_nearly_the_exact_energy(shape: tuple[int, int], decay: float, share: float) -> None:
     grad = with_spectrum(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -decay)
     exact = captured(grad, subspace([grad], 32, shape))
     projector = subspace([grad], 32, shape, "randomized")
     assert_orthonormal(projector, shape)
-    assert 0.98 * exact < captured(grad, projector) <= exact * (1 + 1e-6)
+    assert share * exact < captured(grad, projector) <= exact * (1 + 1e-6)
 
 
 def test_randomized_is_exact_where_the_sketch_spans_the_smaller_side() -> None:
