@@ -142,6 +142,14 @@ def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Tar
     Kernel, tuple[Any, Any]
 ]:  # fmt: skip
     """(the kernel of a product's call, the product's m and n), from its operands' tensors, real or fake."""
+    found, sizes = product_of(program, read, target, precision)
+    return kernel_of(text, found.left, found.right, found.sizes, found.memory, found.precision, target), sizes
+
+
+def product_of(
+    program: GemmProgram, read: Sequence[Tensor], target: Target, precision: str
+) -> tuple[Product, tuple[Any, Any]]:
+    """(a call's product and what is known of its operands, its m and n), from their tensors, real or fake."""
     left, right = program.operands(read)
     m, n = program.left.size(left, 0), program.right.size(right, 1)
     k = program.left.size(left, 1)
@@ -159,8 +167,7 @@ def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Tar
         # Triton 3.7 takes what was decoded from bytes for exact in 10 bits, and multiplies it in tf32; 3.9 does not
         precision = "tf32x3"
     sizes = tuple(each if isinstance(each, int) else None for each in (m, n))
-    kernel = kernel_of(text, first, second, (sizes[0], sizes[1], k), memory, precision, target)
-    return kernel, (m, n)
+    return Product(program, first, second, (sizes[0], sizes[1], k), memory, precision), (m, n)
 
 
 def bind(

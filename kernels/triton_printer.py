@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qgalore_compile.kernels.dynamic8 import expanded
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Instruction, number_of
+from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
 
 POINTER = {
     "f32": "fp32", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16", "i32": "i32",
@@ -171,11 +171,22 @@ class Body:
         """Stores."""
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
+            value, changes = self._changed(buffer, value)
             stored = self._spread(value, buffer.extent)
             if buffer.memory not in ("f32", "i32", "bool"):
                 stored = f"({stored}).to({_MEMORY[buffer.memory]})"
-            mask = self._mask(buffer.extent)
+            mask = " & ".join(filter(None, [changes, self._mask(buffer.extent)]))
             yield f"tl.store({self._pointer(name)}, {stored}{mask and f', mask={mask}'})"
+
+    def _changed(self, buffer: Buffer, value: int) -> tuple[int, str]:
+        """(what a buffer is given, where): what is to stay is not written, so that no thread keeps it until then."""
+        found = self.program.instructions[value]
+        if found.operation == "where" and buffer.access == "inout":
+            changes, new, old = found.args
+            last = self.program.instructions[old]
+            if last.operation == "load" and last.names == (buffer.name,):
+                return new, self._spread(changes, buffer.extent)
+        return value, ""
 
     def result(self, name: str) -> str:
         """The value that a buffer would be given, in the shape of elements."""

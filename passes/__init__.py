@@ -14,6 +14,7 @@ fuse.py               rounding  turns updates into generated kernels that work i
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
 order.py              exact     places updates as early as they can run, so that factors die early
+decode_first.py       rounding  on a GPU, decodes a quantised operand before its product where that is faster
 triton_calls.py       exact     a GPU's generated kernels become Triton kernels that Inductor knows
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
@@ -37,6 +38,7 @@ from __future__ import annotations
 
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
+from qgalore_compile.passes.decode_first import decode_first
 from qgalore_compile.passes.embedding_gradient import embedding_gradient
 from qgalore_compile.passes.fuse import fuse
 from qgalore_compile.passes.fuse_products import fuse_products
@@ -64,5 +66,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("fuse_products", "rounding", fuse_products),
     Pass("opaque", "exact", opaque),
     Pass("order", "exact", order),
+    Pass("decode_first", "rounding", decode_first),
     Pass("triton_calls", "exact", triton_calls),
 )

@@ -96,22 +96,33 @@ def launch(
         ]  # fmt: skip
         reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name != product]
         reads = [contiguous(graph, node) for node in [*operands, *reads]]
-        places: dict[str, Any] = {f"_written_{index}_base_index": index for index in range(len(bases))}
-        call = graph.call_function(
-            FUNCTIONALIZED, (op,),
-            {"program": gemm or str(program), "read": reads, "numbers": list(region.numbers.values()),
-             "_written_length": len(bases), **places, "_all_bases": bases},
-        )  # fmt: skip
-        call.meta["val"] = (None, *map(value, bases))
-        for index, buffer in enumerate(program.written()):
-            result = graph.call_function(operator.getitem, (call, index + 1))
+        call, stored = functionalized(graph, op, gemm or str(program), bases, reads, list(region.numbers.values()))
+        for buffer, result in zip(program.written(), stored, strict=True):
             output = output_of[buffer.name]
-            result.meta = {"val": value(bases[index])}
             if "stack_trace" in output.node.meta:
                 result.meta["stack_trace"] = output.node.meta["stack_trace"]
             results[output] = result
     _hand_over(call, results)
     move_behind(call, list(results.values()))
+    return call, results
+
+
+def functionalized(
+    graph: fx.Graph, op: Any, text: str, bases: Sequence[fx.Node], reads: Sequence[fx.Node], numbers: Sequence[int] = ()
+) -> tuple[fx.Node, list[fx.Node]]:
+    """A call of a program that writes tensors, as functionalisation leaves one: the call, and what it makes of each."""
+    places: dict[str, Any] = {f"_written_{index}_base_index": index for index in range(len(bases))}
+    call = graph.call_function(
+        FUNCTIONALIZED, (op,),
+        {"program": text, "read": list(reads), "numbers": list(numbers), "_written_length": len(bases), **places,
+         "_all_bases": list(bases)},
+    )  # fmt: skip
+    call.meta["val"] = (None, *map(value, bases))
+    results = []
+    for index, base in enumerate(bases):
+        result = graph.call_function(operator.getitem, (call, index + 1))
+        result.meta = {"val": value(base)}
+        results.append(result)
     return call, results
 
 

@@ -311,6 +311,33 @@ def test_an_output_may_be_the_storage_of_an_input(rows: int) -> None:
         assert torch.equal(shared[name], expected[name]), name
 
 
+@pytest.mark.parametrize("space", [ODD, Space(2, 32, 8)], ids=["odd", "whole"])
+@pytest.mark.parametrize("extent", ["scalar", "group", "element"])
+def test_what_is_to_stay_is_not_written(extent: str, space: Space) -> None:
+    """Else a thread would hold the old codes of a weight until it stores the new ones."""
+    made = program(space, f"flag bool {extent} in", "x f32 element inout", "c u8 element inout", "y f32 element out")
+    flag, x, c = (load(made, name) for name in ("flag", "x", "c"))
+    made.store("x", made.emit("where", (flag, made.emit("neg", (x,)), x)))
+    made.store("c", made.emit("where", (flag, made.emit("bitxor", (c, made.constant(255, "i32"))), c)))
+    made.store("y", made.emit("where", (flag, x, made.constant(0.0))))
+    for flags in ({}, {"flag": torch.zeros(())}, {"flag": torch.ones(())}) if extent == "scalar" else ({},):
+        tensors = filled(made, **flags)
+        assert_like(ran(made, tensors), evaluated(made, tensors), made)
+    source = kernel_of(made).source
+    stores = [line for line in source.splitlines() if "tl.store(" in line]
+    assert ["mask=v0" in line for line in stores] == [True, True, False]
+
+
+def test_a_choice_between_two_buffers_is_written_whole() -> None:
+    made = program(ODD, "flag bool scalar in", "x f32 element inout", "y f32 element inout")
+    flag, x, y = (load(made, name) for name in ("flag", "x", "y"))
+    made.store("x", made.emit("where", (flag, x, y)))
+    made.store("y", made.emit("where", (flag, made.emit("neg", (y,)), x)))
+    for value in (0, 1):
+        tensors = filled(made, flag=torch.tensor(value))
+        assert_like(ran(made, tensors), evaluated(made, tensors), made)
+
+
 # -- the source -------------------------------------------------------------------------------------------------------
 
 

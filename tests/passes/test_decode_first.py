@@ -1,0 +1,155 @@
+"""gemm("…", codes) -> decode, mm(decoded) on a GPU, where a model finds that faster; the numbers stay.
+
+Graphs are compiled for a GPU that is not there and interpreted on the CPU (``interpreted.triton_on_cpus``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from graphs import after, results, targets, traced
+from passes_support import Layer, galore
+from quantised_products import GROUP, forward_and_input_gradient, stored_int8
+from support import assert_within_contract
+from torch import Tensor, fx
+
+pytest.importorskip("triton")
+
+from interpreted import Calls, triton_on_cpus
+
+from qgalore_compile import formats
+from qgalore_compile.dry_run import final_graph
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.passes import PASSES, PassManager
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, value
+
+pytestmark = pytest.mark.triton
+
+T, M, N = 8, 16, 24
+NAMES = ("update", "reassociate", "fuse", "fuse_products", "decode_first")
+UPDATE = Layer("a", weight="int8", projector="int4")
+
+
+@pytest.fixture
+def calls() -> Iterator[Calls]:
+    """Graphs are compiled for a GPU."""
+    with triton_on_cpus() as found:
+        yield found
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding before is faster: these products are too small for it."""
+    module = importlib.import_module("qgalore_compile.passes.decode_first")  # the package's name is the function
+    monkeypatch.setattr(module, "_is_faster", lambda *product: True)
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N)]
+
+
+def decodings(graph: fx.Graph) -> list[fx.Node]:
+    """Calls that write nothing but what they have decoded."""
+    return [
+        node
+        for node in graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
+        if node.args[0] is ops.run_program and node.kwargs["_all_bases"][0].target is aten.empty.memory_format
+    ]
+
+
+@pytest.mark.usefixtures("calls", "always")
+def test_a_product_becomes_a_librarys_behind_its_decoding() -> None:
+    module = traced(forward_and_input_gradient, *inputs())
+    record = after(module, *NAMES).records[-1]
+    assert (len(record.matches), record.skipped) == (2, [])
+    decode = [aten.empty.memory_format, FUNCTIONALIZED, targets(module.graph)[2]]
+    assert targets(module.graph) == [*decode, aten.permute.default, aten.mm.default, *decode, aten.mm.default]
+    for call in decodings(module.graph):
+        program = BlockProgram.parse(str(call.kwargs["program"]))
+        assert program.space[:2] == (M, N)
+        assert [value(base).shape for base in call.kwargs["_all_bases"]] == [(M, N)]
+
+
+@pytest.mark.usefixtures("calls", "always")
+def test_an_update_takes_its_projector_as_it_is() -> None:
+    built = galore(UPDATE)
+    manager = built.after(*NAMES)
+    (layer,) = manager.context.layers
+    (up,) = (node for node in built.operator(FUNCTIONALIZED) if node.args[0] is ops.run_gemm)
+    assert layer.up is up
+    assert layer.down is not None
+    assert layer.down.target is aten.mm.default
+    program = ops.program_of(str(up.kwargs["program"]))
+    assert program.left.prologue is program.right.prologue is None
+    assert program.epilogue is not None
+    assert any(result in up.kwargs["read"] for call in decodings(built.graph) for result in call.users)
+
+
+@pytest.mark.usefixtures("always")
+def test_numbers_stay_with_both_kinds_of_products_and_triton_calls(calls: Calls) -> None:
+    layers = [UPDATE, Layer("b", (12, 20), weight="int8", projector="int4")]
+    torch.manual_seed(0)
+    plain = galore(*layers)
+    torch.manual_seed(0)
+    built = galore(*layers)
+    plain.after("update", "reassociate")
+    manager = PassManager([each for each in PASSES if each.name in (*NAMES, "triton_calls")], lint=True)
+    fakes = [value(node) for node in built.graph.find_nodes(op="placeholder")]
+    with torch._inductor.config.patch(post_grad_custom_post_pass=manager):
+        made = final_graph(built.module, fakes, is_inference=False)
+    assert len(manager.records[-2].matches) == 4
+    cloned = [given.clone() for given in built.inputs]
+    calls.runner(made)(*cloned)
+    assert_within_contract(dict(zip(built.names, cloned, strict=True)), plain.run())
+
+
+@pytest.mark.usefixtures("calls", "always")
+def test_a_projection_of_a_transposed_operand_keeps_its_transpose() -> None:
+    packed = formats.quantize_int4(torch.randn(4, N), GROUP)
+
+    def step(x: Tensor, y: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
+        projector = formats.dequantize_int4(*stored, N, GROUP)
+        return x @ projector.t(), projector.t() @ y
+
+    given = [torch.randn(T, N), torch.randn(4, T), *packed[:3]]
+    module = traced(step, *given)
+    expected = results(module, given)
+    assert len(after(module, *NAMES).records[-1].matches) == 2
+    for one, other in zip(results(module, given), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("calls", "always")
+def test_an_unknown_number_of_tokens_is_no_obstacle() -> None:
+    module = traced(forward_and_input_gradient, *inputs(), symbolic=[0, 1])
+    assert len(after(module, *NAMES).records[-1].matches) == 2
+    more = [torch.randn(T + 3, N), torch.randn(T + 3, M), *inputs()[2:]]
+    for one, other in zip(results(module, more)[:2], forward_and_input_gradient(*more), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("calls")
+def test_small_products_stay_as_they_are() -> None:
+    module = traced(forward_and_input_gradient, *inputs())
+    record = after(module, *NAMES).records[-1]
+    assert (record.matches, record.skipped, record.ops) == ([], [], {})
+
+
+@pytest.mark.usefixtures("always")
+def test_a_graph_on_cpus_is_left_alone() -> None:
+    module = traced(forward_and_input_gradient, *inputs())
+    record = after(module, *NAMES).records[-1]
+    assert (record.matches, record.skipped, record.ops) == ([], [], {})
+
+
+@pytest.mark.usefixtures("calls", "always")
+def test_triton_calls_turns_the_decoding_into_a_kernel_that_equal_layers_share() -> None:
+    built = galore(*(Layer(name, weight="int8", projector="int4") for name in "abc"))
+    built.after(*NAMES, "triton_calls")
+    calls = built.operator(TRITON)
+    assert len(calls) == 3 * (1 + 1 + 1 + 1)  # a decoding for each product, the region, the write-back
+    assert len({call.kwargs["kernel_idx"] for call in calls}) == 3
