@@ -106,7 +106,7 @@ class GemmProgram:
         rest = read[len(left) + len(right) :]
         return left, right, named(self.epilogue, written, rest, leave=self.product) if self.epilogue else {}
 
-    def operands(self, read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def operands(self, read: Sequence[T]) -> tuple[list[T], list[T]]:
         """The left operand's tensors and the right one's, of those that are read."""
         first, second = self.left.tensors(), self.left.tensors() + self.right.tensors()
         return list(read[:first]), list(read[first:second])
