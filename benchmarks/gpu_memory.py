@@ -98,6 +98,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
     seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     refresh: Annotated[str | None, typer.Option(help="Refresh method. [default: qgalore train's]")] = None,
+    nonfinite: Annotated[str | None, typer.Option(help="skip_step or skip_parameter. [default: the former]")] = None,
     optimizer: Annotated[str, typer.Option(help="qgalore, galore or adamw.")] = "qgalore",
     device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu to try the script.")] = "cuda",
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
@@ -111,7 +112,8 @@ def main(
         known, preset = find_preset(preset), f"{preset}-{layers}layers"
         PRESETS[preset] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
     config = TrainConfig.from_preset(
-        preset, optimizer=optimizer, steps=steps, batch=batch, seq=seq, refresh=refresh, device=device,
+        preset, optimizer=optimizer, steps=steps, batch=batch, seq=seq, refresh=refresh, nonfinite=nonfinite,
+        device=device,
         dtype="bfloat16", vocab_size=VOCABULARY, eval_every=steps, eval_tokens=seq,
     )  # fmt: skip
     memory = Memory(chosen)
@@ -127,7 +129,8 @@ def main(
         raise typer.Exit(1) from None
     name = device_name(chosen)
     result = {
-        "preset": preset, "optimizer": optimizer, "refresh": config.refresh, "batch": batch, "seq": seq,
+        "preset": preset, "optimizer": optimizer, "refresh": config.refresh, "nonfinite": config.nonfinite,
+        "batch": batch, "seq": seq,
         "steps": steps, "limit_gib": limit_gib if memory.gpu else None, **found, "memory": memory.stages,
         "machine": facts(chosen),
     }  # fmt: skip

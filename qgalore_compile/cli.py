@@ -171,6 +171,13 @@ def train(
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip to this global norm. [default: no clipping]", rich_help_panel=STEP)
     ] = None,
+    nonfinite: Annotated[
+        Literal["skip_step", "skip_parameter"] | None,
+        typer.Option(
+            help="What a gradient that is not finite stops; skip_parameter takes less memory. [default: skip_step]",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.", rich_help_panel=OUTPUT)] = None,
     out: Annotated[
         str | None,

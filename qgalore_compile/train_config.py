@@ -10,6 +10,7 @@ from typing import Any
 from qgalore_compile.llama import LlamaConfig, find_preset
 
 TRIGGERS = ("similarity", "energy")
+NONFINITE = ("skip_step", "skip_parameter")
 OPTIMIZERS = ("qgalore", "galore", "adamw")
 BACKENDS = ("qgalore", "inductor", "eager")
 DTYPES = ("float32", "bfloat16")
@@ -34,6 +35,7 @@ class TrainConfig:
             (full rank).
         backend: "qgalore" and "inductor" compile the training step, "eager" does not.
         max_grad_norm: clip to this global norm; None for no clipping.
+        nonfinite: what a gradient that is not finite stops, "skip_step" or "skip_parameter"; "adamw" ignores it.
         dtype: of weights and activations, "float32" or "bfloat16".
         vocab_size: of embedding and head; bytes use the first 256.
         data: text file or folder; None for the source of the Python standard library.
@@ -64,6 +66,7 @@ class TrainConfig:
     accumulate: int = 1
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
+    nonfinite: str = "skip_step"
     optimizer: str = "qgalore"
     backend: str = "qgalore"
     dtype: str = "float32"
@@ -104,7 +107,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         preset = find_preset(self.preset)
         for name, allowed in (("optimizer", OPTIMIZERS), ("backend", BACKENDS), ("dtype", DTYPES),
-                              ("trigger", TRIGGERS)):  # fmt: skip
+                              ("trigger", TRIGGERS), ("nonfinite", NONFINITE)):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{option(name)} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations",

@@ -87,6 +87,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
         lr=config.lr,
         moments="8bit" if quantised else "32bit",
         max_grad_norm=config.max_grad_norm,
+        nonfinite=config.nonfinite,
         seed=config.seed,
     )
 

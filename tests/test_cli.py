@@ -66,7 +66,8 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
     arguments += "--tied --eval-every 2 --eval-tokens 1000 --log-every 3 --checkpoint-every 5 --refresh power "
     arguments += "--power-iterations 3 --moments-on-refresh rotate "
     arguments += "--similarity official --weight-decay 0.125 --max-grad-norm 1.5 --vocab-size 300 --device cpu "
-    arguments += "--max-gap 44 --no-stagger --trigger similarity --energy-threshold 0.5"
+    arguments += "--max-gap 44 --no-stagger --trigger similarity --energy-threshold 0.5 "
+    arguments += "--nonfinite skip_parameter"
     assert run("train", *arguments.split()).exit_code == 0
     assert trained == [
         TrainConfig(
@@ -76,6 +77,7 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
             power_iterations=3, moments_on_refresh="rotate",
             similarity="official", weight_decay=0.125, max_grad_norm=1.5, vocab_size=300, device="cpu",
             max_gap=44, stagger=False, trigger="similarity", energy_threshold=0.5,
+            nonfinite="skip_parameter",
         )
     ]  # fmt: skip
 

@@ -391,6 +391,7 @@ def test_preset_gives_the_settings_and_options_replace_them() -> None:
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),
         ({"trigger": "loss"}, "--trigger 'loss': must be one of similarity, energy"),
         ({"trigger": "energy", "similarity": "official"}, "--trigger energy is no part of the published rule"),
+        ({"nonfinite": "skip"}, "--nonfinite 'skip': must be one of skip_step, skip_parameter"),
         ({"energy_threshold": -1.0}, "--energy-threshold -1.0: must be a number of at least 0"),
         ({"max_gap": 5, "update_proj_gap": 6}, "--max-gap 5: must be at least --update-proj-gap, which is 6"),
         ({"seed": -1}, "--seed -1"),
