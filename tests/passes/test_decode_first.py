@@ -6,7 +6,6 @@ Graphs are compiled for a GPU that is not there and interpreted on the CPU (``in
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 
 pytest.importorskip("triton")
 
-from interpreted import Calls, triton_on_cpus
+from interpreted import Calls
 
 from qgalore_compile import formats
 from qgalore_compile.dry_run import final_graph
@@ -32,13 +31,6 @@ pytestmark = pytest.mark.triton
 T, M, N = 8, 16, 24
 NAMES = ("update", "reassociate", "fuse", "fuse_products", "decode_first")
 UPDATE = Layer("a", weight="int8", projector="int4")
-
-
-@pytest.fixture
-def calls() -> Iterator[Calls]:
-    """Graphs are compiled for a GPU."""
-    with triton_on_cpus() as found:
-        yield found
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Graphs are compiled for a GPU that is not there and interpreted on the CPU (``in
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 pytest.importorskip("triton")
 
-from interpreted import Calls, triton_on_cpus
+from interpreted import Calls
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
 from qgalore_compile import formats, rng
@@ -35,13 +35,6 @@ aten = torch.ops.aten
 T, M, N = 7, 10, 13
 NAMES = ("update", "reassociate", "fuse", "fuse_products", "triton_calls")
 UPDATE = Layer("a", weight="int8", projector="int4")
-
-
-@pytest.fixture
-def calls() -> Iterator[Calls]:
-    """Graphs are compiled for a GPU."""
-    with triton_on_cpus() as found:
-        yield found
 
 
 def triton_nodes(graph: fx.Graph) -> list[fx.Node]:

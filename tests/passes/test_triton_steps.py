@@ -12,20 +12,13 @@ from torch import Tensor, fx, nn
 
 pytest.importorskip("triton")
 
-from interpreted import Calls, triton_on_cpus
+from interpreted import Calls
 
 import qgalore_compile as qg
 from qgalore_compile.backend import qgalore
 from qgalore_compile.dry_run import dry, without_cache
 
 pytestmark = pytest.mark.triton
-
-
-@pytest.fixture
-def calls() -> Iterator[Calls]:
-    """Graphs are compiled for a GPU."""
-    with triton_on_cpus() as found:
-        yield found
 
 
 def compiled(step: Callable[..., Tensor], calls: Calls, **options: Any) -> Callable[..., Tensor]:
