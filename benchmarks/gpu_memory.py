@@ -113,8 +113,7 @@ def main(
         PRESETS[preset] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
     config = TrainConfig.from_preset(
         preset, optimizer=optimizer, steps=steps, batch=batch, seq=seq, refresh=refresh, nonfinite=nonfinite,
-        device=device,
-        dtype="bfloat16", vocab_size=VOCABULARY, eval_every=steps, eval_tokens=seq,
+        device=device, dtype="bfloat16", vocab_size=VOCABULARY, eval_every=steps, eval_tokens=seq,
     )  # fmt: skip
     memory = Memory(chosen)
     if memory.gpu:
@@ -130,9 +129,8 @@ def main(
     name = device_name(chosen)
     result = {
         "preset": preset, "optimizer": optimizer, "refresh": config.refresh, "nonfinite": config.nonfinite,
-        "batch": batch, "seq": seq,
-        "steps": steps, "limit_gib": limit_gib if memory.gpu else None, **found, "memory": memory.stages,
-        "machine": facts(chosen),
+        "batch": batch, "seq": seq, "steps": steps, "limit_gib": limit_gib if memory.gpu else None, **found,
+        "memory": memory.stages, "machine": facts(chosen),
     }  # fmt: skip
     path = out / f"memory-{preset}-{slug(name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ What has been decoded lives from its own kernel to the product behind it, and th
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,24 +23,22 @@ from torch import fx
 
 from qgalore_compile.kernels import ops, triton_kernels
 from qgalore_compile.kernels.decode_first import decoded_program, decodes_first, value_of
+from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.gemm import Operand, parsed
-from qgalore_compile.kernels.gemm_triton import Matrix, Product
-from qgalore_compile.kernels.targets import Target
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.launch import erase, functionalized
+from qgalore_compile.passes.launch import functionalized, replace
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, arguments_changed, aten, make, transpose, value
-
-_DTYPES = {name: dtype for dtype, name in triton_kernels.FORMATS.items()}
 
 
 def decode_first(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Take the decoding out of every product of a GPU that is faster without."""
+    known: dict[Any, bool] = {}  # of equal layers: the model looks at some hundred tiles, which takes 20 ms
     for node in list(graph.nodes):
         functional = node.target is FUNCTIONALIZED and node.args[0] is ops.run_gemm
         if not functional and node.target is not ops.gemm:
             continue
         device = value(node.kwargs["_all_bases"][0] if functional else node).device
-        if not triton_kernels.on_gpu(device) or not _faster(node, device, functional):
+        if not triton_kernels.on_gpu(device) or not _faster(node, device, functional, known):
             continue
         result = _in_place(graph, node) if functional else _by_library(graph, node)
         record.match(result)
@@ -50,21 +47,15 @@ def decode_first(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             layer.low = result if layer.low is node else layer.low
 
 
-def _faster(node: fx.Node, device: torch.device, functional: bool) -> bool:
+def _faster(node: fx.Node, device: torch.device, functional: bool, known: dict[Any, bool]) -> bool:
     target = triton_kernels.target_of(device)
     text, reads = _call(node, functional)
     fakes = [value(each) for each in reads]
     product, _ = triton_kernels.product_of(parsed(text), fakes, target, triton_kernels.precision())
-    return _is_faster(text, *product[1:], target)
-
-
-@lru_cache(maxsize=1024)
-def _is_faster(
-    text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
-    precision: str, target: Target,
-) -> bool:  # fmt: skip
-    """Asked once for equal layers: the model looks at some hundred tiles, which takes 20 ms."""
-    return decodes_first(Product(parsed(text), left, right, sizes, memory, precision), target)
+    call = (text, *product[1:], target)
+    if call not in known:
+        known[call] = decodes_first(product, target)
+    return known[call]
 
 
 def _call(node: fx.Node, functional: bool) -> tuple[str, list[fx.Node]]:
@@ -95,10 +86,7 @@ def _by_library(graph: fx.Graph, node: fx.Node) -> fx.Node:
             matrix = _decoded(graph, operand, tensors)
             operands.append(transpose(graph, matrix) if operand.transposed else matrix)
         result = make(graph, aten.mm.default, *operands)
-    if "stack_trace" in node.meta:
-        result.meta["stack_trace"] = node.meta["stack_trace"]
-    node.replace_all_uses_with(result)
-    erase(graph, [node])
+    replace(graph, node, result)
     return result
 
 
@@ -107,7 +95,7 @@ def _decoded(graph: fx.Graph, operand: Operand, tensors: list[fx.Node]) -> fx.No
     prologue = operand.prologue
     if prologue is None:
         return tensors[0]
-    dtype, device = _DTYPES[value_of(prologue)], value(tensors[0]).device
+    dtype, device = MEMORY_DTYPES[value_of(prologue)], value(tensors[0]).device
     size = [prologue.space.rows, prologue.space.columns]
     out = make(graph, aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
     _, (result,) = functionalized(graph, ops.run_program, str(prologue), [out], tensors)

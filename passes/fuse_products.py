@@ -26,7 +26,7 @@ from qgalore_compile.kernels.region import RefusedError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.launch import contiguous, erase, no_lowering, operand
+from qgalore_compile.passes.launch import contiguous, no_lowering, operand, replace
 from qgalore_compile.passes.nodes import arguments, aten, is_gemm, make, operands
 
 
@@ -72,8 +72,5 @@ def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Nod
         result = make(graph, ops.gemm, str(program), reads)
         if gemm.target is aten.addmm.default:
             result = make(graph, aten.add.Tensor, result, arguments(gemm)[0])
-    if "stack_trace" in gemm.meta:
-        result.meta["stack_trace"] = gemm.meta["stack_trace"]
-    gemm.replace_all_uses_with(result)
-    erase(graph, [gemm])
+    replace(graph, gemm, result)
     return result

@@ -150,6 +150,14 @@ def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return make(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
+def replace(graph: fx.Graph, node: fx.Node, result: fx.Node) -> None:
+    """Let another node stand where one stood, in the same line of the user's source."""
+    if "stack_trace" in node.meta:
+        result.meta["stack_trace"] = node.meta["stack_trace"]
+    node.replace_all_uses_with(result)
+    erase(graph, [node])
+
+
 def erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     """Erase those nodes, given in the order of the graph, that nobody reads any more."""
     for node in reversed(nodes):

@@ -37,7 +37,7 @@ UPDATE = Layer("a", weight="int8", projector="int4")
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding before is faster: these products are too small for it."""
     module = importlib.import_module("qgalore_compile.passes.decode_first")  # the package's name is the function
-    monkeypatch.setattr(module, "_is_faster", lambda *product: True)
+    monkeypatch.setattr(module, "decodes_first", lambda product, target: True)
 
 
 def inputs() -> list[Tensor]:
