@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.groups import names_of
+from qgalore_compile.saved_state import check_group, check_state
 
 
 @contextmanager
@@ -31,9 +32,33 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     floats) and replaces the tensors that a compiled step has already bound.
 
     Raises:
-        ValueError: groups, names of state or shapes differ; the message names the parameter.  Nothing has changed then.
+        ValueError: groups, names of state, shapes or values that cannot be; the message names the parameter.  Nothing
+            has changed then.
     """
-    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    copies = check_optimizer(optimizer, state_dict)
+    with torch.no_grad():
+        for own, saved in copies:
+            own.copy_(saved)
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for key, value in saved_group.items():
+            if key in ("params", "param_names"):
+                continue
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(float(value))
+            else:
+                group[key] = value
+
+
+def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Whether all of ``state_dict`` can be loaded; changes nothing.
+
+    Returns:
+        (own tensor, saved tensor) of all state, for copying.
+
+    Raises:
+        ValueError: as for :func:`load_optimizer`.
+    """
+    saved_groups, saved_state = _parts(state_dict)
     own_groups = optimizer.param_groups
     sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (own_groups, saved_groups))
     if sizes != saved_sizes:
@@ -46,25 +71,31 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         names = names_of(group, position)
         for name, parameter, key in zip(names, group["params"], saved_group["params"], strict=True):
             copies += _pairs(name, tuple(parameter.shape), optimizer.state[parameter], saved_state.get(key, {}))
-        # schedules of another version may have this one's length, if its queue has another
-        if saved_group.get("queue_size") != group.get("queue_size"):
-            raise ValueError(
-                f"{names[0]}: the saved schedule has queue_size={saved_group.get('queue_size')}, this optimizer's "
-                f"{group.get('queue_size')}; build it with the settings of the saved one"
-            )
+        # a schedule of another version may have this one's length, if its queue has another
+        check_group(group, saved_group, position)
+        for name, key in zip(names, saved_group["params"], strict=True):
+            check_state(name, saved_state.get(key, {}))
     if "global" in saved_state and "global" in optimizer.state:
         copies += _pairs("global", (), optimizer.state["global"], saved_state["global"])  # type: ignore[index]
-    with torch.no_grad():
-        for own, saved in copies:
-            own.copy_(saved)
-    for group, saved_group in zip(own_groups, saved_groups, strict=True):
-        for key, value in saved_group.items():
-            if key in ("params", "param_names"):
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(float(value))
-            else:
-                group[key] = value
+        check_state("global", saved_state["global"])
+    return copies
+
+
+def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Tensor]]]:
+    """Groups and state of a state dict that has the form of one."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    state = state_dict.get("state") if isinstance(state_dict, dict) else None
+    if (
+        not isinstance(groups, (list, tuple))
+        or not all(isinstance(group, dict) and isinstance(group.get("params"), (list, tuple)) for group in groups)
+        or not isinstance(state, dict)
+        or not all(isinstance(each, dict) for each in state.values())
+    ):
+        raise ValueError(
+            "this is no state_dict of an optimizer: it must be a dict with a list of groups under 'param_groups', each "
+            "with its 'params', and a dict of dicts under 'state'"
+        )
+    return list(groups), state
 
 
 def _pairs(
@@ -77,6 +108,8 @@ def _pairs(
             "build it with the same rank, quant and moments as the saved one"
         )
     for key, tensor in own.items():
+        if not isinstance(saved[key], Tensor):
+            raise ValueError(f"{name} of shape {shape}: the saved {key} is a {type(saved[key]).__name__}, no tensor")
         if tensor.shape != saved[key].shape or tensor.dtype != saved[key].dtype:
             raise ValueError(
                 f"{name} of shape {shape}: the saved {key} is {saved[key].dtype} {tuple(saved[key].shape)}, this "

@@ -1,0 +1,119 @@
+"""Whether what a file says of an optimizer can be true: its settings, its schedules and its numbers.
+
+Shapes and dtypes that fit say nothing of values.  A scale of NaN, a gap of -3 or a beta of 2 would be loaded without a
+word and spoil the next update, so :mod:`qgalore_compile.checkpoint` asks here before it copies anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgalore_compile import groups
+from qgalore_compile.scheduler import EXACT, FIXED
+
+REMEDY = "it is damaged, or was changed by hand: load one that is whole"
+
+_LAYOUT = ("quant", "quant_n_bit", "quant_group_size", "queue_size", "moments")
+"""Keys that say how state is stored: a saved one that differs would be read as something else."""
+
+_NUMBERS = ("lr", "eps", "weight_decay", "initial_lr")
+_FARTHEST = 2**31
+"""Calls from now to a turn; a later one never comes."""
+
+
+def check_group(own: dict[str, Any], saved: dict[str, Any], position: int) -> None:
+    """Raise ValueError unless ``saved``, a group of a state dict, may take the place of ``own``."""
+    names = groups.names_of(own, position)
+    where = f"saved parameter group {position}"
+    for key in _NUMBERS:
+        if key in saved and not _is_number(saved[key]):
+            raise ValueError(f"{where}: {key} must be a number, got {saved[key]!r}; {REMEDY}")
+    betas = saved.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}; {REMEDY}")
+    order, saved_order = own.get("param_names"), saved.get("param_names")
+    if order is not None and saved_order is not None and order != saved_order and set(order) == set(saved_order):
+        raise ValueError(
+            f"{where}: its parameters are this optimizer's in another order, beginning with {saved_order[0]!r} in "
+            f"place of {order[0]!r}; build the groups in the order of the saved ones"
+        )
+    settings = {key: value for key, value in saved.items() if key != "param_names"}
+    merged = {**own, **settings, "params": own["params"]}
+    groups.check_keys(merged, where)
+    groups.check_adam(merged, names, where)
+    if "rank" in own:
+        groups.check_projection(merged, names, where)
+    for key in _LAYOUT:
+        if merged.get(key) != own.get(key):
+            what = "schedule" if key == "queue_size" else "state"
+            raise ValueError(
+                f"{names[0]}: the saved {what} has {key}={merged.get(key)!r}, this optimizer's {own.get(key)!r}; "
+                "build it with the settings of the saved one"
+            )
+    for name, parameter in zip(names, own["params"], strict=True):
+        if "rank" in own and groups.rank_of(merged, parameter) != groups.rank_of(own, parameter):
+            raise ValueError(
+                f"{name} of shape {tuple(parameter.shape)}: the saved state has rank={merged['rank']}, this "
+                f"optimizer's {own['rank']}; build it with the settings of the saved one"
+            )
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_state(name: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every number of one parameter's saved state is one that training can have written."""
+    for key, tensor in state.items():
+        problem = _schedule(tensor) if key == "schedule" else _values(key, tensor)
+        if problem is not None:
+            raise ValueError(f"{name}: the saved {key} {problem}; {REMEDY}")
+
+
+def _values(key: str, tensor: Tensor) -> str | None:
+    if key == "grad_norm":  # of a step that a gradient stopped, it is not finite
+        return None
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        return "holds NaN or Inf"
+    counts = key == "step" or key.endswith(("_absmax", "_scale", "_sq", "_steps"))
+    if counts and tensor.numel() and bool((tensor < 0).any()):
+        return f"holds {tensor.min().item():g}, which must not be negative"
+    if key == "step" and not float(tensor).is_integer():
+        return f"is {float(tensor)}, which is no count"
+    return None
+
+
+def _schedule(tensor: Tensor) -> str | None:
+    """What cannot be in a schedule, of the layout that :mod:`qgalore_compile.scheduler` describes; None if all can."""
+    numbers: list[float] = tensor.tolist()
+    counts = numbers[:EXACT]
+    if not all(math.isfinite(count) and count.is_integer() for count in counts):
+        return f"counts {_shown(counts)}, which must be whole numbers"
+    clock, next_, gap, last, refreshes, slot, checks, failures = counts
+    least = {"clock": (clock, 0), "next": (next_, 0), "gap": (gap, 1), "last": (last, -1), "refreshes": (refreshes, 0),
+             "slot": (slot, -1), "checks": (checks, 0), "failures": (failures, 0)}  # fmt: skip
+    for name, (value, low) in least.items():
+        if not low <= value < 2**53:
+            return f"has {name} {value:g}, which must be at least {low}"
+    if last > clock or refreshes > clock + 1 or checks > clock + 1:
+        return f"tells of turns after its clock: clock {clock:g}, last {last:g}, refreshes {refreshes:g}"
+    if next_ - clock > _FARTHEST:
+        return f"has its next turn at {next_:g}, at clock {clock:g}: it would never come"
+    if (refreshes == 0) != (last == -1):
+        return f"has refreshes {refreshes:g} and the last of them at {last:g}"
+    if any(math.isinf(value) for value in numbers[EXACT:]):
+        return "holds an infinite energy or similarity"
+    if any(energy < 0 for energy in numbers[EXACT:FIXED]):
+        return f"holds a negative energy, {_shown(numbers[EXACT:FIXED])}"
+    return None
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
