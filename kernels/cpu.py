@@ -10,12 +10,9 @@ from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor
-from torch._dynamo.exc import ShortenTraceback
-from torch._inductor import config
-from torch._inductor.codecache import CppCodeCache
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
+from qgalore_compile._torch import CppCodeCache, InvalidCxxCompiler, ShortenTraceback, get_cpp_compiler
+from qgalore_compile._torch import inductor_config as config
 from qgalore_compile.kernels.cpp_printer import print_cpp
 from qgalore_compile.kernels.program import BlockProgram
 

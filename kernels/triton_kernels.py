@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.codecache import PyCodeCache
 
+from qgalore_compile._torch import PyCodeCache
 from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from qgalore_compile._torch import OpOverload
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import aten, behind, dtype, is_tensor, operands
 
@@ -34,4 +34,4 @@ def _looks_up(operand: fx.Node) -> bool:
 
 def _is_call(node: fx.Node) -> bool:
     """Whether a tensor is computed, rather than an input or what an op left in one."""
-    return node.op == "call_function" and is_tensor(node) and isinstance(node.target, torch._ops.OpOverload)
+    return node.op == "call_function" and is_tensor(node) and isinstance(node.target, OpOverload)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from qgalore_compile._torch import OpOverload
 from qgalore_compile.passes.nodes import ANCHOR, INVOKE, VIEWS, arguments, aten, hint, previous_version, prims, value
 
 _POINTWISE = frozenset({prims.convert_element_type.default, aten.expand.default, aten.cat.default, prims.iota.default})

@@ -16,17 +16,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import (
+
+from qgalore_compile._torch import (
     BufferAOTInput,
+    CustomGraphPass,
     ParamAOTInput,
     PlainAOTInput,
     SubclassGetAttrAOTInput,
+    get_hash_for_files,
+    lazy_format_graph_code,
+    trace_structured,
+    tree_leaves,
 )
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._logging._internal import trace_structured
-from torch.fx._utils import lazy_format_graph_code
-from torch.utils._pytree import tree_leaves
-
 from qgalore_compile.kernels import cpu, ops
 from qgalore_compile.passes.context import Context, PassRecord, Tier
 from qgalore_compile.passes.nodes import value

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 
+from qgalore_compile._torch import FakeTensor, tree_leaves, triton_kernel_wrapper_functional
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.fx_values import arguments as arguments
 from qgalore_compile.kernels.fx_values import aten as aten
@@ -157,8 +157,8 @@ def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def _fakes(trees: Iterable[Any]) -> Iterator[Any]:
     for tree in trees:
-        for leaf in torch.utils._pytree.tree_leaves(tree):
-            if isinstance(leaf, torch._subclasses.FakeTensor):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, FakeTensor):
                 yield leaf
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from qgalore_compile._torch import OpOverload
 from qgalore_compile.kernels import ops
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, TRITON, arguments, previous_version, value

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
+from qgalore_compile._torch import kernel_side_table
 from qgalore_compile.kernels import ops, triton_kernels
 from qgalore_compile.kernels.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.tiling import NoTilingError

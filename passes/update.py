@@ -26,8 +26,8 @@ from enum import Enum
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from qgalore_compile._torch import OpOverload
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts, states_among

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from qgalore_compile._torch import OpOverload
+
 _library = torch.library.Library("qgalore", "FRAGMENT")
 
 
 def define(
     schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None, *tags: torch.Tag
-) -> torch._ops.OpOverload[..., Any]:
+) -> OpOverload[..., Any]:
     """Register ``torch.ops.qgalore.<name>`` and return its overload.
 
     Args:

@@ -117,9 +117,7 @@ def traced(
     seq: int | None = None,
 ) -> dict[Kernel, int]:  # fmt: skip
     """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each."""
-    import torch._dynamo
-    from torch._subclasses import FakeTensorMode
-
+    from qgalore_compile._torch import FakeTensorMode, dynamo_config
     from qgalore_compile.kernels.triton_kernels import made_for
     from qgalore_compile.report import explain
 
@@ -141,7 +139,7 @@ def traced(
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         # this function's second model must not count as the first one with other, symbolic sizes
-        with made_for(target) as kernels, torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with made_for(target) as kernels, dynamo_config.patch(automatic_dynamic_shapes=False):
             explain(step, tokens, tokens.clone())
     finally:
         torch.set_float32_matmul_precision(before)

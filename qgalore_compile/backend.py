@@ -12,19 +12,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo.exc import ShortenTraceback
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
 from qgalore_compile import compilation
+from qgalore_compile._torch import (
+    ShortenTraceback,
+    compile_fx,
+    dynamo_config,
+    get_custom_graph_passes,
+    inductor_config,
+    list_mode_options,
+)
 from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES, PassManager
 
-torch._dynamo.config.trace_autograd_ops = True
+dynamo_config.trace_autograd_ops = True
 
 
 FUSION_SEARCH: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 1, "max_fusion_buffer_group_pairwise_attempts": 8}
@@ -156,7 +158,7 @@ def qgalore(
         NoCompilerError: a step on the CPU, and no C++ compiler; before anything of it is compiled, or runs.
         UnfusedError: ``strict``, and a projected layer is unfused.
     """
-    patches = {**FUSION_SEARCH, **KEEP_ORDER, **(torch._inductor.list_mode_options(mode) if mode else {})}
+    patches = {**FUSION_SEARCH, **KEEP_ORDER, **(list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
     compiles = not compile_fx_arguments
     if compiles and _on_cpu(example_inputs):

@@ -34,8 +34,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from qgalore_compile._torch import TorchDispatchMode
 from qgalore_compile.copies import Copier, CopyError, alone, unshared_constants
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.projection import Side
@@ -145,9 +145,8 @@ def check(
         ValueError: the step reaches no tensor.
         CopyError: it reaches something that has no copy.
     """
-    from torch._inductor import config
-
     import qgalore_compile.backend  # noqa: F401  # here: it loads Inductor; it lets Dynamo trace backward()
+    from qgalore_compile._torch import inductor_config as config
 
     roots = {"": step, **bound(step, args, kwargs)}
     before = entries(roots)

@@ -20,7 +20,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._guards import CompileContext
+
+from qgalore_compile._torch import CompileContext
 
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
     from qgalore_compile.passes import PassManager
@@ -72,7 +73,7 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
     for name, example in zip(input_names(gm).values(), examples, strict=False):
         if isinstance(example, Tensor) and any(not isinstance(size, int) for size in example.shape):
             found.symbolic.append(f"{name} ({', '.join(map(str, example.shape))})")
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from qgalore_compile._torch import InstructionTranslator
 
     try:
         tracer = InstructionTranslator.current_tx()
@@ -154,7 +155,7 @@ def finish(compilation: Compilation, manager: PassManager, gm_key: str) -> None:
 
 def _folder() -> Path:
     """Where records are kept: in Inductor's cache, so that they go when it goes."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from qgalore_compile._torch import cache_dir
 
     return Path(cache_dir()) / "qgalore"
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qgalore_compile._torch import has_storage
 from qgalore_compile.reach import ATOMIC, globals_of, has_variables, moves, unwrapped, walk
 from qgalore_compile.weights import Int8Weight
 
@@ -185,7 +186,7 @@ class Copier:
 
 def _storage(x: Tensor) -> int:
     """Which storage a plain tensor is a view of; 0 where it has none of its own."""
-    plain = x.layout is torch.strided and not x.is_quantized and not x.is_meta and torch._C._has_storage(x)
+    plain = x.layout is torch.strided and not x.is_quantized and not x.is_meta and has_storage(x)
     return x.untyped_storage()._cdata if plain and not isinstance(x, Int8Weight) else 0
 
 
@@ -211,7 +212,7 @@ def unshared_constants() -> Iterator[None]:
     torch 2.13 has one object for the constant None, and where a step reads a gradient that it has set to None, Dynamo
     notes there where it came from; later compilations of other functions would take it from that place.
     """
-    from torch._dynamo.variables.constant import CONSTANT_VARIABLE_NONE
+    from qgalore_compile._torch import CONSTANT_VARIABLE_NONE
 
     source, CONSTANT_VARIABLE_NONE.source = CONSTANT_VARIABLE_NONE.source, None
     try:

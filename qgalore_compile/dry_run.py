@@ -6,19 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import _recursive_post_grad_passes
-from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch._inductor.virtualized import V
+
+from qgalore_compile._torch import (
+    V,
+    detect_fake_mode,
+    functorch_config,
+    recursive_post_grad_passes,
+    view_to_reshape,
+)
 
 
 def final_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_inference: bool) -> fx.GraphModule:
     """Run on ``gm``, in place, what Inductor runs before it lowers a graph, custom passes included."""
-    with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
+    with V.set_fake_mode(detect_fake_mode(example_inputs)):
         view_to_reshape(gm)
-        _recursive_post_grad_passes(gm, is_inference=is_inference)
+        recursive_post_grad_passes(gm, is_inference=is_inference)
     gm.graph.lint()
     gm.recompile()
     return gm

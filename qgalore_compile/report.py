@@ -206,8 +206,7 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
         *args, **kwargs: what it would be called with.
         options: of the backend, as for ``torch.compile``.
     """
-    import torch._dynamo
-
+    from qgalore_compile._torch import Unsupported
     from qgalore_compile.backend import qgalore
     from qgalore_compile.dry_run import dry, without_cache
 
@@ -225,7 +224,7 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
             torch.compile(_aside(unwrapped(step)), backend=backend, fullgraph=True)(*args, **kwargs)
         except _Stop:
             pass
-        except torch._dynamo.exc.Unsupported as error:
+        except Unsupported as error:
             breaks = (str(error).strip(),)
     code = _code(step)
     for each in seen:

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LambdaLR
 
+from qgalore_compile._torch import counters, dynamo_config
 from qgalore_compile.data import Corpus, training_batch, validation_batches
 from qgalore_compile.groups import param_groups
 from qgalore_compile.llama import Llama
@@ -142,7 +141,7 @@ def _compile(function: Callable[[Tensor, Tensor], Tensor], backend: str) -> Call
 
     def patched(tokens_ABT: Tensor, targets_ABT: Tensor) -> Tensor:
         # Without it Dynamo breaks the graph at backward(). Backend "qgalore" brings it along; Inductor does not.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with dynamo_config.patch(trace_autograd_ops=True):
             return compiled(tokens_ABT, targets_ABT)
 
     return patched

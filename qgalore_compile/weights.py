@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._pytree import tree_map_only
 
 from qgalore_compile import formats
 from qgalore_compile._ops import define
+from qgalore_compile._torch import disabled_torch_function, is_fake, tree_map_only
 
 aten = torch.ops.aten
 
@@ -145,7 +144,7 @@ class Int8Weight(Tensor):
 
     # -- dispatch -----------------------------------------------------------------------------------------------
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

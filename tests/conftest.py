@@ -98,10 +98,11 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def clean_dynamo() -> None:
-    """No test sees the compiled code, the guards or the recompile counts of another."""
+    """No test sees the compiled code, the guards, the recompile counts or the graph breaks of another."""
     # torch imports Dynamo when something first compiles: a second that tests of plain functions need not spend.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)

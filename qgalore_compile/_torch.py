@@ -1,0 +1,82 @@
+"""Every private name of PyTorch that this package uses, each in one place: what to look at for a new release of torch.
+
+The first block is loaded by ``import torch`` anyway.  The second is loaded with Dynamo and Inductor, a second and more
+that ``import qgalore_compile`` need not take: each of its names is looked up when it is first imported from here.
+"""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from torch._C import _disabled_torch_function_impl as disabled_torch_function
+from torch._C import _has_storage as has_storage
+from torch._functorch._aot_autograd.descriptors import (
+    BufferAOTInput,
+    ParamAOTInput,
+    PlainAOTInput,
+    SubclassGetAttrAOTInput,
+)
+from torch._guards import CompileContext, detect_fake_mode
+from torch._logging._internal import trace_structured
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx._utils import lazy_format_graph_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+if TYPE_CHECKING:
+    import torch._dynamo.config as dynamo_config
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+    from torch._dynamo.exc import ShortenTraceback, Unsupported
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import counters
+    from torch._dynamo.variables.constant import CONSTANT_VARIABLE_NONE
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+    from torch._inductor import list_mode_options
+    from torch._inductor.codecache import CppCodeCache, PyCodeCache
+    from torch._inductor.compile_fx import _recursive_post_grad_passes as recursive_post_grad_passes
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.virtualized import V
+
+LATE = {
+    "dynamo_config": "torch._dynamo.config",
+    "functorch_config": "torch._functorch.config",
+    "inductor_config": "torch._inductor.config",
+    "ShortenTraceback": "torch._dynamo.exc:ShortenTraceback",
+    "Unsupported": "torch._dynamo.exc:Unsupported",
+    "InstructionTranslator": "torch._dynamo.symbolic_convert:InstructionTranslator",
+    "counters": "torch._dynamo.utils:counters",
+    "CONSTANT_VARIABLE_NONE": "torch._dynamo.variables.constant:CONSTANT_VARIABLE_NONE",
+    "kernel_side_table": "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
+    "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",
+    "list_mode_options": "torch._inductor:list_mode_options",
+    "CppCodeCache": "torch._inductor.codecache:CppCodeCache",
+    "PyCodeCache": "torch._inductor.codecache:PyCodeCache",
+    "recursive_post_grad_passes": "torch._inductor.compile_fx:_recursive_post_grad_passes",
+    "compile_fx": "torch._inductor.compile_fx:compile_fx",
+    "get_cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
+    "CustomGraphPass": "torch._inductor.custom_graph_pass:CustomGraphPass",
+    "get_custom_graph_passes": "torch._inductor.custom_graph_pass:get_custom_graph_passes",
+    "get_hash_for_files": "torch._inductor.custom_graph_pass:get_hash_for_files",
+    "InvalidCxxCompiler": "torch._inductor.exc:InvalidCxxCompiler",
+    "view_to_reshape": "torch._inductor.fx_passes.post_grad:view_to_reshape",
+    "cache_dir": "torch._inductor.runtime.cache_dir_utils:cache_dir",
+    "V": "torch._inductor.virtualized:V",
+}
+"""By name here, where torch has it: a module, or ``module:name``.  The block above says the same to a type checker."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = resolve_name(LATE[name])
+    globals()[name] = found
+    return found
