@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgalore_compile.kernels.program import DYNAMIC8, REDUCTIONS, BlockProgram, Instruction, number_of
+from qgalore_compile.kernels.program import DYNAMIC8, REDUCTIONS, TYPES, BlockProgram, Instruction, number_of
 
-_TYPES = {"f32": "float", "i32": "int32_t", "bool": "bool"}
+_TYPES = {"f32": "float", "f64": "double", "i32": "int32_t", "i64": "int64_t", "bool": "bool"}
 _MEMORY = {
-    "f32": "float", "bf16": "uint16_t", "f16": "c10::Half", "u4": "uint8_t", "u8": "uint8_t", "i8": "int8_t",
-    "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "bool": "bool",
+    "f32": "float", "f64": "double", "bf16": "uint16_t", "f16": "c10::Half", "u4": "uint8_t", "u8": "uint8_t",
+    "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "bool": "bool",
 }  # fmt: skip
 
 _SPELLING = {
@@ -44,14 +44,22 @@ _SPELLING = {
     "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
     "ne": "{0} != {1}", "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}",
     "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
-    "where": "{0} ? {1} : {2}", "f32": "static_cast<float>({0})", "i32": "static_cast<int32_t>({0})",
-    "bool": "{0} != 0", "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
+    "where": "{0} ? {1} : {2}", "bool": "{0} != 0",
+    **{kind: f"static_cast<{_TYPES[kind]}>({{0}})" for kind in ("f32", "f64", "i32", "i64")},
+    "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
     "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))",
     **{name: f"std::{name}({{0}})" for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
     )},
 }  # fmt: skip
-_CHEAP = {"load", "constant", "f32", "i32", "bool", *DYNAMIC8}
+# Signed integers that overflow are undefined in C++, and wrap around in PyTorch.
+for _kind, _unsigned in (("i32", "uint32_t"), ("i64", "uint64_t")):
+    for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
+        _SPELLING[f"{_name} {_kind}"] = (
+            f"static_cast<{_TYPES[_kind]}>(static_cast<{_unsigned}>({{0}}) {_sign} static_cast<{_unsigned}>({{1}}))"
+        )
+    _SPELLING[f"neg {_kind}"] = f"static_cast<{_TYPES[_kind]}>(-static_cast<{_unsigned}>({{0}}))"
+_CHEAP = {"load", "constant", *TYPES, *DYNAMIC8}
 """Element instructions that are run again in a later phase rather than kept."""
 
 _PRELUDE = """\
@@ -163,7 +171,7 @@ class _Printer:
         yield from (f"// {line}" for line in self.program.pretty().splitlines())
         yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "") + (_DYNAMIC8 if self.calls else "")
         for name, values in self.program.tables.items():
-            entries = ", ".join(_literal(value) for value in values)
+            entries = ", ".join(_literal(value, "f32") for value in values)
             yield f"static const float {name}[{len(values)}] = {{{entries}}};"
         yield (
             'extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbers,\n'
@@ -350,7 +358,7 @@ class _Printer:
             return self._load(each)
         if each.operation == "constant":
             value = number_of(each.names[0])
-            return _literal(value) if each.type == "f32" else f"{_TYPES[each.type]}({int(value)})"
+            return _literal(value, each.type) if each.type in ("f32", "f64") else _integer(int(value), each.type)
         if each.operation == "lookup":
             return f"{each.names[0]}[v{each.args[0]}]"
         if each.operation == "random_bits":
@@ -376,6 +384,8 @@ class _Printer:
                 return "where invariant"
             if self.exact.issuperset(each.args[1:]):
                 return "where invariant bf16"
+        if f"{each.operation} {each.type}" in _SPELLING:
+            return f"{each.operation} {each.type}"
         if each.operation == "round_bf16" and each.args[0] in self.exact:
             return "round_bf16 exact"
         return "f32 of bool" if each.operation == "f32" and sources[0].type == "bool" else each.operation
@@ -384,7 +394,7 @@ class _Printer:
         """A value as memory holds it."""
         if memory == "bf16":
             return f"static_cast<uint16_t>(bits_of(v{value}) >> 16)" if value in self.exact else f"store_bf16(v{value})"
-        return f"v{value}" if memory in ("f32", "bool", "i32") else f"static_cast<{_MEMORY[memory]}>(v{value})"
+        return f"v{value}" if memory in TYPES else f"static_cast<{_MEMORY[memory]}>(v{value})"
 
     def _load(self, each: Instruction) -> str:
         name = each.names[0]
@@ -401,9 +411,15 @@ class _Printer:
         return loaded if each.type == "bool" else f"static_cast<{_TYPES[each.type]}>({loaded})"
 
 
-def _literal(value: float) -> str:
+def _literal(value: float, kind: str) -> str:
     if value != value:
-        return "std::numeric_limits<float>::quiet_NaN()"
+        return f"std::numeric_limits<{_TYPES[kind]}>::quiet_NaN()"
     if value in (float("inf"), float("-inf")):
-        return f"{'-' if value < 0 else ''}std::numeric_limits<float>::infinity()"
-    return f"static_cast<float>({float(value).hex()})"
+        return f"{'-' if value < 0 else ''}std::numeric_limits<{_TYPES[kind]}>::infinity()"
+    return f"static_cast<{_TYPES[kind]}>({float(value).hex()})"
+
+
+def _integer(value: int, kind: str) -> str:
+    if value == -(1 << 63):  # a literal has no sign of its own
+        return "std::numeric_limits<int64_t>::min()"
+    return f"{_TYPES[kind]}({value})"

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.kernels.dynamic8 import expanded
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
+from qgalore_compile.kernels.program import MEMORY, REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
 from qgalore_compile.rng import random_bits
 
-_DTYPES = {"f32": torch.float32, "i32": torch.int32, "bool": torch.bool}
+_DTYPES = {
+    "f32": torch.float32, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
+}  # fmt: skip
 MEMORY_DTYPES = {
-    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "u4": torch.uint8, "u8": torch.uint8,
-    "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
+    "f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16, "u4": torch.uint8,
+    "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
 }  # fmt: skip
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -30,9 +32,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bitand": torch.bitwise_and,
     "bitor": torch.bitwise_or,
     "bitxor": torch.bitwise_xor,
-    "f32": lambda x: x.to(torch.float32),
-    "i32": lambda x: x.to(torch.int32),
-    "bool": lambda x: x.to(torch.bool),
+    **{kind: (lambda x, dtype=dtype: x.to(dtype)) for kind, dtype in _DTYPES.items()},
     "round_bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
     "round_f16": lambda x: x.to(torch.float16).to(torch.float32),
 }
@@ -97,10 +97,7 @@ def _load(buffer: Buffer, tensor: Tensor, space: Space) -> Tensor:
         "scalar": (), "row": (space.rows, 1), "column": (1, space.columns), "group": (space.rows, space.groups),
         "element": (space.rows, space.columns),
     }  # fmt: skip
-    value = tensor.reshape(shapes[buffer.extent])
-    if value.dtype == torch.bool:
-        return value
-    return value.to(torch.float32 if value.dtype.is_floating_point else torch.int32)
+    return tensor.reshape(shapes[buffer.extent]).to(_DTYPES[MEMORY[buffer.memory]])
 
 
 def _spread(value: Tensor, extent: str, to: str, space: Space) -> Tensor:

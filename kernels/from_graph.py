@@ -80,6 +80,11 @@ def _attempt(reader: _Reader, readings: Sequence[tuple[str, tuple[str, ...]]]) -
         return refused
 
 
+def _promoting(arg: Any) -> Any:
+    """An operand as PyTorch's rules of promotion take it: a tensor without contents, or a number."""
+    return value(arg) if isinstance(arg, fx.Node) else arg
+
+
 class _Reader:
     """Reads a region over one space."""
 
@@ -318,15 +323,16 @@ class _Reader:
         if not all(is_tensor(operand) for operand in operands):
             raise RefusedError(Refusal.SIZE, node)
         dims = self._broadcast(node, [self.values[each] for each in operands], operands, None)
-        result = type_of(dtype(node), node)
-        if dtype(node) in NARROW and spelled.arithmetic:
-            raise RefusedError(Refusal.DTYPE, node)
-        kinds = [type_of(dtype(each), each) for each in operands]
-        if spelled.compares:  # in the type that the operands promote to
-            floats = [arg for arg in args if isinstance(arg, float)]
-            kind = "f32" if "f32" in kinds or floats else "i32"
-        else:
-            kind = result
+        # a comparison is computed in the type that its operands promote to
+        computed = torch.result_type(*map(_promoting, args)) if spelled.compares else dtype(node)
+        kind = type_of(computed, node)
+        if spelled.compares and kind == "bool":
+            kind = "i32"
+        if computed in NARROW and spelled is not CAST:
+            # 32 bits hold what is narrow, but neither what wraps around nor what a wider number is cut to
+            cut = any(dtype(each) not in (torch.bool, computed) for each in operands)
+            if spelled.arithmetic or cut:
+                raise RefusedError(Refusal.DTYPE, node)
         numbers = []
         for position, arg in enumerate(args):
             as_it_is = spelled.condition and position == 0
@@ -346,10 +352,11 @@ class _Reader:
         if set(node.kwargs) - {"alpha", "dtype", "layout", "device", "pin_memory", "memory_format"}:
             raise RefusedError(Refusal.OPERATION, node)
         number = spelled.build(self.program, numbers)
-        if spelled is CAST and dtype(node) in NARROW and kinds == ["i32"] and dtype(operands[0]) != dtype(node):
+        integer = self.program.instructions[number].type in ("i32", "i64")
+        if spelled is CAST and dtype(node) in NARROW and integer and dtype(operands[0]) != dtype(node):
             if dtype(node) != torch.uint8:
                 raise RefusedError(Refusal.DTYPE, node)
-            number = self.program.emit("bitand", (number, self.program.constant(255, "i32")))
+            number = self.program.emit("bitand", (self._cast(number, "i32"), self.program.constant(255, "i32")))
         self.values[node] = _Value(self._rounded(number, node), dims)
 
     def _cast(self, number: int, kind: str) -> int:

@@ -13,9 +13,10 @@ group      group of a row       (rows, groups)
 element    place                (rows, columns); "u4": (rows, ⌈columns / 2⌉), planar
 =========  ===================  ==========================================
 
-and a *type*: float32 "f32", "i32" or "bool", whatever the memory holds; loads and stores convert.  Instructions are in
-static single assignment.  What is reduced is reduced within a group, so groups are independent: a program may run
-on any of them, in any order, with its outputs in the storage of its inputs.
+and a *type*: float "f32" or "f64", integer "i32" or "i64", or "bool"; loads widen what memory holds to one of them and
+lose nothing, stores convert back.  Integers wrap around at their width.  Instructions are in static single
+assignment.  What is reduced is reduced within a group, so groups are independent: a program may run on any of them, in
+any order, with its outputs in the storage of its inputs.
 
 The text of a program (``str``) is its only external form: it travels as an argument of an operator in a compiled graph,
 names the compiled kernel in caches, and :meth:`BlockProgram.parse` reads it back.
@@ -29,12 +30,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 EXTENTS = ("scalar", "row", "column", "group", "element")
-TYPES = ("f32", "i32", "bool")
+TYPES = ("f32", "f64", "i32", "i64", "bool")
 MEMORY = {
-    "f32": "f32", "bf16": "f32", "f16": "f32",
-    "u4": "i32", "u8": "i32", "i8": "i32", "i16": "i32", "i32": "i32", "i64": "i32", "bool": "bool",
+    "f32": "f32", "bf16": "f32", "f16": "f32", "f64": "f64",
+    "u4": "i32", "u8": "i32", "i8": "i32", "i16": "i32", "i32": "i32", "i64": "i64", "bool": "bool",
 }  # fmt: skip
-"""Type of the value that a load from memory of a format has.  i64 is for scalars, counters that fit into 32 bits."""
+"""Type of the value that a load from memory of a format has."""
 
 
 class Space(NamedTuple):
@@ -73,14 +74,14 @@ class Instruction(NamedTuple):
 
 
 # How many values an operation takes and how many names.  Pointwise operations mean what PyTorch's of that name mean in
-# float32 or int32: `minimum` and `maximum` propagate NaN, `round` is to even, shifts are of non-negative numbers.
+# their type: `minimum` and `maximum` propagate NaN, `round` is to even, shifts are of non-negative numbers.
 POINTWISE: dict[str, int] = {
     "add": 2, "sub": 2, "mul": 2, "div": 2, "minimum": 2, "maximum": 2, "pow": 2, "neg": 1, "abs": 1, "sign": 1,
     "sqrt": 1, "rsqrt": 1, "exp": 1, "exp2": 1, "expm1": 1, "log": 1, "log2": 1, "log10": 1, "log1p": 1, "tanh": 1,
     "sigmoid": 1, "erf": 1, "sin": 1, "cos": 1, "floor": 1, "ceil": 1, "trunc": 1, "round": 1,
     "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "and": 2, "or": 2, "not": 1,
     "bitand": 2, "bitor": 2, "bitxor": 2, "shl": 2, "shr": 2, "where": 3,
-    "f32": 1, "i32": 1, "bool": 1, "round_bf16": 1, "round_f16": 1,
+    "f32": 1, "f64": 1, "i32": 1, "i64": 1, "bool": 1, "round_bf16": 1, "round_f16": 1,
 }  # fmt: skip
 REDUCTIONS = {"group_min", "group_max", "group_sum"}
 DYNAMIC8 = {"dynamic8_value", "dynamic8_code"}
@@ -95,9 +96,18 @@ OPERATIONS: dict[str, tuple[int, int]] = {
     "lookup": (1, 1),  # index; table
     "random_bits": (1, 2),  # step; numbers that hold seed and parameter
 }
+_BITS = {"i32": 32, "i64": 64}
 _BOOLEAN = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "bool"}
 _ARITHMETIC = {"add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign"}
-_INTEGER = {"bitand", "bitor", "bitxor", "shl", "shr", "i32", "random_bits"}
+_OF_BITS = {"bitand", "bitor", "bitxor", "shl", "shr"}
+_TAKES = {
+    **dict.fromkeys(("and", "or", "not"), ("bool",)),
+    **dict.fromkeys(_OF_BITS, ("i32", "i64")),
+    **dict.fromkeys(_ARITHMETIC, ("f32", "f64", "i32", "i64")),  # PyTorch's `+` of bools is "or", its `-` an error
+    **dict.fromkeys(("round_bf16", "round_f16", "log10", "tanh", "sigmoid", "erf", "sin", "cos", "round"), ("f32",)),
+    **dict.fromkeys((_BOOLEAN - {"and", "or", "not"}) | {"where"}, TYPES),
+}
+"""Types of the values that an operation takes, all of them of one; of floats where it does not stand here."""
 
 
 class ProgramError(ValueError):
@@ -151,8 +161,10 @@ class BlockProgram:
         return number
 
     def constant(self, value: float, kind: str = "f32") -> int:
-        """A scalar of a type."""
-        text = float(value).hex() if kind == "f32" else str(int(value))
+        """A scalar of a type; ProgramError where an integer type does not hold it."""
+        text = float(value).hex() if kind in ("f32", "f64") else str(int(value))
+        if kind in _BITS and not -(1 << _BITS[kind] - 1) <= int(value) < 1 << _BITS[kind] - 1:
+            raise ProgramError(f"{kind} does not hold {text}")
         return self.emit("constant", names=(f"{kind}:{text}",))
 
     def store(self, buffer: str, value: int) -> None:
@@ -224,18 +236,13 @@ class BlockProgram:
             condition, *types = types
             if condition != "bool":
                 raise ProgramError(f"where takes a bool first, got {condition}")
-        if operation in ("f32", "i32", "bool"):
+        if operation in TYPES:
             return operation
         if len(set(types)) > 1:
             raise ProgramError(f"{operation} takes values of one type, got {', '.join(types)}")
-        wanted = "bool" if operation in ("and", "or", "not") else "i32" if operation in _INTEGER else None
-        if wanted and types[0] != wanted:
-            raise ProgramError(f"{operation} takes {wanted}, got {types[0]}")
-        exact = _BOOLEAN | _INTEGER | _ARITHMETIC | {"where"}
-        if operation not in exact and types[0] != "f32":
-            raise ProgramError(f"{operation} takes f32, got {types[0]}")
-        if operation in _ARITHMETIC and types[0] == "bool":  # PyTorch's `+` of bools is "or", its `-` an error
-            raise ProgramError(f"{operation} takes f32 or i32, got bool")
+        wanted = _TAKES.get(operation, ("f32", "f64"))
+        if types[0] not in wanted:
+            raise ProgramError(f"{operation} takes {' or '.join(wanted)}, got {types[0]}")
         return "bool" if operation in _BOOLEAN else types[0]
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -284,7 +291,7 @@ class BlockProgram:
 
     def bytes_of(self, buffer: Buffer) -> int:
         """Size of a buffer."""
-        bits = {"f32": 32, "bf16": 16, "f16": 16, "u4": 4, "i16": 16, "i32": 32, "i64": 64}.get(buffer.memory, 8)
+        bits = {"f32": 32, "f64": 64, "bf16": 16, "f16": 16, "i16": 16, "i32": 32, "i64": 64}.get(buffer.memory, 8)
         rows, columns, _ = self.space
         places = {"scalar": 1, "row": rows, "column": columns, "group": rows * self.space.groups}
         if buffer.memory == "u4":
@@ -369,10 +376,10 @@ class BlockProgram:
             if line.startswith("table"):
                 _, name, data = line.split()
                 line = f"table {name}, {len(data) // 8} entries"
-            elif "constant f32:" in line:
-                head, text = line.split("constant f32:")
+            elif "constant f" in line:
+                head, text = line.split("constant ")
                 value, rest = text.split(" ", 1)
-                line = f"{head}constant {number_of(f'f32:{value}'):.9g} {rest}"
+                line = f"{head}constant {number_of(value):.9g} {rest}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -380,7 +387,7 @@ class BlockProgram:
 def number_of(name: str) -> float | int:
     """The value in the name of a constant."""
     kind, text = name.split(":")
-    return float.fromhex(text) if kind == "f32" else int(text)
+    return float.fromhex(text) if kind in ("f32", "f64") else int(text)
 
 
 def _type_of_constant(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qgalore_compile.kernels.fx_values import aten, prims
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.program import BlockProgram, ProgramError, number_of
 
 
 class Spelling(NamedTuple):
@@ -25,6 +25,17 @@ class Spelling(NamedTuple):
 
 def _plain(operation: str, **how: bool) -> Spelling:
     return Spelling(lambda program, args: program.emit(operation, args), **how)
+
+
+def _shift(operation: str, **how: bool) -> Spelling:
+    def build(program: BlockProgram, args: list[int]) -> int:
+        count = program.instructions[args[1]]
+        # C++ and GPUs shift by what is left of the number modulo the width, PyTorch shifts everything out
+        if count.operation != "constant" or not 0 <= number_of(count.names[0]) < 32:
+            raise ProgramError(f"{operation} is by 0 to 31 places, got %{args[1]}")
+        return program.emit(operation, args)
+
+    return Spelling(build, **how)
 
 
 def _division(program: BlockProgram, args: list[int]) -> int:
@@ -80,7 +91,7 @@ POINTWISE: dict[Any, Spelling] = {
     aten.mul.Tensor: _plain("mul", arithmetic=True), aten.mul.Scalar: _plain("mul", arithmetic=True),
     aten.div.Tensor: Spelling(_division), aten.div.Scalar: Spelling(_division),
     aten.neg.default: _plain("neg", arithmetic=True), aten.reciprocal.default: Spelling(_reciprocal),
-    aten.square.default: Spelling(_square), aten.relu.default: Spelling(_relu),
+    aten.square.default: Spelling(_square, arithmetic=True), aten.relu.default: Spelling(_relu),
     aten.minimum.default: _plain("minimum"), aten.maximum.default: _plain("maximum"),
     aten.clamp_min.default: _plain("maximum"), aten.clamp_max.default: _plain("minimum"),
     aten.clamp.default: Spelling(_clamp, options=True),
@@ -91,10 +102,11 @@ POINTWISE: dict[Any, Spelling] = {
     aten.logical_not.default: _plain("not"),
     aten.bitwise_and.Tensor: _plain("bitand"), aten.bitwise_and.Scalar: _plain("bitand"),
     aten.bitwise_or.Tensor: _plain("bitor"), aten.bitwise_or.Scalar: _plain("bitor"),
-    aten.__rshift__.Scalar: _plain("shr"), aten.bitwise_right_shift.Tensor_Scalar: _plain("shr"),
-    aten.__lshift__.Scalar: _plain("shl", arithmetic=True),
+    aten.__rshift__.Scalar: _shift("shr"), aten.bitwise_right_shift.Tensor_Scalar: _shift("shr"),
+    aten.__lshift__.Scalar: _shift("shl", arithmetic=True),
+    aten.abs.default: _plain("abs", arithmetic=True),  # of int8, -128 stays as it is
     **{getattr(aten, name).default: _plain(name) for name in (
-        "abs", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "sigmoid", "erf",
+        "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "sigmoid", "erf",
         "sin", "cos", "floor", "ceil", "trunc", "round")},
     aten.sign.default: _plain("sign"), aten.sgn.default: _plain("sign"),
     **{getattr(getattr(aten, name), overload): _plain(name, compares=True)

@@ -33,15 +33,16 @@ from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
 
 POINTER = {
-    "f32": "fp32", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16", "i32": "i32",
-    "i64": "i64", "bool": "i1",
+    "f32": "fp32", "f64": "fp64", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16",
+    "i32": "i32", "i64": "i64", "bool": "i1",
 }  # fmt: skip
 """Triton's name for what a buffer's pointer points to."""
 
-_TYPES = {"f32": "tl.float32", "i32": "tl.int32", "bool": "tl.int1"}
+_TYPES = {
+    "f32": "tl.float32", "f64": "tl.float64", "i32": "tl.int32", "i64": "tl.int64", "bool": "tl.int1",
+}  # fmt: skip
 _MEMORY = {
-    "f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "u8": "tl.uint8", "i8": "tl.int8",
-    "i16": "tl.int16", "i32": "tl.int32", "i64": "tl.int64", "bool": "tl.int1",
+    **_TYPES, "bf16": "tl.bfloat16", "f16": "tl.float16", "u8": "tl.uint8", "i8": "tl.int8", "i16": "tl.int16",
 }  # fmt: skip
 
 _SPELLING = {
@@ -56,10 +57,16 @@ _SPELLING = {
     "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
     "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}", "not": "{0} == 0",
     "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
-    "where": "tl.where({0}, {1}, {2})", "f32": "({0}).to(tl.float32)", "i32": "({0}).to(tl.int32)",
-    "bool": "{0} != 0", "round_bf16": "({0}).to(tl.bfloat16).to(tl.float32)",
+    "where": "tl.where({0}, {1}, {2})", "bool": "{0} != 0",
+    **{kind: f"({{0}}).to({_TYPES[kind]})" for kind in ("f32", "f64", "i32", "i64")},
+    "round_bf16": "({0}).to(tl.bfloat16).to(tl.float32)",
     "round_f16": "({0}).to(tl.float16).to(tl.float32)",
 }  # fmt: skip
+_IN_F64 = {
+    "div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "rsqrt": "1.0 / tl.sqrt({0})", "expm1": "_expm1_f64({0})",
+    "log1p": "_log1p_f64({0})", "pow": "_pow_f64({0}, {1})",
+}  # fmt: skip
+"""Where Triton has an operation to nearest for float32 alone, or a function of ours calls one."""
 
 _HELPERS = {
     "_least": "    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
@@ -95,7 +102,13 @@ _HELPERS = {
                "        k1 += 0xBB67AE85\n"
                "    return c0, c1, c2, c3",
 }  # fmt: skip
-_PARAMETERS = {"_philox": "c0, c1, c2, c3, k0, k1", "_log1p": "a", "_expm1": "a", "_tanh": "a", "_round": "a"}
+# a division of float64 is to nearest, and tl.div_rn takes none
+_HELPERS |= {f"{name}_f64": _HELPERS[name].replace("tl.div_rn(", "_quotient(") for name in ("_expm1", "_log1p", "_pow")}
+_HELPERS["_quotient"] = "    return a / b"
+_PARAMETERS = {
+    "_philox": "c0, c1, c2, c3, k0, k1",
+    **dict.fromkeys(("_expm1", "_expm1_f64", "_log1p", "_log1p_f64", "_tanh", "_round"), "a"),
+}
 _NEEDS = {"tanh": ("_expm1", "_tanh"), "random_bits": ("_philox",), "group_min": ("_least",), "group_max": ("_most",),
           "group_sum": ("_sum",), "expm1": ("_expm1",), "log1p": ("_log1p",), "pow": ("_pow",),
           "round": ("_round",)}  # fmt: skip
@@ -139,7 +152,10 @@ def helpers(programs: list[BlockProgram]) -> Iterator[str]:
     wanted: dict[str, None] = {}
     for program in programs:
         for each in expanded(program).instructions:
-            wanted.update(dict.fromkeys(_NEEDS.get(each.operation, ())))
+            needs = _NEEDS.get(each.operation, ())
+            if each.type == "f64" and needs:
+                needs = ("_quotient", *(f"{name}_f64" for name in needs))
+            wanted.update(dict.fromkeys(needs))
     for name in wanted:
         yield f"@triton.jit\ndef {name}({_PARAMETERS.get(name, 'a, b')}):\n{_HELPERS[name]}\n"
 
@@ -208,11 +224,12 @@ class Body:
             return self._reduction(each)
         args = [self._spread(arg, each.extent) for arg in each.args]
         if each.operation in ("minimum", "maximum"):
-            nan = ", propagate_nan=tl.PropagateNan.ALL" if each.type == "f32" else ""
+            nan = ", propagate_nan=tl.PropagateNan.ALL" if each.type in ("f32", "f64") else ""
             return f"tl.{each.operation}({args[0]}, {args[1]}{nan})"
         if each.operation == "sign":
             return f"(({args[0]} > 0).to({_TYPES[each.type]}) - ({args[0]} < 0).to({_TYPES[each.type]}))"
-        return _SPELLING[each.operation].format(*args)
+        spelling = _IN_F64 if each.type == "f64" and each.operation in _IN_F64 else _SPELLING
+        return spelling[each.operation].format(*args)
 
     def _spread(self, number: int, extent: str) -> str:
         """A value in the shape of a larger extent."""
@@ -285,7 +302,7 @@ class Body:
         counter = self._counters(shape) if together else f"{tile.column}{spread['column', 'element']} // 8"
         size = (*shape[:-1], shape[-1] // 8) if together else shape
         zero = f"tl.full({size}, 0, tl.uint32)"
-        yield f"{name}_step = {self._spread(each.args[0], 'scalar')}.to(tl.int32).to(tl.uint32)"
+        yield f"{name}_step = {self._spread(each.args[0], 'scalar')}.to(tl.int64).to(tl.uint32)"
         words = ", ".join(f"{name}_w{word}" for word in range(4))
         yield (
             f"{words} = _philox({zero} + ({counter}).to(tl.uint32), {zero} + ({row}).to(tl.uint32), "
@@ -331,7 +348,7 @@ class Body:
 
 def _literal(each: Instruction) -> str:
     value = number_of(each.names[0])
-    return _float(value) if each.type == "f32" else str(int(value))
+    return _float(value) if each.type in ("f32", "f64") else str(int(value))
 
 
 def _float(value: float) -> str:

@@ -77,7 +77,7 @@ def filled(made: BlockProgram, **given: Tensor) -> Tensors:
         elif dtype == torch.bool:
             tensors[buffer.name] = torch.rand(size) < 0.5
         else:
-            low, high = (0, 256) if dtype == torch.uint8 else (-100, 100)
+            low, high = {torch.uint8: (0, 256), torch.int64: (-(1 << 40), 1 << 40)}.get(dtype, (-100, 100))
             tensors[buffer.name] = torch.randint(low, high, size).to(dtype)
     return tensors
 

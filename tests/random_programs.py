@@ -13,10 +13,12 @@ _INPUTS = (
     "a f32 element inout", "b bf16 element inout", "h f16 element in", "c u8 element inout", "d i8 element in",
     "i i32 element inout", "packed u4 element in", "mask bool element inout", "row f32 row in", "column bf16 column in",
     "group f32 group inout", "whole i32 group inout", "scalar f32 scalar in", "step i64 scalar in",
+    "l i64 element inout", "long i64 group in",
 )  # fmt: skip
 _OUTPUTS = (
     "o f32 element out", "ob bf16 element out", "oh f16 element out", "oc u8 element out", "oi i16 element out",
     "om bool element out", "og f32 group out",
+    "ol i64 element out",
 )  # fmt: skip
 
 
@@ -68,18 +70,19 @@ class _Maker:
 
     def step(self) -> None:
         chance, pick, emit = self.chance, self.pick, self.emit
-        kind = chance.choice(("f32", "f32", "i32"))
+        kind = chance.choice(("f32", "f32", "i32", "i64"))
         choice = chance.choice((
             "arithmetic", "arithmetic", "arithmetic", "unary", "compare", "logic", "where", "reduce", "reduce", "cast",
             "bits", "random", "lookup", "div", "sum", "library", "dynamic8",
         ))  # fmt: skip
         if choice == "arithmetic":
             operation = chance.choice(("add", "sub", "mul", "minimum", "maximum"))
-            self.values.append(self.bounded(emit(operation, pick(kind), pick(kind))))
+            value = emit(operation, pick(kind), pick(kind))
+            self.values.append(value if kind == "i64" else self.bounded(value))  # which wraps around
         elif choice == "unary":
             exact = ("neg", "abs", "sign")
             floats = ("floor", "ceil", "trunc", "round", "round_bf16", *(["round_f16"] if self.half else []))
-            operation = chance.choice(exact if kind == "i32" else exact + floats)
+            operation = chance.choice(exact + floats if kind == "f32" else exact)
             self.values.append(emit(operation, pick(kind)))
         elif choice == "div":
             away_from_zero = emit("add", emit("abs", pick("f32")), self.made.constant(0.5))
@@ -96,10 +99,14 @@ class _Maker:
             self.values.append(emit(chance.choice(("group_min", "group_max")), pick("f32", "element")))
         elif choice == "cast":
             self.values.append(emit("i32", self.bounded(pick("f32"))))
+            self.values.append(emit("i64", pick(chance.choice(("i32", "bool")))))
             self.values.append(emit("f32", pick(chance.choice(("i32", "bool")))))
+            self.values.append(self.bounded(emit("f32", pick("i64"))))
+            self.values.append(emit("i32", pick("i64")))
         elif choice == "bits":
             shifted = emit(chance.choice(("shl", "shr")), self.small(), self.made.constant(3, "i32"))
             self.values.append(emit(chance.choice(("bitand", "bitor", "bitxor")), shifted, pick("i32")))
+            self.values.append(emit("bitxor", emit("shr", pick("i64"), self.made.constant(33, "i64")), pick("i64")))
         elif choice == "random":
             bits = emit("random_bits", self.scalar_step(), names=("seed", "param"))
             self.values.append(emit("bitand", bits, self.made.constant(63, "i32")))

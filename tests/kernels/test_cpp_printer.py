@@ -27,20 +27,25 @@ LIBRARY = ("sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log
            "cos", "pow")  # fmt: skip
 OF_INTEGERS = ("add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign", "lt", "le", "gt", "ge", "eq", "ne",
                "bitand", "bitor", "bitxor", "f32", "bool")  # fmt: skip
-OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "i32")
+OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "floor", "ceil", "trunc", "lt",
+              "le", "gt", "ge", "eq", "ne", "f32", "bool")  # fmt: skip
+OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "f64", "i32", "i64")
 
 
 def all_operations(space: Space) -> BlockProgram:
     """Every operation on floats, integers and bools, on elements and with a constant on the right."""
     made = program(
         space, "x f32 element in", "y f32 element in", "i i32 element in", "j i32 element in", "p bool element in",
-        "q bool element in", "r f32 row in", "flag bool scalar in",
+        "q bool element in", "r f32 row in", "flag bool scalar in", "m i64 element in", "n i64 element in",
+        "d f64 element in", "e f64 element in",
     )  # fmt: skip
-    x, y, i, j, p, q, r, flag = (load(made, buffer.name) for buffer in made.buffers)
+    x, y, i, j, p, q, r, flag, m, n, d, e = (load(made, buffer.name) for buffer in made.buffers)
     found: list[tuple[str, int]] = []
     for operations, (one, other), constant in (
         (EXACT + LIBRARY, (x, y), made.constant(0.75)),
         (OF_INTEGERS, (i, j), made.constant(3, "i32")),
+        (OF_INTEGERS, (m, n), made.constant(-(2**63), "i64")),
+        (OF_DOUBLES, (d, e), made.constant(0.1, "f64")),
         (OF_BOOLS, (p, q), made.constant(1, "bool")),
     ):
         for operation in operations:
@@ -54,8 +59,9 @@ def all_operations(space: Space) -> BlockProgram:
     bounded = made.emit("maximum", (made.emit("minimum", (r, made.constant(99.0))), made.constant(-99.0)))
     found.append(("i32", made.emit("i32", (bounded,))))
     found.append(("f32", made.emit("f32", (x,))))
+    found += [(kind, made.emit(kind, (value,))) for kind, value in (("i64", i), ("i32", m), ("f64", m), ("f64", x))]
     for condition in (p, flag):
-        for branches in ((x, y), (i, j), (p, q)):
+        for branches in ((x, y), (i, j), (p, q), (m, n), (d, e)):
             found.append(("where", made.emit("where", (condition, *branches))))
     assert {name for name, _ in found} == set(POINTWISE)
     for number, (name, value) in enumerate(found):
@@ -72,8 +78,11 @@ def test_every_operation_is_pytorchs_also_for_special_values() -> None:
     size = (3, len(x) + 30)
     xs, ys = torch.randn(size) * 3, torch.randn(size) * 3
     xs[1, : len(x)], ys[1, : len(x)] = x, y
-    integers = torch.randint(-1000, 1000, size)
-    tensors = filled(made, x=xs, y=ys, i=integers, j=integers.roll(1, -1), flag=torch.tensor(True))
+    integers = torch.randint(-(2**31), 2**31, size)
+    tensors = filled(
+        made, x=xs, y=ys, i=integers, j=integers.roll(1, -1), flag=torch.tensor(True), d=xs.double() * 1.1,
+        e=ys.double(),
+    )  # fmt: skip
     found, expected = compiled(made, tensors), evaluated(made, tensors)
     for buffer in made.written():
         one, other = found[buffer.name], expected[buffer.name]

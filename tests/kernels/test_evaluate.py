@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels.evaluate import evaluate
-from qgalore_compile.kernels.program import POINTWISE, BlockProgram, Space
+from qgalore_compile.kernels.program import POINTWISE, TYPES, BlockProgram, Space
 
 ODD = Space(3, 21, 8)
 SPACES = [ODD, Space(1, 5, 8), Space(4, 16, 8), Space(2, 7, 1)]
@@ -134,7 +134,7 @@ def test_narrow_floats_round_in_memory_and_where_told_to(memory: str) -> None:
 
 def test_all_pointwise_operations_are_known() -> None:
     for operation, count in POINTWISE.items():
-        for kind in ("f32", "i32", "bool"):
+        for kind in TYPES:
             made = BlockProgram(ODD)
             args = [made.constant(2 + index, kind) for index in range(count)]
             if operation == "where":
@@ -147,6 +147,25 @@ def test_all_pointwise_operations_are_known() -> None:
             break
         else:
             pytest.fail(f"{operation} takes no type")
+
+
+def test_integers_of_64_bits_are_computed_in_64_bits_and_those_of_32_wrap_around() -> None:
+    made = program(ODD, *(f"{name} {kind} element in" for name, kind in (("a", "i64"), ("b", "i64"), ("c", "i32"))),
+                   *(f"{name} {kind} element out" for name, kind in (("wide", "i64"), ("cut", "i32"), ("f", "f32"),
+                                                                     ("less", "bool"))))  # fmt: skip
+    a, b, c = (load(made, name) for name in "abc")
+    product = made.emit("mul", (a, b))
+    made.store("wide", made.emit("add", (product, made.constant(2**40, "i64"))))
+    made.store("cut", made.emit("mul", (c, made.emit("i32", (product,)))))
+    made.store("f", made.emit("f32", (product,)))
+    made.store("less", made.emit("lt", (a, b)))
+    a64, b64 = (np.random.default_rng(seed).integers(-(2**40), 2**40, ODD[:2]) for seed in (0, 1))
+    c32 = np.random.default_rng(2).integers(-(2**31), 2**31, ODD[:2]).astype(np.int32)
+    found = evaluated(made, filled(made, a=torch.from_numpy(a64), b=torch.from_numpy(b64), c=torch.from_numpy(c32)))
+    np.testing.assert_array_equal(found["wide"].numpy(), a64 * b64 + 2**40)
+    np.testing.assert_array_equal(found["cut"].numpy(), c32 * (a64 * b64).astype(np.int32))
+    np.testing.assert_array_equal(found["f"].numpy(), (a64 * b64).astype(np.float32))
+    np.testing.assert_array_equal(found["less"].numpy(), a64 < b64)
 
 
 def test_outputs_are_written_after_everything_is_read() -> None:

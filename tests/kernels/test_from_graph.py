@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,24 @@ def test_an_int8_weight_is_decoded_updated_and_encoded_with_stochastic_rounding(
     region = check(lambda *t: int8_update(*t), *int8_inputs(m, n), exact=True)
     assert [buffer.access for buffer in region.program.buffers].count("inout") == 3
     assert list(region.numbers.values()) == [-5, 3]
+
+
+@pytest.mark.parametrize("step", [7, 2**24, 2**31, 2**33 + 5])
+def test_a_step_counter_of_64_bits_is_exact_in_bias_corrections_and_random_bits(step: int) -> None:
+    def update(*t: Tensor) -> None:
+        codes, scale, offset, u, lr, count = t
+        count = count + 1
+        bias = -torch.expm1(count.to(torch.float64) * math.log(1 - 1e-9)).to(torch.float32)
+        int8_update(codes, scale, offset, u * bias + (count - 2**24).to(torch.float32) * 1e-9, lr, count)
+
+    check(update, *int8_inputs(5, 24)[:5], torch.tensor(step), exact=True)
+
+
+def test_integers_of_64_bits_keep_all_of_them_until_they_are_told_otherwise() -> None:
+    def step(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x * n + 2**40, (x * 2**20).to(torch.int32), (x > 2**33).to(torch.float32) - x.to(torch.float32)
+
+    check(step, torch.arange(-52, 53).view(5, 21) * 2**30, torch.tensor(3), exact=True)
 
 
 @pytest.mark.parametrize("n", [24, 16, 21, 13, 7])
@@ -242,6 +261,15 @@ REFUSED: dict[str, tuple[Refusal, object, Callable[..., Any], tuple[Tensor, ...]
         Refusal.DTYPE, torch.ops.prims.convert_element_type.default, lambda x: (x.double() * 2).float(), (X,)
     ),
     "narrow integers that wrap around": (Refusal.DTYPE, aten.add.Tensor, lambda x: x + x, (X.to(torch.uint8),)),
+    "narrow integers' squares": (Refusal.DTYPE, aten.pow.Tensor_Scalar, lambda x: x.square() / 2, (X.to(torch.uint8),)),
+    "narrow integers without a sign of their own": (Refusal.DTYPE, aten.abs.default, lambda x: x.abs() / 2, (
+        X.to(torch.int8),)),
+    "a wide number cut to narrow ones": (
+        Refusal.DTYPE, aten.minimum.default, lambda x, n: torch.minimum(x, n) / 2,
+        (X.to(torch.uint8), torch.tensor(1000)),
+    ),
+    "a shift by more than the width": (Refusal.DTYPE, aten.__rshift__.Scalar, lambda x: (x >> 40) / 2, (
+        X.to(torch.int32),)),
     "integers that become narrow but signed": (
         Refusal.DTYPE, torch.ops.prims.convert_element_type.default, lambda x: x.to(torch.int8) & 7,
         (X.to(torch.int32),),

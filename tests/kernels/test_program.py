@@ -47,7 +47,7 @@ def test_a_load_has_the_type_of_its_memory_and_the_extent_of_its_buffer() -> Non
     found = {buffer.name: kind(made, load(made, buffer.name)) for buffer in made.buffers}
     assert found == {
         "x": ("f32", "element"), "codes": ("i32", "element"), "row": ("f32", "row"), "column": ("f32", "column"),
-        "group": ("f32", "group"), "step": ("i32", "scalar"), "packed": ("i32", "element"), "mask": ("bool", "element"),
+        "group": ("f32", "group"), "step": ("i64", "scalar"), "packed": ("i32", "element"), "mask": ("bool", "element"),
     }  # fmt: skip
 
 
@@ -126,7 +126,15 @@ def test_constants_keep_their_value_exactly() -> None:
         assert number_of(made.instructions[made.constant(value)].names[0]) == value
     assert math.isnan(number_of(made.instructions[made.constant(math.nan)].names[0]))
     assert number_of(made.instructions[made.constant(-7, "i32")].names[0]) == -7
+    assert number_of(made.instructions[made.constant(-(2**63), "i64")].names[0]) == -(2**63)
+    assert number_of(made.instructions[made.constant(0.1, "f64")].names[0]) == 0.1
     assert kind(made, made.constant(True, "bool")) == ("bool", "scalar")
+
+
+def test_an_integer_that_its_type_does_not_hold_is_no_constant() -> None:
+    for kind, value in (("i32", 2**31), ("i32", -(2**31) - 1), ("i64", 2**63)):
+        with pytest.raises(ProgramError, match=f"{kind} does not hold {value}"):
+            program().constant(value, kind)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -141,10 +149,10 @@ def test_constants_keep_their_value_exactly() -> None:
         ("add", ("x", "codes"), (), "add takes values of one type, got f32, i32"),
         ("where", ("x", "x", "x"), (), "where takes a bool first, got f32"),
         ("where", ("mask", "x", "codes"), (), "where takes values of one type, got f32, i32"),
-        ("sqrt", ("codes",), (), "sqrt takes f32, got i32"),
-        ("div", ("codes", "codes"), (), "div takes f32, got i32"),
+        ("sqrt", ("codes",), (), "sqrt takes f32 or f64, got i32"),
+        ("div", ("codes", "codes"), (), "div takes f32 or f64, got i32"),
         ("and", ("codes", "codes"), (), "and takes bool, got i32"),
-        ("shl", ("x", "x"), (), "shl takes i32, got f32"),
+        ("shl", ("x", "x"), (), "shl takes i32 or i64, got f32"),
         ("group_max", ("codes",), (), "group_max reduces f32 elements, got i32, element"),
         ("group_sum", ("row",), (), "group_sum reduces f32 elements, got f32, row"),
         ("lookup", ("codes",), ("other",), "lookup needs a table and an i32, got 'other' and i32"),
@@ -153,10 +161,12 @@ def test_constants_keep_their_value_exactly() -> None:
         ("random_bits", ("step",), ("seed", "other"), "numbers for the seed and the parameter"),
         ("load", (), ("made",), "buffer made is written only; make it 'inout'"),
         ("load", (), ("other",), "no buffer 'other'; there are x, codes, "),
-        ("constant", (), ("f64:1",), "a constant is f32, i32 or bool, got 'f64:1'"),
-        ("constant", (), ("i32:1.5",), "a constant is f32, i32 or bool, got 'i32:1.5'"),
-        ("neg", ("mask",), (), "neg takes f32 or i32, got bool"),
-        ("sub", ("mask", "mask"), (), "sub takes f32 or i32, got bool"),
+        ("constant", (), ("f16:1",), "a constant is f32, f64, i32, i64 or bool, got 'f16:1'"),
+        ("constant", (), ("i32:1.5",), "a constant is f32, f64, i32, i64 or bool, got 'i32:1.5'"),
+        ("neg", ("mask",), (), "neg takes f32 or f64 or i32 or i64, got bool"),
+        ("sub", ("mask", "mask"), (), "sub takes f32 or f64 or i32 or i64, got bool"),
+        ("add", ("codes", "step"), (), "add takes values of one type, got i32, i64"),
+        ("round_bf16", ("step",), (), "round_bf16 takes f32, got i64"),
         ("dynamic8_value", ("codes",), ("both",), "takes i32 element, signed or unsigned, got i32 element, both"),
         ("dynamic8_value", ("x",), ("signed",), "takes i32 element, signed or unsigned, got f32 element, signed"),
         ("dynamic8_code", ("x", "row"), ("signed",), "takes f32 element, f32 group, signed or unsigned, got f32 elem"),
@@ -323,7 +333,7 @@ def test_the_pretty_text_is_for_people() -> None:
         ("space 1 2", "no line of a program: 'space 1 2'"),
         ("space 1 2 2\n\n", "no line of a program: ''"),
         ("space 1 2 2\nbuffer x : f32", "no line of a program: 'buffer x : f32'"),
-        ("space 1 2 2\nbuffer x : f64 element in", "no line of a program: 'buffer x : f64 element in'"),
+        ("space 1 2 2\nbuffer x : f8 element in", "no line of a program: 'buffer x : f8 element in'"),
         ("space 1 2 2\nbuffer x : f32 plane in", "no line of a program: 'buffer x : f32 plane in'"),
         ("space 1 2 2\nbuffer x : f32 element", "no line of a program: 'buffer x : f32 element'"),
         ("space 1 2 2\ntable t xyz", "no line of a program: 'table t xyz'"),

@@ -96,26 +96,32 @@ def pointwise(kind: str, operations: tuple[str, ...], constant: float) -> BlockP
 OF_FLOATS = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "floor", "ceil", "trunc", "round",
              "lt", "le", "gt", "ge", "eq", "ne", "f32", "bool", "where", "round_bf16", "round_f16")  # fmt: skip
 OF_INTEGERS = ("add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign", "lt", "le", "gt", "ge", "eq", "ne",
-               "bitand", "bitor", "bitxor", "f32", "i32", "bool", "where")  # fmt: skip
-OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "i32", "bool", "where")
+               "bitand", "bitor", "bitxor", "f32", "i32", "i64", "bool", "where")  # fmt: skip
+OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "sqrt", "floor", "ceil", "trunc",
+              "lt", "le", "gt", "ge", "eq", "ne", "f32", "f64", "bool", "where")  # fmt: skip
+DOUBLE_LIBRARY = ("rsqrt", "exp", "exp2", "expm1", "log", "log2", "log1p", "pow")
+OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "i32", "i64", "bool", "where")
 OF_SMALL = ("shl", "shr")
 
 
 def test_the_tables_below_name_every_operation() -> None:
-    assert {*OF_FLOATS, *LIBRARY, *OF_INTEGERS, *OF_BOOLS, *OF_SMALL} == set(POINTWISE)
+    assert {*OF_FLOATS, *OF_DOUBLES, *LIBRARY, *OF_INTEGERS, *OF_BOOLS, *OF_SMALL} == set(POINTWISE)
 
 
 @pytest.mark.parametrize(
     ("kind", "operations", "constant"),
-    [("f32", OF_FLOATS, 0.75), ("i32", OF_INTEGERS, 3), ("i32", OF_SMALL, 4),
-     ("bool", OF_BOOLS, 1)],
-    ids=["floats", "integers", "shifts", "bools"],
+    [("f32", OF_FLOATS, 0.75), ("f64", OF_DOUBLES, 0.1), ("i32", OF_INTEGERS, 3), ("i64", OF_INTEGERS, 5 << 33),
+     ("i32", OF_SMALL, 4), ("bool", OF_BOOLS, 1)],
+    ids=["floats", "doubles", "integers", "long integers", "shifts", "bools"],
 )  # fmt: skip
 def test_exact_operations_are_pytorchs_bit_for_bit(kind: str, operations: tuple[str, ...], constant: float) -> None:
     made = pointwise(kind, operations, constant)
     x, y = floats()
-    if kind == "i32":
-        x, y = (torch.randint(-1000, 1000, x.shape, dtype=torch.int32) for _ in range(2))
+    if kind == "f64":
+        x, y = x.double() * 1.1, y.double()
+    if kind in ("i32", "i64"):
+        most = 1 << {"i32": 31, "i64": 62}[kind]
+        x, y = (torch.randint(-most, most, x.shape) for _ in range(2))
         if operations is OF_SMALL:
             x, y = x & 15, y & 15
     if kind == "bool":
@@ -145,6 +151,20 @@ def test_library_functions_are_pytorchs_within_a_few_roundings() -> None:
             one, exact, rtol=tolerance, atol=1e-7 if operation in ("sin", "cos", "exp", "exp2", "pow") else 1e-37,
             equal_nan=True, msg=lambda text, name=buffer.name: f"{name}: {text}",
         )  # fmt: skip
+
+
+def test_library_functions_of_float64_are_numpys() -> None:
+    """Those of bias corrections: a logarithm of a number near 1 is off by what the number was rounded by."""
+    made = pointwise("f64", DOUBLE_LIBRARY, 3.0)
+    x, y = torch.rand(200, dtype=torch.float64) * 2 + 0.01, torch.rand(200, dtype=torch.float64)
+    x[:50] *= 1e-9
+    made.space = Space(1, len(x), 25)
+    found = ran(made, filled(made, x=x, y=y))
+    for buffer in made.written():
+        operation, index = buffer.name.rsplit("_", 1)
+        args = [x, y if index == "0" else torch.tensor(3.0, dtype=torch.float64)][: POINTWISE[operation]]
+        exact = getattr(torch, operation)(*args)
+        torch.testing.assert_close(found[buffer.name].flatten(), exact, rtol=1e-14, atol=1e-15, msg=buffer.name)
 
 
 def test_round_is_to_even_at_every_half() -> None:
@@ -411,12 +431,13 @@ def test_any_program_does_what_evaluate_does(seed: int, rows: int | None) -> Non
 def test_every_operation_compiles_and_none_of_it_computes_in_fp64(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four compiles a target.  NVIDIA's own sine and cosine reduce large angles in fp64."""
+    """Six compiles a target.  NVIDIA's own sine and cosine reduce large angles in fp64."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     angles = ("sin", "cos")
     others = tuple(each for each in LIBRARY if each not in angles)
     for kind, operations in (
-        ("f32", OF_FLOATS + others), ("f32", angles), ("i32", OF_INTEGERS + OF_SMALL), ("bool", OF_BOOLS)
+        ("f32", OF_FLOATS + others), ("f32", angles), ("i32", OF_INTEGERS + OF_SMALL), ("bool", OF_BOOLS),
+        ("i64", OF_INTEGERS + OF_SMALL), ("f64", OF_DOUBLES + DOUBLE_LIBRARY),
     ):  # fmt: skip
         made = pointwise(kind, operations, 1)
         made.space = Space(4, 256, 32)
@@ -424,5 +445,5 @@ def test_every_operation_compiles_and_none_of_it_computes_in_fp64(
         binary = compile_kernel(
             load_kernel(kernel), kernel.signature, {}, Target.named(target), kernel.warps, kernel.stages
         )
-        if operations is not angles:
+        if operations is not angles and kind != "f64":
             assert not re.search(r"\b(add|mul|fma|div)\.\w*\.?f64|\bv_\w+_f64", binary.text)
