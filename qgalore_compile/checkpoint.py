@@ -75,9 +75,6 @@ def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tu
         check_group(group, saved_group, position)
         for name, key in zip(names, saved_group["params"], strict=True):
             check_state(name, saved_state.get(key, {}))
-    if "global" in saved_state and "global" in optimizer.state:
-        copies += _pairs("global", (), optimizer.state["global"], saved_state["global"])  # type: ignore[index]
-        check_state("global", saved_state["global"])
     return copies
 
 

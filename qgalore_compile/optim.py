@@ -72,6 +72,7 @@ class QGaLoreAdamW(Optimizer):
     ``projector``                               packed INT4, INT8 codes or float32
     ``projector_scale``, ``projector_offset``   float32, one per group; quantised projectors only
     ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.scheduler`)
+    ``grad_norm``, ``skipped_steps``            float32 and int64, 0-d: of all parameters, beside the first one's alone
     ==========================================  =======================================================================
 
     Raises:
@@ -126,24 +127,30 @@ class QGaLoreAdamW(Optimizer):
         first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
         for index, parameter in enumerate(group["params"], first):
             slot = groups.slot_of(group, index) if "rank" in group else -1
-            self.state[parameter] = groups.new_state(parameter, group, slot)
-        if "global" not in self.state and group["params"]:
-            device = group["params"][0].device
-            self.state["global"] = {  # type: ignore[index]  # PyTorch keeps entries that are not parameters as they are
-                "grad_norm": torch.zeros((), device=device),
-                "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
-            }
+            state = groups.new_state(parameter, group, slot)
+            if not self.state:
+                # here, and under no key of their own: torch.distributed.checkpoint takes every key for a parameter
+                state["grad_norm"] = torch.zeros((), device=parameter.device)
+                state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+            self.state[parameter] = state
 
     @property
     def last_grad_norm(self) -> Tensor:
         """0-d float32: the global norm of the last step before clipping; of the finite gradients alone where
         ``nonfinite="skip_parameter"``."""
-        return self.state["global"]["grad_norm"]  # type: ignore[index,no-any-return]
+        return self._first_state()["grad_norm"]
 
     @property
     def skipped_steps(self) -> Tensor:
         """0-d int64: steps so far in which a gradient was not finite."""
-        return self.state["global"]["skipped_steps"]  # type: ignore[index,no-any-return]
+        return self._first_state()["skipped_steps"]
+
+    def _first_state(self) -> dict[str, Tensor]:
+        """State of the first parameter, which holds what belongs to all of them as well."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                return self.state[parameter]  # type: ignore[no-any-return]
+        raise ValueError("the optimizer has no parameters yet, and so no norm of their gradients")
 
     def schedule(self) -> list[ScheduleRecord]:
         """When each projected parameter was and will be refreshed, in the order of the groups."""

@@ -135,8 +135,9 @@ def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
         else:
             tensors[name] = parameter.detach().clone()
     for key, state in opt.state.items():
-        owner = key if isinstance(key, str) else names[id(key)]
-        tensors.update({f"{owner}/{part}": value.clone() for part, value in state.items()})
+        for part, value in state.items():
+            owner = "global" if part in ("grad_norm", "skipped_steps") else names[id(key)]  # of no single parameter
+            tensors[f"{owner}/{part}"] = value.clone()
     return tensors
 
 

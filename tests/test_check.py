@@ -38,7 +38,7 @@ def test_a_whole_step_of_several_micro_batches_with_a_refresh_is_ok_tensor_by_te
     assert result.ok, result
     assert result.precision == str(dtype).removeprefix("torch.")
     errors = by_name(result)
-    assert {"result", "batches[1]", "global/grad_norm", "model.0.weight/schedule"} <= errors.keys()
+    assert {"result", "batches[1]", "model.0.weight/grad_norm", "model.0.weight/schedule"} <= errors.keys()
     assert {f"model.{name}" for name, _ in model.named_parameters()} <= errors.keys()
     assert errors["model.0.weight/projector"].note == "refreshed: its subspace"
     assert errors["model.0.weight"].codes_differing is not None
@@ -66,7 +66,7 @@ def test_the_update_alone_uses_the_gradients_that_are_there_and_leaves_them() ->
     before = snapshot(model, opt)
     result = quick(opt.step)
     assert result.ok, result
-    assert {"0.weight", "0.weight.grad", "0.weight/exp_avg", "global/skipped_steps"} <= by_name(result).keys()
+    assert {"0.weight", "0.weight.grad", "0.weight/exp_avg", "0.weight/skipped_steps"} <= by_name(result).keys()
     assert by_name(result)["0.weight"].moved > 0
     assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters() if p.grad is not None)
     assert len(gradients) == 4

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import Toy, snapshot, tokens, toy, training_step
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import qgalore_compile as qg
 
@@ -288,3 +289,27 @@ def test_a_copy_takes_new_groups() -> None:
     opt = copy.deepcopy(qg.QGaLoreAdamW([torch.nn.Parameter(torch.ones(3, 3))], betas=(0.8, 0.9)))
     opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     assert opt.param_groups[1]["betas"] == (0.8, 0.9)
+
+
+# -- torch.distributed.checkpoint's names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_state_by_names_has_one_entry_a_parameter_and_resumes_bit_for_bit(flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, opt = same_layout()
+    train(model, opt, 0, 3)
+    opt.skipped_steps.fill_(5)
+    weights, state = get_state_dict(model, opt, options=options)
+    if not flat:
+        assert state["state"].keys() == dict(model.named_parameters()).keys()
+    other, other_opt = same_layout()
+    saved = through_a_file({"model": weights, "optimizer": state})
+    set_state_dict(
+        other, other_opt, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
+    )
+    assert_same(snapshot(model, opt), snapshot(other, other_opt))
+    assert (float(other_opt.last_grad_norm), int(other_opt.skipped_steps)) == (float(opt.last_grad_norm), 5)
+    train(model, opt, 3, 6)
+    train(other, other_opt, 3, 6)
+    assert_same(snapshot(model, opt), snapshot(other, other_opt))

@@ -221,7 +221,7 @@ def test_a_value_that_cannot_be_is_refused_with_key_value_and_what_may_be(keys: 
         opt.add_param_group({"params": [matrix()], **keys})
     assert "group 1" in str(error.value)
     assert len(opt.param_groups) == 1
-    assert len(opt.state) == 2  # the first parameter and the global counters
+    assert len(opt.state) == 1
 
 
 @pytest.mark.parametrize(
