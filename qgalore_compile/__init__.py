@@ -6,6 +6,7 @@ whole training step.  ``qg.explain`` and ``qg.report`` tell what became of it, a
 eager step.
 """
 
+from qgalore_compile import _startup as _startup
 from qgalore_compile.check import CheckResult, check
 from qgalore_compile.groups import param_groups
 from qgalore_compile.optim import QGaLoreAdamW

@@ -58,7 +58,7 @@ def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tu
     Raises:
         ValueError: as for :func:`load_optimizer`.
     """
-    saved_groups, saved_state = _parts(state_dict)
+    saved_groups, saved_state = parts(state_dict)
     own_groups = optimizer.param_groups
     sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (own_groups, saved_groups))
     if sizes != saved_sizes:
@@ -78,8 +78,8 @@ def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tu
     return copies
 
 
-def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Tensor]]]:
-    """Groups and state of a state dict that has the form of one."""
+def parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Tensor]]]:
+    """Groups and state of an optimizer's state dict; ValueError for what has not the form of one."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     state = state_dict.get("state") if isinstance(state_dict, dict) else None
     if (

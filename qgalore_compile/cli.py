@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Annotated, Literal
 
@@ -13,7 +16,7 @@ import typer
 from rich.console import Console
 
 USER_ERROR = 2
-INTERRUPTED = 130
+BUG, CANNOT_WRITE = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
 
 app = typer.Typer(
     name="qgalore",
@@ -42,32 +45,83 @@ def _root(
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what the user can repair as one red line and exit with status 2; a bug keeps its traceback.
+    """End with what the user can repair as one red line and its exit status; a bug keeps its traceback.
 
     A ValueError counts as the user's if this package raised it: its messages are written for that.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped at once; the last checkpoint, if any, is as it was", style="red")
-        raise typer.Exit(INTERRUPTED) from None
-    except OSError as error:  # no such file, no permission, disk full: its message names the file
-        _fail(str(error))
-    except ValueError as error:
-        if not _raised_here(error):
-            raise
-        _fail(str(error))
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt as stopped:
+        name = getattr(stopped, "signal", "SIGINT")
+        _say(f"stopped at once by {name}; the last checkpoint, if any, is as it was")
+        raise typer.Exit(128 + signal.Signals[name]) from None
+    except Exception as error:
+        found = next((found for each in _chain(error) if (found := _in_words(each)) is not None), None)
+        if found is None:
+            _say(traceback.format_exc() + "\nthis is a bug of qgalore-compile, which the lines above tell of")
+            raise typer.Exit(BUG) from None
+        status, words = found
+        _fail(words, status)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from: compilers wrap what stopped them."""
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        yield at
+        seen.append(at)
+        at = getattr(at, "inner_exception", None) or at.__cause__
+
+
+def _in_words(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and sentence for what is no bug; by name where a class would have to be imported with torch."""
+    classes = {each.__name__ for each in type(error).__mro__}
+    text = str(error).split("\n\n")[0].strip()
+    if isinstance(error, OSError):  # no such file, no permission, disk full
+        if error.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE, "the output cannot be written (Broken pipe)"
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
+        return (CANNOT_WRITE if "SavingError" in classes or error.errno in _NO_ROOM else USER_ERROR), named
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in classes or any(sign in text for sign in _NO_MEMORY):
+        return USER_ERROR, f"not enough memory ({text.splitlines()[0] if text else 'no words'}); take less at a time"
+    if isinstance(error, ValueError) and _raised_here(error):
+        return USER_ERROR, text
+    if "InvalidCxxCompiler" in classes or ("ShortenTraceback" in classes and _is_ours(type(error).__module__)):
+        return USER_ERROR, text  # no compiler; an error that this package's backend hands through Dynamo
+    return None
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA out of memory", "can't allocate memory")
 
 
 def _raised_here(error: ValueError) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module: str = frames[-1].f_globals.get("__name__", "")
+    return bool(frames) and _is_ours(frames[-1].f_globals.get("__name__", ""))
+
+
+def _is_ours(module: str) -> bool:
     return module.split(".")[0] == "qgalore_compile"
 
 
-def _fail(message: str) -> None:
-    Console(stderr=True).print(f"error: {message}", style="red", soft_wrap=True, markup=False, highlight=False)
-    raise typer.Exit(USER_ERROR)
+def _say(message: str) -> None:
+    with suppress(OSError, SystemExit):  # nobody takes it: the exit status still tells
+        Console(stderr=True).print(message, style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+def _fail(message: str, status: int = USER_ERROR) -> None:
+    _say(f"error: {message}")
+    raise typer.Exit(status)
+
+
+def _print_what_the_encoding_has() -> None:
+    """A terminal or a pipe that is not UTF-8 gets question marks, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 MODEL, STEP, OUTPUT = "Model and data", "Training step", "Run and output"
@@ -211,17 +265,23 @@ def train(
 
     Options without a default here take it from the preset, which holds the values of the Q-GaLore paper.
 
-    Exit status: 0 the model beats the bigram model, 1 it does not, 2 a wrong option or unusable data, 130 stopped by
-    Ctrl-C (the run is saved: continue it with `--resume`).
+    Exit status: 0 the model beats the bigram model, 1 it does not, 2 a wrong option, unusable data or a machine that
+    cannot do it, 70 a bug, 74 a full disk or other output that cannot be written. A run that is stopped is saved after
+    the step in progress, to be continued with `--resume`: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 a broken pipe.
     """
     options = dict(locals())  # first statement: exactly the parameters above, which are the fields of TrainConfig
-    # Here, not at the top: Dynamo and matplotlib take seconds to import, and --help needs neither.
-    from qgalore_compile.pretrain import pretrain, resumed_config
-    from qgalore_compile.train_config import TrainConfig
-
     with user_errors():
-        config = resumed_config(**options) if resume else TrainConfig.from_preset(**options)
-        raise typer.Exit(pretrain(config).exit_status)
+        # Here, not at the top: Dynamo and matplotlib take seconds to import, and --help needs neither.
+        from qgalore_compile.pretrain import pretrain, resumed_config
+        from qgalore_compile.stopping import at_once, handled, ignore_broken_pipe
+        from qgalore_compile.train_config import TrainConfig
+
+        _print_what_the_encoding_has()
+        ignore_broken_pipe()
+        with handled(at_once):
+            config = resumed_config(**options) if resume else TrainConfig.from_preset(**options)
+            status = pretrain(config).exit_status
+        raise typer.Exit(status)
 
 
 @app.command(name="compile")
@@ -237,31 +297,34 @@ def compile_(
     """Compile the GPU kernels of a preset's training step, on a machine that needs no GPU, and look into them.
 
     Exit status: 0 every kernel compiled and keeps its values in registers, 1 one spills, 2 a wrong option, or a kernel
-    that does not compile.
+    that does not compile, 70 a bug, 130 stopped by Ctrl-C.
     """
-    from qgalore_compile.ahead_of_time import compile_ahead, table
-    from qgalore_compile.kernels.ahead import CompileError
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
     with user_errors():
-        try:
-            with console.status("tracing the step") as status:
-                rows = compile_ahead(
-                    preset, target, out, dtype=dtype, tf32=tf32, batch=batch, seq=seq,
-                    progress=lambda kernel: status.update(f"compiling {kernel}"),
-                )  # fmt: skip
-        except CompileError as error:
-            _fail(str(error))
-        console.print(table(rows, target, preset))
+        from qgalore_compile.ahead_of_time import compile_ahead, table
+        from qgalore_compile.kernels.ahead import CompileError
+        from qgalore_compile.stopping import at_once, handled
+
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=180)
+        with handled(at_once):
+            try:
+                with console.status("tracing the step") as status:
+                    rows = compile_ahead(
+                        preset, target, out, dtype=dtype, tf32=tf32, batch=batch, seq=seq,
+                        progress=lambda kernel: status.update(f"compiling {kernel}"),
+                    )  # fmt: skip
+            except CompileError as error:
+                _fail(str(error))
+            console.print(table(rows, target, preset))
         raise typer.Exit(int(any(row.spills for row in rows)))
 
 
 def main() -> None:
     """Entry point of the command `qgalore`."""
+    _print_what_the_encoding_has()
     app()
 
 
 if __name__ == "__main__":
-    sys.exit(app())
+    main()

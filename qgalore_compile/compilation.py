@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import operator
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,10 +23,14 @@ from torch import Tensor, fx
 
 from qgalore_compile._torch import CompileContext
 
+from qgalore_compile.files import replacing
+
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
     from qgalore_compile.passes import PassManager
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+VERSION = 2
 """Of the file's format; a file of another version counts as absent."""
 
 
@@ -131,26 +135,50 @@ def _readable(source: str) -> str:
 
 
 def finish(compilation: Compilation, manager: PassManager, gm_key: str) -> None:
-    """Fill a record from the passes and write it down, or read it where no pass ran."""
-    path = _folder() / f"{gm_key}.json"
+    """Fill a record from the passes and write it down, or read it where no pass ran.
+
+    A record tells about a step and is no part of it: one that cannot be written is missing in the next process, and one
+    that cannot be read, or is not what was written, counts as missing.
+    """
     if manager.records:
         _fill(compilation, manager)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, **{name: getattr(compilation, name) for name in _PERSISTED}})
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        _write(gm_key, {name: getattr(compilation, name) for name in _PERSISTED})
         return
     compilation.from_cache = True
-    try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return
-    if isinstance(kept, dict) and kept.get("version") == VERSION:
+    kept = _read(gm_key)
+    if kept is not None:
         for name in _PERSISTED:
             setattr(compilation, name, kept[name])
         _rename(compilation, manager.input_names)
         compilation.recorded = True
+
+
+def _write(gm_key: str, record: dict[str, Any]) -> None:
+    try:
+        text = json.dumps({"version": VERSION, **record})
+        path = _folder() / f"{gm_key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps({"sha256": _digest(text), **json.loads(text)}).encode())
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # a full disk, a folder in its place, no JSON
+        logger.warning("the record of this compilation is not kept: %s", error)
+
+
+def _read(gm_key: str) -> dict[str, Any] | None:
+    """A record as it was written, which its digest tells; None for none."""
+    try:
+        path = _folder() / f"{gm_key}.json"
+        kept = json.loads(path.read_bytes()) if path.is_file() else None  # reading a pipe would wait for its other end
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(kept, dict) or kept.get("version") != VERSION:
+        return None
+    digest = kept.pop("sha256", None)
+    return kept if digest == _digest(json.dumps(kept)) else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _folder() -> Path:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch
 from torch import Tensor
 
+from qgalore_compile.files import kind_of
 from qgalore_compile.rng import philox4x32
 
 VALIDATION_SHARE = 0.1
@@ -78,11 +80,18 @@ def load_corpus(data: str | Path | None = None) -> Corpus:
                 f"no Python sources of the standard library in {root}; give your own text: --data FILE or FOLDER"
             )
         return _split_by_file(f"Python standard library, {root}", root, names)
+    if not str(data):
+        raise ValueError("--data '' names no file or folder; give a text file or a folder of text files")
     path = Path(data)
     if path.is_dir():
         return _split_by_file(str(path), path, [name for name in _files(path) if not _is_binary(path / name)])
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder; give a text file or a folder of text files")
+    if not path.is_file():  # reading a device need not end, and a pipe cannot be read again when the run goes on
+        raise ValueError(
+            f"--data {path} is {kind_of(path.stat().st_mode)}; give a text file or a folder of text files: what a pipe "
+            "brings, save to a file first"
+        )
     return _split_by_place(str(path), _read(path))
 
 
@@ -105,6 +114,12 @@ def _unreadable(error: OSError) -> NoReturn:
 def _read(path: Path, size: int = -1) -> bytes:
     try:
         with path.open("rb") as file:
+            there, memory = os.fstat(file.fileno()).st_size, psutil.virtual_memory().total
+            if size < 0 and there > memory:
+                raise ValueError(
+                    f"{path} has {there / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory, into which "
+                    "a corpus is read; give a part of it"
+                )
             return file.read(size)
     except OSError as error:
         _unreadable(error)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from qgalore_compile.files import replacing
 from qgalore_compile.telemetry import read_metrics
 
 _COLUMNS = 1500  # more than a panel has pixels
@@ -72,7 +73,8 @@ def plot_schedule(metrics: Path, png: Path, *, title: str) -> bool:
     count.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     _by_step(seconds, rows, last, lambda turn: turn["seconds"], "seconds a step")
     corner.axis("off")
-    figure.savefig(png, dpi=120)
+    with replacing(png) as file:
+        figure.savefig(file, dpi=120, format="png")
     return True
 
 

@@ -15,9 +15,14 @@ OPTIMIZERS = ("qgalore", "galore", "adamw")
 BACKENDS = ("qgalore", "inductor", "eager")
 DTYPES = ("float32", "bfloat16")
 
-# What a run may change when it goes on from a checkpoint; all else decides what the run computes.
+LARGEST = 2**31 - 1
+"""Of settings that are counts: batches count steps in 32 bits."""
+_FLOAT32 = (2.0**-149, (2 - 2.0**-23) * 2.0**127)  # the least number above 0, and the largest
+
+# What a run may change when it goes on from a checkpoint; all else decides what the run computes. The data may have
+# moved: whether it is the same text, its fingerprint says.
 _FREE_ON_RESUME = frozenset(
-    {"out", "resume", "steps", "backend", "device", "eval_every", "log_every", "checkpoint_every"}
+    {"data", "out", "resume", "steps", "backend", "device", "eval_every", "log_every", "checkpoint_every"}
 )
 
 
@@ -110,16 +115,27 @@ class TrainConfig:
                               ("trigger", TRIGGERS), ("nonfinite", NONFINITE)):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{option(name)} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations",
-                     "eval_every", "eval_tokens", "log_every", "checkpoint_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{option(name)} {getattr(self, name)}: must be at least 1")
+        for name in ("data", "out"):
+            value = getattr(self, name)
+            if value is not None and (not str(value) or "\0" in str(value)):
+                raise ValueError(
+                    f"{option(name)} {str(value)!r}: names no file or folder; leave it out for the default"
+                )
+        for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations", "max_gap",
+                     "vocab_size", "eval_every", "eval_tokens", "log_every", "checkpoint_every"):  # fmt: skip
+            value = getattr(self, name)
+            if name == "max_gap" and value is None:
+                continue
+            if value < 1:
+                raise ValueError(f"{option(name)} {value}: must be at least 1")
+            if value > LARGEST:
+                raise ValueError(f"{option(name)} {value}: must be at most {LARGEST}")
         for name in ("lr", "scale", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                raise ValueError(f"{option(name)} {value}: must be a number above 0")
+            if value is not None and not _FLOAT32[0] <= value <= _FLOAT32[1]:
+                raise ValueError(f"{option(name)} {value}: must be a number above 0, in float32 too")
         for name in ("weight_decay", "energy_threshold"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) <= _FLOAT32[1]:
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be a number of at least 0")
         if self.max_gap is not None and self.max_gap < self.update_proj_gap:
             raise ValueError(

@@ -18,6 +18,7 @@ from qgalore_compile.data import Corpus, training_batch, validation_batches
 from qgalore_compile.groups import param_groups
 from qgalore_compile.llama import Llama
 from qgalore_compile.optim import QGaLoreAdamW
+from qgalore_compile.saved_run import check_saved
 from qgalore_compile.scheduler import ScheduleRecord
 from qgalore_compile.telemetry import StepRecord, Turn, resident_bytes
 from qgalore_compile.train_config import TrainConfig
@@ -295,7 +296,12 @@ class Run:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of a run with the same settings."""
+        """Continue from a `state_dict` of a run with the same settings.
+
+        Raises:
+            ValueError: a part does not fit this run, or cannot be true; says which. Nothing has changed then.
+        """
+        check_saved(saved, self.model, self.optimizer, self.scheduler)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])

@@ -15,7 +15,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from qgalore_compile import pretrain as job
 from qgalore_compile import training
 from qgalore_compile.data import load_corpus
 from qgalore_compile.llama import PRESETS, LlamaConfig, Preset
@@ -340,7 +339,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job.torch, "save", disk_full)
+    monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, {"step": 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
