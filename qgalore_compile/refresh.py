@@ -127,14 +127,14 @@ def _turn(
     with timed(schedule, low.device):
         now = Schedule.from_tensor(schedule)
         factors = _scaled([gathered(factors[0], settings.shape)] if is_carrier(factors[0]) else factors, scales)
-        if _finite(factors):
-            gradient = Gradient(factors)
+        gradient = Gradient(factors)
+        if not _finite(factors):
+            low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
+        elif not gradient.is_zero():  # of zeros, any subspace is as good as another: still due, and R is zero as it is
             if now.measures(settings.rule):
                 now = now.measured(settings.rule, captured_energy(low.to(torch.float32), gradient))
             if now.due:
                 now = _compute_anew(low, projector, now, gradient, settings, moments, step)
-        else:
-            low.fill_(torch.nan)  # still due; and the optimizer shall see it even through a projector of zeros
         schedule.copy_(now.ticked().to_tensor())
 
 
@@ -279,7 +279,8 @@ def refresh_(
         schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
         factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
             0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
-            and R becomes NaN, which the optimizer's non-finite check sees.
+            and R becomes NaN, which the optimizer's non-finite check sees.  Where the gradient is exactly zero, nothing
+            is refreshed or measured and the parameter stays due: no arbitrary subspace shall last for a gap.
         shape: (m, n) of the weight.
         rank, form, method, rule, power_iterations: the group's settings.
         seed, param: select the random numbers of the range finder, of sketches and of completions.

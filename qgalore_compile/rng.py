@@ -133,11 +133,12 @@ def random_bits(shape: Sequence[int], *, seed: int, step: Tensor | int, param: i
     return _random_bits_op(step, list(shape), signed_seed(seed), param)  # type: ignore[no-any-return]
 
 
-def normal(shape: Sequence[int], *, seed: int, step: int, param: int) -> Tensor:
-    """Standard normal numbers for sketches, float32 on the CPU, from a stream of their own.
+def normal(shape: Sequence[int], *, seed: int, step: int, param: int, stream: int = 0) -> Tensor:
+    """Standard normal numbers, float32 on the CPU, from streams of their own: independent of each other.
 
-    The stream is that of :func:`random_bits` with the top bit of the counter's parameter word set; two words make two
-    numbers by the Box-Muller transform.  Not traced: it runs inside the refresh op.
+    Stream 0 is that of :func:`random_bits` with the top bit of the counter's parameter word set, and its numbers are
+    counted by the first two words; another stream (0 to 15) has its number in the top four bits of the second.  Two
+    words make two numbers by the Box-Muller transform.  Not traced: it runs inside the refresh op.
     """
     count = math.prod(shape)
     blocks = -(-count // 4)
@@ -145,7 +146,7 @@ def normal(shape: Sequence[int], *, seed: int, step: int, param: int) -> Tensor:
     uniform = torch.empty((4, blocks), dtype=torch.float64)
     for first in range(0, blocks, _CHUNK):
         block = torch.arange(first, min(first + _CHUNK, blocks), dtype=torch.int64)
-        words = philox4x32((block & _WORD, block >> 32, step & _WORD, param | 1 << 31), key)
+        words = philox4x32((block & _WORD, block >> 32 | stream << 28, step & _WORD, param | 1 << 31), key)
         for row, word in zip(uniform, words, strict=True):
             row[first : first + len(block)] = word
     uniform.add_(0.5).div_(2.0**32)

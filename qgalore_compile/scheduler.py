@@ -20,7 +20,8 @@ reference  the same as measured at the call after the last refresh, NaN until th
 10 …       the last ``queue_size`` similarities, oldest first, NaN where there is none yet
 =========  ==========================================================================================================
 
-A turn that a non-finite gradient spoilt, or decompositions that all failed, is made up for at the next call.
+A turn that a non-finite gradient spoilt, or decompositions that all failed, is made up for at the next call; so is one
+whose gradient is exactly zero, which tells of no subspace.
 
 Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0``; once the queue is full and its mean
 reaches the threshold, each refresh multiplies the gap by gamma; no cap, the queue is never cleared.  ``"subspace"``
@@ -175,7 +176,7 @@ class Schedule:
         return rule.energy is not None and self.refreshes > 0
 
     def measured(self, rule: Rule, energy: float) -> Schedule:
-        """After measuring the captured energy (NaN: of no gradient); still due if it asks for a refresh."""
+        """After measuring the captured energy; still due if it asks for a refresh."""
         assert rule.energy is not None
         # the reference's turn comes beside the others, which count from the refresh
         start = self.last if self.slot < 0 and self.clock == self.last + 1 else self.clock

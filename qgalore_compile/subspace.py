@@ -42,9 +42,15 @@ from qgalore_compile.refresh_cost import OVERSAMPLING, factors_are_cheaper
 METHODS = ("svd", "randomized", "power")
 
 _EPS = torch.finfo(torch.float32).eps
-_TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = 16 * _EPS
 """Of a product's largest column: what is smaller is rounding.  A float32 product leaves about 3 eps there."""
+_ILL = 3e8
+"""The squared condition from which on a Gram matrix in float64 leaves columns off orthonormal: 2.2e-16 of it is 7e-8,
+half a unit in float32's last place."""
+_CANCELLED = 1e-3
+"""Of a sum's terms: a smaller sum of float32 products would be wrong in its fourth digit."""
+_SKETCH, _COMPLETION, _PROBE = range(3)
+"""Streams of random numbers.  A completion that shared the sketch's would be no random direction to what that found."""
 
 
 class Gradient:
@@ -86,17 +92,36 @@ class Gradient:
         pairs = self.pairs(side)
         return torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
 
+    def is_zero(self) -> bool:
+        """Whether G is exactly zero, so that nothing tells which subspace to take.
+
+        Of factors it is told by G ω, ω (n,) random, in 2T(m + n) operations: masked tokens and products that cancel
+        each other are seen, and another G gives zero with probability 0.
+        """
+        if self._formed is not None or self.tokens is None:
+            return not bool((self.factors[0] if self._formed is None else self._formed).any())
+        probe = rng.normal((self.shape[1], 1), seed=0, step=0, param=0, stream=_PROBE)
+        return not bool(_Operator(self, "left", True)(probe.to(self.factors[0].device)).any())
+
     def energy(self) -> float:
         """‖G‖².
 
-        ‖dYᵀX‖² is the sum of (dY dYᵀ) ∘ (X Xᵀ): 2T²(m + n) operations, where forming G takes 2Tmn.
+        ‖dYᵀX‖² is the sum of (dY dYᵀ) ∘ (X Xᵀ): 2T²(m + n) operations, where forming G takes 2Tmn.  Of factors whose
+        largest element is 1, for the square of a square of 1e-12 is no number in float32; and of G itself where
+        products cancel each other and the sum is rounding.
         """
         m, n = self.shape
         if self._formed is not None or self.tokens is None or self.tokens * (m + n) >= m * n:
             return _energy(self.formed())
-        grad_outputs, inputs = self.joined("left")
-        products = (grad_outputs @ grad_outputs.t()).mul_(inputs @ inputs.t())
-        return float(products.sum(dtype=torch.float64))
+        grams, scale = [], 1.0
+        for factor in self.joined("left"):
+            largest = float(factor.abs().max())
+            unit = factor / (largest or 1.0)
+            grams.append(unit @ unit.t())
+            scale *= largest
+        products = grams[0].mul_(grams[1])
+        whole, size = float(products.sum(dtype=torch.float64)), float(products.abs().sum(dtype=torch.float64))
+        return whole * scale**2 if whole > _CANCELLED * size else _energy(self.formed())
 
     def project(self, projector: Callable[[torch.dtype], Tensor], side: Side) -> Tensor:
         """R, products in the gradient's dtype, through G where there is one.  ``projector`` gives P in a dtype."""
@@ -146,14 +171,16 @@ def leading_subspace(
         side: which singular vectors.
         method: one of ``METHODS``; the module's docstring describes them.
         power_iterations: q of the range finder, at least 1.
-        low: the R of this gradient with the old projector, where "power" starts; None where there is no old one.
+        low: the R of this gradient with the old projector, where "power" starts; None where there is no old one.  R of
+            zeros, of a projector that catches nothing of this gradient, counts as None.
         ordered: "power" shall find singular vectors in order too: one small eigenvalue problem more.
         exact: take the exact subspace below the rank and where a sketch would span the smaller side.
         driver: of CUDA's SVD ("gesvd", "gesvdj", "gesvda"); None for PyTorch's choice.
         seed, step, param: select the random numbers of the range finder and of the completion.
 
     Returns:
-        (r, n) on the right, (m, r) on the left, orthonormal.  Signs are canonical: the entry of largest magnitude of
+        (r, n) on the right, (m, r) on the left, orthonormal to 1e-5 whatever the gradient's condition, rank and scale
+        are.  Signs are canonical: the entry of largest magnitude of
         each vector is positive, since a singular vector's sign is arbitrary and moments outlive a refresh.  Where the
         gradient's numerical rank is smaller, random directions orthogonal to the rest complete it, the same on every
         path, rather than whatever LAPACK leaves there.
@@ -162,7 +189,7 @@ def leading_subspace(
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
     gradient = Gradient.of(factors)
-    warm = method == "power" and low is not None
+    warm = method == "power" and low is not None and bool(low.any())
     d = gradient.shape[0 if side == "left" else 1]
     few = gradient.tokens is not None and gradient.tokens < rank
     if exact and (few or method == "svd" or (not warm and rank + OVERSAMPLING >= d)):
@@ -175,13 +202,13 @@ def leading_subspace(
         operator = _Operator(gradient, side, _through_factors(gradient, "power", rank, power_iterations))
         start = low if side == "right" else low.t()
         # columns of one size: what is rounding beside the largest is then rounding of the product
-        basis = None if ordered else _orthonormal(operator(torch.nn.functional.normalize(start, dim=0, eps=_TINY)))
+        basis = None if ordered else _orthonormal(operator(_unit_columns(start)))
         if basis is not None:
             return _laid_out(basis, side)
         vectors, values = _singular(operator(_basis(start)))
     else:
         operator = _Operator(gradient, side, _through_factors(gradient, "randomized", rank, power_iterations))
-        sketch = rng.normal((d, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param)
+        sketch = rng.normal((d, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param, stream=_SKETCH)
         vectors, values = _range_finder(operator, sketch.to(operator.device), power_iterations)
     return _laid_out(_complete(vectors[:, :rank], values[:rank], rank, (seed, step, param)), side)
 
@@ -199,7 +226,8 @@ def sketched_subspace(
     k = gradient.shape[1 if side == "left" else 0]
     # one product, and R: what a power step asks of G
     operator = _Operator(gradient, side, _through_factors(gradient, "power", rank, 0))
-    sketch = operator(rng.normal((k, rank), seed=seed, step=step, param=param).to(operator.device))
+    random = rng.normal((k, rank), seed=seed, step=step, param=param, stream=_SKETCH)
+    sketch = operator(random.to(operator.device))
     basis = _orthonormal(sketch)
     if basis is None:
         vectors, values = _singular(sketch)
@@ -289,14 +317,33 @@ def _range_finder(operator: _Operator, sketch: Tensor, iterations: int) -> tuple
 
 
 def _orthonormal(y: Tensor) -> Tensor | None:
-    """Orthonormal columns of y's range by Cholesky QR in float64; None where y has not full rank, up to rounding."""
+    """Orthonormal columns of y's range by Cholesky QR in float64; None where y has not full rank, up to rounding.
+
+    Columns come out orthonormal up to float64's rounding times the squared condition, so an ill-conditioned y goes
+    through it again: what the first time leaves is well-conditioned (Yamamoto et al., ETNA 2015).
+    """
     wide = y.to(torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(wide.t() @ wide)
-    sizes = lower.diagonal()
-    if bool(failed) or not bool(sizes.min() > _ROUNDING * sizes.max()):
-        return None
-    found: Tensor = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
-    return found.to(torch.float32)
+    for _ in range(3):
+        gram = wide.t() @ wide
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        sizes = lower.diagonal()
+        if bool(failed) or not bool(sizes.min() > _ROUNDING * sizes.max()):
+            return None
+        found: Tensor = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+        if _one_norm(gram) * _one_norm(torch.cholesky_inverse(lower)) < _ILL:
+            return found.to(torch.float32)
+        wide = found
+    return None
+
+
+def _one_norm(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 1))
+
+
+def _unit_columns(y: Tensor) -> Tensor:
+    """Columns of length 1, those of zeros left; lengths in float64, where no square underflows."""
+    lengths = torch.linalg.vector_norm(y, dim=0, keepdim=True, dtype=torch.float64)
+    return (y / torch.where(lengths > 0, lengths, 1.0)).to(torch.float32)
 
 
 def _basis(y: Tensor) -> Tensor:
@@ -308,7 +355,8 @@ def _basis(y: Tensor) -> Tensor:
 def _singular(y: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and values of y (d, columns) from the eigenvectors of its Gram matrix in float64.
 
-    Values below 1e-8 of the largest are rounding: far below every threshold for the numerical rank in float32.
+    Values below 1e-8 of the largest are rounding: far below every threshold for the numerical rank in float32.  The
+    vectors of small ones are off orthonormal by float64's rounding times the square of the largest value over theirs.
     """
     wide = y.to(torch.float64)
     squares, right = torch.linalg.eigh(wide.t() @ wide)
@@ -326,11 +374,13 @@ def _complete(vectors: Tensor, values: Tensor, rank: int, where: tuple[int, int,
     largest = float(values[0]) if len(values) else 0.0
     # LAPACK's and NumPy's threshold for the numerical rank
     known = int((values > largest * d * _EPS).sum()) if largest > 0 else 0
-    if known == rank:
-        return vectors
-    seed, step, param = where
     kept = vectors[:, :known]
-    fill = rng.normal((d, rank - known), seed=seed, step=step, param=param).to(vectors.device)
+    if known and largest**2 > _ILL * float(values[known - 1]) ** 2:  # as _singular leaves them
+        kept = _basis(kept)
+    if known == rank:
+        return kept
+    seed, step, param = where
+    fill = rng.normal((d, rank - known), seed=seed, step=step, param=param, stream=_COMPLETION).to(vectors.device)
     for _ in range(2):  # once is not enough where the remainder is small: "twice is enough" (Kahan, Parlett)
         fill = fill - kept @ (kept.t() @ fill)
         fill, _ = torch.linalg.qr(fill)

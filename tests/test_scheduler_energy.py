@@ -115,16 +115,6 @@ def test_checks_are_counted_and_references_are_not() -> None:
     assert (now.energy, now.checks, now.next, now.gap, now.similarities) == (0.1, 2, 21, 10, (0.3,))
 
 
-def test_a_gradient_of_zeros_decides_nothing() -> None:
-    now = Schedule.first(10, 3).refreshed(RULE, None).ticked().measured(RULE, math.nan)
-    assert math.isnan(now.reference)
-    assert now.next == 10
-    now = replace(now, clock=10).measured(RULE, 0.5)  # the reference after all
-    assert (now.reference, now.checks, now.next) == (0.5, 0, 20)
-    now = replace(now, clock=20).measured(RULE, math.nan)
-    assert (now.reference, now.due) == (0.5, False)
-
-
 # -- real runs --------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from subspace_support import as_matrix, seeds, shapes
+from subspace_support import as_matrix, assert_orthonormal, captured, seeds, shapes, with_spectrum
 from torch import Tensor
 
 from qgalore_compile import subspace as subspaces
@@ -34,25 +34,6 @@ def random_projector(shape: tuple[int, int], rank: int) -> Tensor:
     wide = torch.randn(min(shape), rank, generator=torch.Generator().manual_seed(5))
     columns, _ = torch.linalg.qr(wide)
     return columns.t() if side_of(shape) == "right" else columns
-
-
-def assert_orthonormal(projector: Tensor, shape: tuple[int, int]) -> None:
-    p = projector.double()
-    gram = p @ p.t() if side_of(shape) == "right" else p.t() @ p
-    torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5)
-
-
-def captured(gradient: Tensor, projector: Tensor) -> float:
-    """‖R‖² of orthonormal P: the energy that the subspace holds."""
-    low = project(gradient.double(), projector.double(), side_of(gradient.shape))
-    return float(low.square().sum())
-
-
-def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
-    """A gradient with these singular values."""
-    u, _ = torch.linalg.qr(torch.randn(shape[0], len(values), dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(shape[1], len(values), dtype=torch.float64))
-    return ((u * values) @ v.t()).float()
 
 
 def decaying(shape: tuple[int, int]) -> Tensor:
