@@ -47,7 +47,7 @@ _SPELLING = {
     "where": "{0} ? {1} : {2}", "bool": "{0} != 0",
     **{kind: f"static_cast<{_TYPES[kind]}>({{0}})" for kind in ("f32", "f64", "i32", "i64")},
     "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
-    "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))",
+    "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))", "as_i32": "bits_of({0})", "as_f32": "float_of({0})",
     **{name: f"std::{name}({{0}})" for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
     )},
@@ -154,9 +154,17 @@ class _Printer:
         for number, each in enumerate(self.program.instructions):
             loaded = each.operation == "load" and self.program.buffer(each.names[0]).memory == "bf16"
             chosen = each.operation == "where" and found.issuperset(each.args[1:])
-            if loaded or chosen or each.operation == "round_bf16":
+            if loaded or chosen or each.operation == "round_bf16" or self._is_cut(each):
                 found.add(number)
         return found
+
+    def _is_cut(self, each: Instruction) -> bool:
+        """Whether it is the upper half of a float32's bits."""
+        if each.operation != "as_f32":
+            return False
+        source = self.program.instructions[each.args[0]]
+        masks = [self.program.instructions[arg] for arg in source.args if source.operation == "bitand"]
+        return any(mask.operation == "constant" and not number_of(mask.names[0]) & 0xFFFF for mask in masks)
 
     def _takes_again(self, number: int) -> bool:
         """Whether a repeated instruction takes its arguments again: what was called is an array."""

@@ -33,6 +33,8 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bitor": torch.bitwise_or,
     "bitxor": torch.bitwise_xor,
     **{kind: (lambda x, dtype=dtype: x.to(dtype)) for kind, dtype in _DTYPES.items()},
+    "as_i32": lambda x: x.view(torch.int32),
+    "as_f32": lambda x: x.view(torch.float32),
     "round_bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
     "round_f16": lambda x: x.to(torch.float16).to(torch.float32),
 }

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from qgalore_compile import formats
-from qgalore_compile.kernels import dynamic8
+from qgalore_compile.kernels import dynamic8, float_rounding
 from qgalore_compile.kernels.fx_values import arguments, aten, dtype, is_tensor, shape, value
 from qgalore_compile.kernels.patterns import filled, is_slice, nibbles
 from qgalore_compile.kernels.program import BlockProgram, Buffer, ProgramError, Space
@@ -237,6 +237,8 @@ class _Reader:
             self._reduce(node)
         elif target is qgalore.random_bits.default:
             self._random_bits(node)
+        elif target is qgalore.stochastic_round.default:
+            self._round_stochastically(node)
         elif target is qgalore.quantize_dynamic8.default:
             self._encode(node)
         elif target is qgalore.dequantize_dynamic8.default:
@@ -401,6 +403,13 @@ class _Reader:
         self.region.numbers.update(zip(names, (seed, param), strict=True))
         number = self.program.emit("random_bits", (self.values[step].number,), names)
         self.values[node] = _Value(number, self._split(("row", *self.columns), shape(node)))
+
+    def _round_stochastically(self, node: fx.Node) -> None:
+        tensor, noise, kind = arguments(node)
+        sources = [self.values[tensor], self.values[noise]]
+        dims = self._broadcast(node, sources, [tensor, noise], None)
+        number, bits = self._cast(sources[0].number, "f32"), self._cast(sources[1].number, "i32")
+        self.values[node] = _Value(float_rounding.spell(self.program, number, bits, kind), dims)
 
     def _encode(self, node: fx.Node) -> None:
         tensor, signed = arguments(node)

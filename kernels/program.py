@@ -74,7 +74,8 @@ class Instruction(NamedTuple):
 
 
 # How many values an operation takes and how many names.  Pointwise operations mean what PyTorch's of that name mean in
-# their type: `minimum` and `maximum` propagate NaN, `round` is to even, shifts are of non-negative numbers.
+# their type: `minimum` and `maximum` propagate NaN, `round` is to even, shifts are of non-negative numbers.  `as_i32`
+# and `as_f32` are the same bits as another type.
 POINTWISE: dict[str, int] = {
     "add": 2, "sub": 2, "mul": 2, "div": 2, "minimum": 2, "maximum": 2, "pow": 2, "neg": 1, "abs": 1, "sign": 1,
     "sqrt": 1, "rsqrt": 1, "exp": 1, "exp2": 1, "expm1": 1, "log": 1, "log2": 1, "log10": 1, "log1p": 1, "tanh": 1,
@@ -82,6 +83,7 @@ POINTWISE: dict[str, int] = {
     "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "ne": 2, "and": 2, "or": 2, "not": 1,
     "bitand": 2, "bitor": 2, "bitxor": 2, "shl": 2, "shr": 2, "where": 3,
     "f32": 1, "f64": 1, "i32": 1, "i64": 1, "bool": 1, "round_bf16": 1, "round_f16": 1,
+    "as_i32": 1, "as_f32": 1,
 }  # fmt: skip
 REDUCTIONS = {"group_min", "group_max", "group_sum"}
 DYNAMIC8 = {"dynamic8_value", "dynamic8_code"}
@@ -105,6 +107,8 @@ _TAKES = {
     **dict.fromkeys(_OF_BITS, ("i32", "i64")),
     **dict.fromkeys(_ARITHMETIC, ("f32", "f64", "i32", "i64")),  # PyTorch's `+` of bools is "or", its `-` an error
     **dict.fromkeys(("round_bf16", "round_f16", "log10", "tanh", "sigmoid", "erf", "sin", "cos", "round"), ("f32",)),
+    "as_i32": ("f32",),
+    "as_f32": ("i32",),
     **dict.fromkeys((_BOOLEAN - {"and", "or", "not"}) | {"where"}, TYPES),
 }
 """Types of the values that an operation takes, all of them of one; of floats where it does not stand here."""
@@ -243,6 +247,8 @@ class BlockProgram:
         wanted = _TAKES.get(operation, ("f32", "f64"))
         if types[0] not in wanted:
             raise ProgramError(f"{operation} takes {' or '.join(wanted)}, got {types[0]}")
+        if operation in ("as_i32", "as_f32"):
+            return operation.removeprefix("as_")
         return "bool" if operation in _BOOLEAN else types[0]
 
     # -- reading ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
+from qgalore_compile import _ops, formats, rng, rounding  # noqa: F401  # they define torch.ops.qgalore
 from qgalore_compile.kernels.fx_values import dtype, shape
 from qgalore_compile.kernels.program import MEMORY, BlockProgram, Space
 

@@ -60,7 +60,8 @@ _SPELLING = {
     "where": "tl.where({0}, {1}, {2})", "bool": "{0} != 0",
     **{kind: f"({{0}}).to({_TYPES[kind]})" for kind in ("f32", "f64", "i32", "i64")},
     "round_bf16": "({0}).to(tl.bfloat16).to(tl.float32)",
-    "round_f16": "({0}).to(tl.float16).to(tl.float32)",
+    "round_f16": "({0}).to(tl.float16).to(tl.float32)", "as_i32": "({0}).to(tl.int32, bitcast=True)",
+    "as_f32": "({0}).to(tl.float32, bitcast=True)",
 }  # fmt: skip
 _IN_F64 = {
     "div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "rsqrt": "1.0 / tl.sqrt({0})", "expm1": "_expm1_f64({0})",

@@ -47,7 +47,8 @@ from qgalore_compile.passes.nodes import (
 from qgalore_compile.passes.update import LayerUpdate
 
 SMALL = 1 << 16
-"""Elements below which an update at full rank stays with Inductor: a call costs about 30 µs, its loop less."""
+"""Elements below which an update at full rank that draws no random bits stays with Inductor: a call costs about 30 µs,
+its loop less."""
 
 _RANDOM = torch.ops.qgalore.random_bits.default
 
@@ -71,15 +72,13 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         context.note(layer, update_function=f"generated, {len(calls)} kernels")
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
-    by_name = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    for other in context.updates.unmatched if context.updates else ():
-        parameter = by_name.get(other.input)
-        if parameter is None or math.prod(shape(parameter)) < SMALL or no_lowering(parameter) is not None:
+    for parameter, name in _at_full_rank(graph, context, owned).items():
+        if no_lowering(parameter) is not None:
             continue
         try:
             _full_rank(graph, parameter, owned)
         except RefusedError as refused:
-            record.skip(parameter, f"{other.name}: {refused}")
+            record.skip(parameter, f"{name}: {refused}")
             continue
         record.match(parameter)
 
@@ -158,6 +157,20 @@ def _refused(node: fx.Node) -> RefusedError:
 # -- updates at full rank ---------------------------------------------------------------------------------------------
 
 
+def _at_full_rank(graph: fx.Graph, context: Context, owned: set[fx.Node]) -> dict[fx.Node, str]:
+    """Parameters that are not projected and worth a kernel, with their names: large ones, and those of any size and
+    shape that draw random bits.  Outside of a kernel those are a hundred calls of an operator, and a tensor twice as
+    large as the weight."""
+    by_name = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    unmatched = {by_name[other.input]: other.name for other in (context.updates.unmatched if context.updates else ())
+                 if other.input in by_name}  # fmt: skip
+    large = {parameter: name for parameter, name in unmatched.items() if math.prod(shape(parameter)) >= SMALL}
+    others = [written(anchor) for anchor in anchors(graph) if anchor not in owned]
+    drawing = {target: unmatched.get(target, target.name) for target, stored in others
+               if shape(target) and any(node.target is _RANDOM for node in behind([stored], _is_local))}  # fmt: skip
+    return large | drawing
+
+
 def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None:
     """Fuse the update of a parameter that is not projected, with its states."""
     writing = {target: anchor for anchor in anchors(graph) for target, _ in [written(anchor)]
@@ -192,7 +205,7 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
 
 
 _LOCAL = {
-    operator.getitem, _RANDOM, torch.ops.qgalore.quantize_dynamic8.default,
+    operator.getitem, _RANDOM, torch.ops.qgalore.stochastic_round.default, torch.ops.qgalore.quantize_dynamic8.default,
     torch.ops.qgalore.dequantize_dynamic8.default, torch.ops.qgalore.drop_tail.default, aten.cat.default,
     aten.slice.Tensor, aten.expand.default, aten.amin.default, aten.amax.default,
 }  # fmt: skip

@@ -9,7 +9,7 @@ One step for a projected weight W (m, n) with gradient G, projector P and rank r
     N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v
     U = α N P                    left side: α P N
     W = W - lr U;  W = W - lr λ W                              decoupled decay, after the update
-    store m, v, W                8-bit blocks; INT8 groups with stochastic rounding             formats.py
+    store m, v, W                8-bit blocks; INT8 and short floats with stochastic rounding   formats.py, rounding.py
 
 Every other parameter takes the same step with R = G and U = N.  Source: Q-GaLore (arXiv 2407.08296), algorithm 1.
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile import checkpoint, formats, groups
+from qgalore_compile import checkpoint, formats, groups, rounding
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
 from qgalore_compile.rng import random_bits
@@ -53,7 +53,8 @@ class QGaLoreAdamW(Optimizer):
     Args:
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
             its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float of
-            any width or ``Int8Weight``; a group's ``rounding`` of the latter is "stochastic" or "nearest".
+            any width or ``Int8Weight``; a group's ``rounding``, "stochastic" or "nearest", is that of ``Int8Weight``,
+            bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.
         moments: "8bit" or "32bit".
@@ -269,13 +270,21 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     weight = weight - group["lr"] * update
     if group["weight_decay"] != 0:
         weight = weight - group["lr"] * group["weight_decay"] * weight
+    noise = None
+    if group["rounding"] == "stochastic" and (isinstance(p, Int8Weight) or p.dtype in rounding.DTYPES):
+        noise = _draws(p, group, step, position)
     if isinstance(p, Int8Weight):
-        draw = group["rounding"] == "stochastic"
-        noise = random_bits(p.shape, seed=group["seed"], step=step, param=position) if draw else None
         write_back_(p, weight, noise, ok)
     else:
-        p.copy_(torch.where(ok, weight.to(p.dtype), p))
+        p.copy_(torch.where(ok, rounding.round_to(weight, p.dtype, noise), p))
     state["step"].copy_(torch.where(ok, step, state["step"]))
+
+
+def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:
+    """16 random bits for each element of a weight.  Those of a weight that is updated at full rank lie along the
+    flattened tensor, as its moments do: of rows as short as a convolution's most draws would be left over."""
+    shape = p.shape if "rank" in group or isinstance(p, Int8Weight) else (p.numel(),)
+    return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)
 
 
 def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -82,16 +83,17 @@ def _random_bits(step: Tensor, shape: Sequence[int], seed: int, param: int) -> T
     out = torch.empty((rows, columns), dtype=torch.int32, device=device)
     blocks = -(-columns // _DRAWS)
     key = (seed & _WORD, (seed >> 32) & _WORD)
-    column = torch.arange(blocks, dtype=torch.int64, device=device)
     at = step.to(torch.int64) & _WORD
-    chunk = _CHUNK if device.type == "cpu" else rows * blocks
+    chunk = _CHUNK if device.type == "cpu" else max(1, rows * blocks)
     rows_at_a_time = max(1, chunk // max(1, blocks))
-    for first in range(0, rows, rows_at_a_time):
+    for first, begin in product(range(0, rows, rows_at_a_time), range(0, blocks, chunk)):
         row = torch.arange(first, min(first + rows_at_a_time, rows), dtype=torch.int64, device=device)
+        column = torch.arange(begin, min(begin + chunk, blocks), dtype=torch.int64, device=device)
         words = torch.broadcast_tensors(*_rounds((column, row[:, None], at, param), key))
         # on a little-endian machine, as all of PyTorch's are, the halves of a word lie low half first already
         draws = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
-        out[first : first + len(row)] = draws.reshape(len(row), -1)[:, :columns]
+        place = slice(_DRAWS * begin, min(_DRAWS * (begin + chunk), columns))
+        out[first : first + len(row), place] = draws.reshape(len(row), -1)[:, : columns - _DRAWS * begin]
     return out.bitwise_and_(0xFFFF).reshape(list(shape))
 
 

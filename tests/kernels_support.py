@@ -121,8 +121,7 @@ def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
     found = tensors[0]
     if how.prologue is not None:
         names = [buffer.name for buffer in how.prologue.buffers if buffer.name != VALUE]
-        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[how.prologue.buffer(VALUE).memory]
-        found = torch.empty(how.prologue.space[:2], dtype=dtype)
+        found = torch.empty(how.prologue.space[:2], dtype=MEMORY_DTYPES[how.prologue.buffer(VALUE).memory])
         Evaluated(str(how.prologue))({**dict(zip(names, tensors, strict=True)), VALUE: found}, ())
     return found.t() if how.transposed else found
 

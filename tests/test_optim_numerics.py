@@ -54,7 +54,7 @@ class Case:
         }
         return qg.QGaLoreAdamW(
             # the plain parameter first, so that the projected one's position, 1, shows in its random bits
-            [{"params": [plain], "weight_decay": 0.02}, group],
+            [{"params": [plain], "weight_decay": 0.02, "rounding": self.rounding}, group],
             lr=0.01,
             betas=self.betas,
             weight_decay=self.weight_decay,
@@ -172,7 +172,8 @@ def step_and_check(opt: qg.QGaLoreAdamW) -> None:
         w = w - lr * group["weight_decay"] * w
         new = values_of(p)
         if "value" in new:
-            rounding = rounding + (2**-8 * np.abs(w) if p.dtype == torch.bfloat16 else 0.0)
+            if p.dtype == torch.bfloat16:  # half a step to nearest, less than one by a draw
+                rounding = rounding + (2**-8 if group["rounding"] == "nearest" else 2**-7) * np.abs(w)
             assert_blocks_close(new["value"], w, terms, f"parameter {index}", extra=rounding)
             continue
         bits = oracle.random_bits(tuple(p.shape), seed=group["seed"], step=steps + 1, param=index)
@@ -203,6 +204,9 @@ CASES = {
     "moments of 32 bits": Case(moments="32bit"),
     "plain parameter with 8-bit moments": Case(plain=(64, 70)),
     "bf16 int8 weight": Case(shape=(123, 42), dtype=torch.bfloat16),
+    "bf16 float weight to nearest": Case(
+        shape=(42, 123), dtype=torch.bfloat16, int8=False, plain=(64, 65), rounding="nearest"
+    ),
     "bf16 float weight": Case(shape=(42, 123), dtype=torch.bfloat16, int8=False, plain=(64, 65)),
     "clipped": Case(clip=0.5),
     "not clipped": Case(clip=1e6),

@@ -59,6 +59,7 @@ def all_operations(space: Space) -> BlockProgram:
     bounded = made.emit("maximum", (made.emit("minimum", (r, made.constant(99.0))), made.constant(-99.0)))
     found.append(("i32", made.emit("i32", (bounded,))))
     found.append(("f32", made.emit("f32", (x,))))
+    found += [("as_i32", made.emit("as_i32", (x,))), ("as_f32", made.emit("as_f32", (i,)))]
     found += [(kind, made.emit(kind, (value,))) for kind, value in (("i64", i), ("i32", m), ("f64", m), ("f64", x))]
     for condition in (p, flag):
         for branches in ((x, y), (i, j), (p, q), (m, n), (d, e)):

@@ -94,7 +94,8 @@ def pointwise(kind: str, operations: tuple[str, ...], constant: float) -> BlockP
 
 
 OF_FLOATS = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "floor", "ceil", "trunc", "round",
-             "lt", "le", "gt", "ge", "eq", "ne", "f32", "bool", "where", "round_bf16", "round_f16")  # fmt: skip
+             "lt", "le", "gt", "ge", "eq", "ne", "f32", "bool", "where", "round_bf16", "round_f16",
+             "as_i32")  # fmt: skip
 OF_INTEGERS = ("add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign", "lt", "le", "gt", "ge", "eq", "ne",
                "bitand", "bitor", "bitxor", "f32", "i32", "i64", "bool", "where")  # fmt: skip
 OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "sqrt", "floor", "ceil", "trunc",
@@ -102,17 +103,18 @@ OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "s
 DOUBLE_LIBRARY = ("rsqrt", "exp", "exp2", "expm1", "log", "log2", "log1p", "pow")
 OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "i32", "i64", "bool", "where")
 OF_SMALL = ("shl", "shr")
+OF_BITS = ("as_f32",)
 
 
 def test_the_tables_below_name_every_operation() -> None:
-    assert {*OF_FLOATS, *OF_DOUBLES, *LIBRARY, *OF_INTEGERS, *OF_BOOLS, *OF_SMALL} == set(POINTWISE)
+    assert {*OF_FLOATS, *OF_DOUBLES, *LIBRARY, *OF_INTEGERS, *OF_BOOLS, *OF_SMALL, *OF_BITS} == set(POINTWISE)
 
 
 @pytest.mark.parametrize(
     ("kind", "operations", "constant"),
     [("f32", OF_FLOATS, 0.75), ("f64", OF_DOUBLES, 0.1), ("i32", OF_INTEGERS, 3), ("i64", OF_INTEGERS, 5 << 33),
-     ("i32", OF_SMALL, 4), ("bool", OF_BOOLS, 1)],
-    ids=["floats", "doubles", "integers", "long integers", "shifts", "bools"],
+     ("i32", OF_SMALL, 4), ("i32", OF_BITS, 4), ("bool", OF_BOOLS, 1)],
+    ids=["floats", "doubles", "integers", "long integers", "shifts", "bits", "bools"],
 )  # fmt: skip
 def test_exact_operations_are_pytorchs_bit_for_bit(kind: str, operations: tuple[str, ...], constant: float) -> None:
     made = pointwise(kind, operations, constant)
@@ -436,7 +438,7 @@ def test_every_operation_compiles_and_none_of_it_computes_in_fp64(
     angles = ("sin", "cos")
     others = tuple(each for each in LIBRARY if each not in angles)
     for kind, operations in (
-        ("f32", OF_FLOATS + others), ("f32", angles), ("i32", OF_INTEGERS + OF_SMALL), ("bool", OF_BOOLS),
+        ("f32", OF_FLOATS + others), ("f32", angles), ("i32", OF_INTEGERS + OF_SMALL + OF_BITS), ("bool", OF_BOOLS),
         ("i64", OF_INTEGERS + OF_SMALL), ("f64", OF_DOUBLES + DOUBLE_LIBRARY),
     ):  # fmt: skip
         made = pointwise(kind, operations, 1)
