@@ -16,7 +16,15 @@ from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.gemm_triton import Matrix, Product
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import NoTilingError, grid_sizes, operand_bytes, peak, seconds, tiling
+from qgalore_compile.kernels.tiling import (
+    NoTilingError,
+    grid_sizes,
+    operand_bytes,
+    peak,
+    region_blocks,
+    seconds,
+    tiling,
+)
 
 _LAUNCH = 3e-6
 """Seconds that one more kernel takes, however little it does."""
@@ -32,6 +40,12 @@ def decodes_first(product: Product, target: Target) -> bool:
     """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.tiling`."""
     plain = decoded(product)
     if plain == product or not (_aligned(plain.left) and _aligned(plain.right)):
+        return False
+    try:
+        for operand in _quantised(product.program):
+            assert operand.prologue is not None
+            region_blocks(operand.prologue)
+    except NoTilingError:
         return False
     try:
         in_tiles = seconds(product, tiling(product, target), target)

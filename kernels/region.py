@@ -29,6 +29,8 @@ class Refusal(Enum):
     PADDING = "groups filled up with something other than the row's last element"
     STRIDES = "a tensor that is not contiguous"
     SIZE = "a size that is not known before the step runs"
+    DRAWS = "an operand that draws random bits as it is decoded, which products would do once for each block of theirs"
+    TILE = "groups that are too wide for any tile of this GPU; a smaller group size is fused"
 
 
 class RefusedError(Exception):

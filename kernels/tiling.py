@@ -43,6 +43,9 @@ REGION_ELEMENTS = 16
 """Elements of a region that a thread works on: 16 bytes of codes, which is one access."""
 
 REGION_WARPS = 4
+_MOST_WARPS = 16
+WIDEST = 2 * REGION_ELEMENTS * _MOST_WARPS * 32
+"""Columns of a group that a block of a region takes: twice as many elements a thread as elsewhere."""
 
 _CLOCK = 1.7e9
 _TENSOR_MEMORY = 512
@@ -65,13 +68,37 @@ class NoTilingError(ValueError):
     """No tile of a product fits the chip."""
 
 
-def region_rows(program: BlockProgram) -> int:
-    """Groups of a region that a block works on."""
-    return max(1, REGION_ELEMENTS * REGION_WARPS * 32 // power_of_two(program.space.width))
+class Block(NamedTuple):
+    """What a block of a region works on: ``rows`` groups, by so many warps."""
+
+    rows: int
+    warps: int
 
 
-def tiling(product: Product, target: Target) -> Tiling:
-    """The fastest tiling by the model.
+def region_blocks(program: BlockProgram) -> list[Block]:
+    """Blocks for a region, the best one first: 16 elements a thread, twice as many of the widest groups; then ever
+    fewer.
+
+    Raises:
+        NoTilingError: one group is too wide for a block.
+    """
+    width = power_of_two(program.space.width)
+    if width > WIDEST:
+        raise NoTilingError(
+            f"groups of {program.space.width} columns are too wide for a block of a region, which takes {WIDEST}; "
+            "choose a smaller group size"
+        )
+    warps = min(_MOST_WARPS, max(REGION_WARPS, width // (32 * REGION_ELEMENTS)))
+    found = [Block(max(1, REGION_ELEMENTS * warps * 32 // width), warps)]
+    while found[-1].rows > 1:
+        found.append(Block(found[-1].rows // 2, warps))
+    while found[-1].warps < _MOST_WARPS:
+        found.append(Block(1, 2 * found[-1].warps))
+    return found
+
+
+def tilings(product: Product, target: Target) -> list[Tiling]:
+    """Tilings that fit by the model, the fastest first.
 
     Raises:
         NoTilingError: none fits.
@@ -83,7 +110,16 @@ def tiling(product: Product, target: Target) -> Tiling:
             f"no tile of a product of {product.sizes} fits {target.name}: groups of {product.width} columns are too "
             f"wide; choose a smaller group size"
         )
-    chosen = min(fitting, key=lambda each: (seconds(product, each, target), each))
+    return sorted(fitting, key=lambda each: (seconds(product, each, target), each))
+
+
+def tiling(product: Product, target: Target) -> Tiling:
+    """The fastest tiling by the model, in the bands that read least; NoTilingError where none fits."""
+    return in_bands(product, tilings(product, target)[0], target)
+
+
+def in_bands(product: Product, chosen: Tiling, target: Target) -> Tiling:
+    """A tiling walked in the bands that read least from memory."""
     down, _ = grid(product, chosen, *grid_sizes(product))
     bands = [chosen._replace(band=band) for band in (8, 16, 32, 64, down)]
     return min(bands, key=lambda each: round(traffic(product, each, target).dram))

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._torch import PyCodeCache
+from qgalore_compile.kernels.decode_first import decodes_first
 from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import REGION_WARPS, region_rows, tiling
+from qgalore_compile.kernels.tiling import NoTilingError, region_blocks, tiling, tilings
 from qgalore_compile.kernels.triton_printer import params, print_region, signature
 
 FP_FUSION = True
@@ -69,12 +70,11 @@ class Kernel:
 def region_kernel(program: BlockProgram) -> Kernel:
     """The kernel of a region; its work is what is computed, without names for several steps."""
     program = expanded(program)
-    rows = region_rows(program)
+    rows, warps = region_blocks(program)[0]
     grid = -(-program.space.rows * program.space.groups // rows)
     return Kernel(
-        "region", print_region(program, rows), signature(program), params(program), grid, (0, 0),
-        REGION_WARPS, 1, program,
-    )  # fmt: skip
+        "region", print_region(program, rows), signature(program), params(program), grid, (0, 0), warps, 1, program
+    )
 
 
 def product_kernel(product: Product, target: Target) -> Kernel:
@@ -125,6 +125,30 @@ def _tuned(function: Any, warps: int, stages: int) -> Any:
     import triton
 
     return triton.autotune([triton.Config({}, num_warps=warps, num_stages=stages)], key=[])(function)
+
+
+def has_tile(program: BlockProgram | GemmProgram, read: Sequence[Tensor], target: Target, precision: str) -> bool:
+    """Whether there is a kernel of a region, or of a product from its operands' tensors, real or fake: one that decodes
+    them itself or one behind kernels that do."""
+    if isinstance(program, GemmProgram):
+        product, _ = product_of(program, read, target, precision)
+        return _has_tile(str(program), *product[1:], target)
+    try:
+        return bool(region_blocks(program))
+    except NoTilingError:
+        return False
+
+
+@lru_cache(maxsize=1024)
+def _has_tile(
+    text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
+    precision: str, target: Target,
+) -> bool:  # fmt: skip
+    product = Product(parsed(text), left, right, sizes, memory, precision)
+    try:
+        return bool(tilings(product, target))
+    except NoTilingError:
+        return decodes_first(product, target)
 
 
 # -- what is known of a call's arguments -------------------------------------------------------------------------------

@@ -32,7 +32,15 @@ from qgalore_compile.kernels.region import Output, Refusal, RefusedError, candid
 from qgalore_compile.kernels.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.launch import erase, launch, matrix_spaces, no_lowering, operand, through_transposes
+from qgalore_compile.passes.launch import (
+    erase,
+    launch,
+    matrix_spaces,
+    no_lowering,
+    operand,
+    refuse_without_tile,
+    through_transposes,
+)
 from qgalore_compile.passes.nodes import (
     anchors,
     aten,
@@ -123,16 +131,19 @@ class _Sandwich:
         if product is None:
             raise _refused(layer.up)
         projector, tensors = operand(between, self.projector)
+        plain = Operand(None, transposed)
+        left, right = (plain, projector) if self.low_is_left else (projector, plain)
+        program = GemmProgram(left, right, epilogue.program, product)
+        if low is not None:
+            refuse_without_tile(low.program, [], layer.up)
+        refuse_without_tile(program, [inner, *tensors] if self.low_is_left else [*tensors, inner], layer.up)
         calls = []
         if low is not None:
             call, results = launch(self.graph, low, self.region)
             inner = next((result for output, result in results.items() if output.node is inner), inner)
             calls.append(call)
-        plain = Operand(None, transposed)
-        left, right = (plain, projector) if self.low_is_left else (projector, plain)
-        text = str(GemmProgram(left, right, epilogue.program, product))
         tensors = [inner, *tensors] if self.low_is_left else [*tensors, inner]
-        call, _ = launch(self.graph, epilogue, self.region, gemm=text, operands=tensors, product=product)
+        call, _ = launch(self.graph, epilogue, self.region, gemm=str(program), operands=tensors, product=product)
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
@@ -199,6 +210,7 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
                 raise refused from error
             region = smaller
             continue
+        refuse_without_tile(found.program, [], parameter)
         launch(graph, found, region)
         erase(graph, region)
         return

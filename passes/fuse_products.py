@@ -26,7 +26,7 @@ from qgalore_compile.kernels.region import RefusedError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.launch import contiguous, no_lowering, operand, replace
+from qgalore_compile.passes.launch import contiguous, no_lowering, operand, refuse_without_tile, replace
 from qgalore_compile.passes.nodes import arguments, aten, is_gemm, make, operands
 
 
@@ -65,6 +65,7 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
 def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Node:
     parts = [operand(decoding_of(each) if each in quantised else [], each) for each in operands(gemm)]
     program = GemmProgram(parts[0][0], parts[1][0])
+    refuse_without_tile(program, [node for _, tensors in parts for node in tensors], gemm)
     with graph.inserting_before(gemm):
         reads = []
         for each, tensors in parts:

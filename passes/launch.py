@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import ops, triton_kernels
 from qgalore_compile.kernels.from_graph import from_graph
-from qgalore_compile.kernels.gemm import VALUE, Operand
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.region import Output, Region, candidates
+from qgalore_compile.kernels.region import Output, Refusal, RefusedError, Region, candidates
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRANSPOSES,
@@ -36,6 +36,22 @@ def no_lowering(node: fx.Node) -> str | None:
     return f"no generated kernels for {kind!r}, only for {', '.join(map(repr, ops.DEVICES))}"
 
 
+def refuse_without_tile(program: BlockProgram | GemmProgram, reads: Sequence[fx.Node], node: fx.Node) -> None:
+    """Raise :class:`RefusedError` where a node's tensor is on a GPU that no tile of a program fits: it must stay what
+    it was, since a kernel that cannot be made would be missed at the first step only.
+
+    Args:
+        program: a region, or a product of which
+        reads: are the operands' tensors.
+    """
+    device = value(node).device
+    if not triton_kernels.on_gpu(device):
+        return
+    fakes = [value(each) for each in reads]
+    if not triton_kernels.has_tile(program, fakes, triton_kernels.target_of(device), triton_kernels.precision()):
+        raise RefusedError(Refusal.TILE, node)
+
+
 def through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
     """(what a matrix is a transpose of, whether it is one)."""
     transposed = False
@@ -53,12 +69,14 @@ def operand(nodes: Sequence[fx.Node], matrix: fx.Node) -> tuple[Operand, list[fx
     """A product's operand, decoded by `nodes` as far as they make it, and the tensors that it takes.
 
     Raises:
-        RefusedError: nodes that are no program.
+        RefusedError: nodes that are no program, or one that draws random bits.
     """
     source, transposed = through_transposes(matrix)
     if source not in nodes:
         return Operand(None, transposed), [source]
     region = from_graph(nodes, [Output(source)], matrix_spaces(nodes, source))
+    if region.numbers:
+        raise RefusedError(Refusal.DRAWS, source)
     return Operand(_prologue(region), transposed), list(region.buffers.values())
 
 

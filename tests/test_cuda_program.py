@@ -17,6 +17,8 @@ pytestmark = [
 
 WIDTH, RANK, PROJECTED = 96, 16, 7
 """The step has 64 tokens, so that no activation has a weight's shape."""
+PLAIN = 5
+"""Embedding, head and three norms, in bfloat16: however small, they draw random bits, and so are kernels."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def program(inductor_cache: object) -> Program:
 
 def test_a_layers_update_takes_three_launches_beside_one_library_product(program: Program) -> None:
     # INT4 down-projection, region, write-back; the forward and the input's gradient are two more products a layer
-    assert program.launches() == {"product": 3 * PROJECTED, "region": PROJECTED, "write-back": PROJECTED}
+    assert program.launches() == {"product": 3 * PROJECTED, "region": PROJECTED + PLAIN, "write-back": PROJECTED}
 
 
 def test_equal_layers_share_a_kernel(program: Program) -> None:
@@ -41,7 +43,7 @@ def test_equal_layers_share_a_kernel(program: Program) -> None:
 
 def test_every_weight_is_rounded_with_its_own_number(program: Program) -> None:
     numbers = re.findall(r"reinterpret_tensor\(buf\d+, \(\), \(\), (\d+)\)", program.text)
-    assert len(set(numbers)) == PROJECTED
+    assert len(set(numbers)) == PROJECTED + PLAIN
     assert all(int(number) % 4 == 0 for number in numbers)  # 16 bytes apart, or Inductor would compile two kernels
 
 
@@ -71,6 +73,6 @@ def test_no_kernel_takes_a_float64(program: Program) -> None:
 
 
 def test_nothing_waits_for_the_gpu(program: Program) -> None:
-    # the learning rate, a scalar on the CPU, is an argument of a kernel
+    # the learning rate of each of two groups, a scalar on the CPU, is an argument of a kernel
     assert not re.findall(r"\.copy_\(|\.cpu\(|buf\d+\.item\(|synchronize", program.text)
-    assert len(re.findall(r"run\(arg\d+_1\.item\(\), buf\d+, 1,", program.text)) == 1
+    assert len(re.findall(r"run\(arg\d+_1\.item\(\), buf\d+, 1,", program.text)) == 2

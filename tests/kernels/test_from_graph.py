@@ -328,6 +328,7 @@ def test_a_symbolic_size_is_refused() -> None:
 
 def test_every_refusal_is_provoked_by_some_test() -> None:
     seen = {refusal for refusal, *_ in REFUSED.values()} | {Refusal.STRIDES, Refusal.SIZE}
+    seen |= {Refusal.DRAWS, Refusal.TILE}  # of products and GPUs: tests/passes/test_fuse_products.py, test_tiles.py
     assert seen == set(Refusal)
 
 

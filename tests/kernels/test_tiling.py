@@ -12,9 +12,9 @@ from triton_products import decoding, write_back
 from qgalore_compile.kernels import tiling as model
 from qgalore_compile.kernels.gemm import GemmProgram, Operand
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling
-from qgalore_compile.kernels.program import Space
+from qgalore_compile.kernels.program import BlockProgram, Space
 from qgalore_compile.kernels.targets import TARGETS, Target
-from qgalore_compile.kernels.tiling import NoTilingError, place, region_rows, registers, shared, tiling, traffic
+from qgalore_compile.kernels.tiling import NoTilingError, place, region_blocks, registers, shared, tiling, traffic
 from qgalore_compile.llama import PRESETS
 
 pytestmark = pytest.mark.triton
@@ -113,12 +113,30 @@ def test_the_tiling_is_the_models_fastest() -> None:
             assert model.seconds(product, chosen, H100) <= model.seconds(product, other, H100)
 
 
-@pytest.mark.parametrize("width", [1, 8, 24, 100, 256, 4096])
-def test_a_block_of_a_region_has_sixteen_elements_a_thread_or_one_group(width: int) -> None:
-    made = program(Space(3, 4096, width), "x f32 element in", "y f32 element out")
+def region(width: int) -> BlockProgram:
+    made = program(Space(3, 1 << 20, width), "x f32 element in", "y f32 element out")
     made.store("y", load(made, "x"))
+    return made
+
+
+@pytest.mark.parametrize("width", [1, 8, 24, 100, 256, 4096, 8192])
+def test_a_block_of_a_region_has_sixteen_elements_a_thread_and_whole_groups(width: int) -> None:
     padded = {24: 32, 100: 128}.get(width, width)
-    assert region_rows(made) == max(1, 2048 // padded)
+    rows, warps = region_blocks(region(width))[0]
+    assert rows == max(1, 2048 // padded)
+    assert warps == max(4, padded // 512)
+    assert rows * padded == 16 * 32 * warps
+
+
+def test_what_comes_next_for_a_region_has_fewer_elements_a_thread() -> None:
+    blocks = region_blocks(region(256))
+    assert blocks == [(8, 4), (4, 4), (2, 4), (1, 4), (1, 8), (1, 16)]
+
+
+def test_a_group_that_is_too_wide_for_a_region_is_refused_with_what_to_do() -> None:
+    assert region_blocks(region(16384)) == [(1, 16)]
+    with pytest.raises(NoTilingError, match=r"groups of 16385 columns are too wide.*choose a smaller group size"):
+        region_blocks(region(16385))
 
 
 # -- traffic ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from graphs import after, assert_bit_equal, results, targets, traced
 from quantised_products import GROUP, forward_and_input_gradient, product_and_size, stored_int8, with_bias
 from torch import Tensor, fx
 
-from qgalore_compile import formats
+from qgalore_compile import formats, rng
 from qgalore_compile.kernels import ops
 
 aten = torch.ops.aten
@@ -55,6 +55,17 @@ def test_bfloat16_operands_are_decoded_to_bfloat16() -> None:
     expected = results(module, inputs)
     assert len(after(module, "update", "fuse_products").records[-1].matches) == 1
     assert_bit_equal(results(module, inputs), expected)
+
+
+def test_an_operand_that_draws_random_bits_is_decoded_once_and_not_once_a_block() -> None:
+    def step(x: Tensor, at: Tensor, *stored: Tensor) -> Tensor:
+        noise = rng.random_bits((M, N), seed=1, step=at, param=2).to(torch.float32)
+        return x @ (formats.dequantize_int8(*stored, GROUP) + noise * 2.0**-16).t()
+
+    module, record = check(step, torch.randn(T, N), torch.tensor(3), *stored_int8(M, N))
+    ((_, reason),) = record.skipped
+    assert reason.startswith("an operand that draws random bits as it is decoded")
+    assert ops.gemm not in targets(module.graph)
 
 
 def test_a_symbolic_token_count_is_no_obstacle() -> None:
