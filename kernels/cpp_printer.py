@@ -164,7 +164,7 @@ class _Printer:
             return False
         source = self.program.instructions[each.args[0]]
         masks = [self.program.instructions[arg] for arg in source.args if source.operation == "bitand"]
-        return any(mask.operation == "constant" and not number_of(mask.names[0]) & 0xFFFF for mask in masks)
+        return any(mask.operation == "constant" and not int(number_of(mask.names[0])) & 0xFFFF for mask in masks)
 
     def _takes_again(self, number: int) -> bool:
         """Whether a repeated instruction takes its arguments again: what was called is an array."""
