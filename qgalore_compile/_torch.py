@@ -28,12 +28,25 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     import torch._dynamo.config as dynamo_config
+    import torch._dynamo.convert_frame as convert_frame
+    import torch._dynamo.variables.builder as builder
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
-    from torch._dynamo.exc import ShortenTraceback, Unsupported
+    from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
+    from torch._dynamo.eval_frame import OptimizeContext
+    from torch._dynamo.exc import ShortenTraceback, Unsupported, unimplemented
+    from torch._dynamo.source import (
+        AttrSource,
+        GradSource,
+        is_from_optimizer_source,
+        is_from_unspecialized_nn_module_source,
+    )
     from torch._dynamo.symbolic_convert import InstructionTranslator
-    from torch._dynamo.utils import counters
-    from torch._dynamo.variables.constant import CONSTANT_VARIABLE_NONE
+    from torch._dynamo.utils import TensorStaticReason, counters
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.ctx_manager import GradModeVariable
+    from torch._dynamo.variables.lists import BaseListVariable
+    from torch._dynamo.variables.tensor import TensorVariable
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
     from torch._inductor import list_mode_options
     from torch._inductor.codecache import CppCodeCache, PyCodeCache
@@ -47,6 +60,21 @@ if TYPE_CHECKING:
     from torch._inductor.virtualized import V
 
 LATE = {
+    "convert_frame": "torch._dynamo.convert_frame",
+    "builder": "torch._dynamo.variables.builder",
+    "OptimizeContext": "torch._dynamo.eval_frame:OptimizeContext",
+    "get_eval_frame_isolate_recompiles_id": "torch._C._dynamo.eval_frame:get_eval_frame_isolate_recompiles_id",
+    "unimplemented": "torch._dynamo.exc:unimplemented",
+    "AttrSource": "torch._dynamo.source:AttrSource",
+    "GradSource": "torch._dynamo.source:GradSource",
+    "is_from_optimizer_source": "torch._dynamo.source:is_from_optimizer_source",
+    "is_from_unspecialized_nn_module_source": "torch._dynamo.source:is_from_unspecialized_nn_module_source",
+    "TensorStaticReason": "torch._dynamo.utils:TensorStaticReason",
+    "VariableTracker": "torch._dynamo.variables.base:VariableTracker",
+    "ConstantVariable": "torch._dynamo.variables.constant:ConstantVariable",
+    "GradModeVariable": "torch._dynamo.variables.ctx_manager:GradModeVariable",
+    "BaseListVariable": "torch._dynamo.variables.lists:BaseListVariable",
+    "TensorVariable": "torch._dynamo.variables.tensor:TensorVariable",
     "dynamo_config": "torch._dynamo.config",
     "functorch_config": "torch._functorch.config",
     "inductor_config": "torch._inductor.config",
@@ -54,7 +82,6 @@ LATE = {
     "Unsupported": "torch._dynamo.exc:Unsupported",
     "InstructionTranslator": "torch._dynamo.symbolic_convert:InstructionTranslator",
     "counters": "torch._dynamo.utils:counters",
-    "CONSTANT_VARIABLE_NONE": "torch._dynamo.variables.constant:CONSTANT_VARIABLE_NONE",
     "kernel_side_table": "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
     "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",
     "list_mode_options": "torch._inductor:list_mode_options",

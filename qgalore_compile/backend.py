@@ -1,9 +1,9 @@
 """``torch.compile(step, backend="qgalore")``: options, the passes, and the hand-over to Inductor.
 
-Loading this module, which ``torch.compile`` does when it looks the backend's name up, sets
-``torch._dynamo.config.trace_autograd_ops = True`` for the process: without it Dynamo breaks the graph at
-``loss.backward()``, and it must be set before Dynamo sees the step.  Nothing else global is changed: Inductor's
-configuration is patched for one compilation at a time, and a pass of the user's own stays in place.
+Loading this module, which ``torch.compile`` does when it looks the backend's name up, teaches Dynamo how to trace our
+steps (:mod:`qgalore_compile.tracing`); those of other backends are traced as before.  No configuration of the process
+changes: Dynamo's is patched while one frame is traced, Inductor's for one compilation, and a pass of the user's own
+stays in place.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from qgalore_compile import compilation
+from qgalore_compile import compilation, tracing
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
-    dynamo_config,
     get_custom_graph_passes,
     inductor_config,
     list_mode_options,
@@ -26,7 +25,7 @@ from qgalore_compile._torch import (
 from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES, PassManager
 
-dynamo_config.trace_autograd_ops = True
+tracing.install()
 
 
 FUSION_SEARCH: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 1, "max_fusion_buffer_group_pairwise_attempts": 8}
@@ -135,6 +134,7 @@ class Options:
         )
 
 
+@tracing.step_backend
 def qgalore(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -36,7 +36,7 @@ from rich.text import Text
 from torch import Tensor
 
 from qgalore_compile._torch import TorchDispatchMode
-from qgalore_compile.copies import Copier, CopyError, alone, unshared_constants
+from qgalore_compile.copies import Copier, CopyError, alone
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.projection import Side
 from qgalore_compile.reach import Entry, bound, entries
@@ -165,7 +165,7 @@ def check(
             drew = not all(map(torch.equal, generators, _generators()))
             _generators(generators)
             compiled = torch.compile(alone(other), backend=backend, options=options, fullgraph=True)
-            with config.patch(fallback_random=drew or config.fallback_random), unshared_constants():
+            with config.patch(fallback_random=drew or config.fallback_random):
                 found = compiled(*other_args, **other_kwargs)
         finally:
             _generators(generators)

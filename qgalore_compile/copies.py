@@ -14,8 +14,7 @@ import builtins
 import copyreg
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -203,19 +202,3 @@ def alone(step: Callable[..., Any]) -> Callable[..., Any]:
     variables = (f"args_{run}", f"kwargs_{run}")
     code = call.__code__.replace(co_name=f"check_{run}", co_freevars=(f"step_{run}",), co_varnames=variables)
     return FunctionType(code, {"__builtins__": builtins}, code.co_name, None, call.__closure__)
-
-
-@contextmanager
-def unshared_constants() -> Iterator[None]:
-    """Keep what one compilation notes about ``None`` from others.
-
-    torch 2.13 has one object for the constant None, and where a step reads a gradient that it has set to None, Dynamo
-    notes there where it came from; later compilations of other functions would take it from that place.
-    """
-    from qgalore_compile._torch import CONSTANT_VARIABLE_NONE
-
-    source, CONSTANT_VARIABLE_NONE.source = CONSTANT_VARIABLE_NONE.source, None
-    try:
-        yield
-    finally:
-        CONSTANT_VARIABLE_NONE.source = source

@@ -15,7 +15,6 @@ from torch import fx
 
 from qgalore_compile import compilation
 from qgalore_compile.compilation import Compilation
-from qgalore_compile.copies import unshared_constants
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.reach import unwrapped
 
@@ -218,14 +217,13 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
         return _stop
 
     breaks: tuple[str, ...] = ()
-    with unshared_constants():
-        try:
-            # one graph or nothing: what stands behind a graph break could be seen only by running what is before it
-            torch.compile(_aside(unwrapped(step)), backend=backend, fullgraph=True)(*args, **kwargs)
-        except _Stop:
-            pass
-        except Unsupported as error:
-            breaks = (str(error).strip(),)
+    try:
+        # one graph or nothing: what stands behind a graph break could be seen only by running what is before it
+        torch.compile(_aside(unwrapped(step)), backend=backend, fullgraph=True)(*args, **kwargs)
+    except _Stop:
+        pass
+    except Unsupported as error:
+        breaks = (str(error).strip(),)
     code = _code(step)
     for each in seen:
         each.function, each.file, each.line = code.co_name, code.co_filename, code.co_firstlineno
