@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
+    from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizeContext
     from torch._dynamo.exc import ShortenTraceback, Unsupported, unimplemented
     from torch._dynamo.source import (
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from torch._inductor.virtualized import V
 
 LATE = {
+    "lookup_backend": "torch._dynamo.backends.registry:lookup_backend",
     "convert_frame": "torch._dynamo.convert_frame",
     "builder": "torch._dynamo.variables.builder",
     "OptimizeContext": "torch._dynamo.eval_frame:OptimizeContext",

@@ -145,8 +145,9 @@ def check(
         ValueError: the step reaches no tensor.
         CopyError: it reaches something that has no copy.
     """
-    import qgalore_compile.backend  # noqa: F401  # here: it loads Inductor; it lets Dynamo trace backward()
+    import qgalore_compile.backend  # noqa: F401  # here: it loads Inductor, and lets Dynamo trace backward()
     from qgalore_compile._torch import inductor_config as config
+    from qgalore_compile.tracing import traced_as_step
 
     roots = {"": step, **bound(step, args, kwargs)}
     before = entries(roots)
@@ -164,7 +165,7 @@ def check(
                 expected = eager(*eager_args, **eager_kwargs)
             drew = not all(map(torch.equal, generators, _generators()))
             _generators(generators)
-            compiled = torch.compile(alone(other), backend=backend, options=options, fullgraph=True)
+            compiled = torch.compile(alone(other), backend=traced_as_step(backend), options=options, fullgraph=True)
             with config.patch(fallback_random=drew or config.fallback_random):
                 found = compiled(*other_args, **other_kwargs)
         finally:

@@ -11,7 +11,7 @@ import json
 import logging
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import CompileContext
-
 from qgalore_compile.files import replacing
 
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
@@ -40,6 +39,8 @@ class Compilation:
 
     Attributes:
         identity: Dynamo's number, "frame/recompile".
+        region: the number of the ``torch.compile`` call that it belongs to.
+        owner: which of the functions, or objects, with this code it was: :func:`owner_of`.
         function, file, line: whose code it is.
         broken_by: why the graph ends before the function does, and where; None where it does not.
         recorded: whether a record of the passes exists: they ran, or their record was found beside the cache.
@@ -52,6 +53,8 @@ class Compilation:
     """
 
     identity: str = ""
+    region: int = -1
+    owner: tuple[int, ...] = ()
     function: str = ""
     file: str = ""
     line: int = 0
@@ -67,6 +70,7 @@ class Compilation:
 
 _PERSISTED = ("layers", "passes", "program", "graph")
 _of_code: WeakKeyDictionary[CodeType, list[Compilation]] = WeakKeyDictionary()
+"""By the code that was traced; functions of one factory share it, ``region`` tells them apart."""
 
 
 def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilation:
@@ -78,6 +82,7 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
         if isinstance(example, Tensor) and any(not isinstance(size, int) for size in example.shape):
             found.symbolic.append(f"{name} ({', '.join(map(str, example.shape))})")
     from qgalore_compile._torch import InstructionTranslator
+    from qgalore_compile.tracing import current_region
 
     try:
         tracer = InstructionTranslator.current_tx()
@@ -86,6 +91,8 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
             into.append(found)
         return found
     code, reason = tracer.f_code, tracer.output.compile_subgraph_reason
+    found.region = current_region()
+    found.owner = _owner(tracer.f_locals.get("self"), tracer.closure)
     found.identity = str(CompileContext.current_compile_id())
     found.function, found.file, found.line = code.co_name, code.co_filename, code.co_firstlineno
     if reason is not None and reason.graph_break:
@@ -93,21 +100,36 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
         found.broken_by = f"{reason.reason}{where}"
     if into is not None:
         into.append(found)
-    elif found.identity.endswith("/0"):  # the first of this code, or the first since Dynamo was reset
-        _of_code[code] = [found]
-    else:
-        _of_code.setdefault(code, []).append(found)
+        return found
+    known = _of_code.setdefault(code, [])
+    if known and _frame(known[-1]) != _frame(found):  # Dynamo numbers frames anew when it is reset
+        known.clear()
+    known.append(found)
     return found
 
 
-def of_code(code: CodeType) -> list[Compilation]:
-    """Every compilation of a function's code, those of what follows a graph break in it included, oldest first."""
+def _frame(compilation: Compilation) -> str:
+    return compilation.identity.split("/")[0]
+
+
+def _owner(bound: Any, closure: Sequence[Any] | None) -> tuple[int, ...]:
+    return (id(bound), *map(id, closure or ()))
+
+
+def owner_of(step: Any) -> tuple[int, ...]:
+    """What sets a function or bound method apart from others with the same code: its object and its variables."""
+    return _owner(getattr(step, "__self__", None), getattr(getattr(step, "__func__", step), "__closure__", None))
+
+
+def of_code(code: CodeType, regions: Collection[int] | None = None) -> list[Compilation]:
+    """Every compilation of a function's code, those of what follows a graph break in it included, oldest first; of some
+    ``torch.compile`` calls alone where ``regions`` are given."""
     found = list(_of_code.get(code, ()))
     resumed = re.compile(rf"torch_dynamo_resume_in_{re.escape(code.co_name)}_at_\d+")
     for other, compilations in _of_code.items():
         if other.co_filename == code.co_filename and resumed.fullmatch(other.co_name):
             found += compilations
-    return found
+    return found if regions is None else [each for each in found if each.region in regions]
 
 
 def input_names(gm: fx.GraphModule) -> dict[int | str, str]:

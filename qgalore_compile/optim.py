@@ -194,6 +194,8 @@ class QGaLoreAdamW(Optimizer):
             pending = self._project_all()
             if pending:
                 self._update_all(pending)
+            elif torch.compiler.is_dynamo_compiling():
+                _refuse_to_trace_nothing()
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, (closure,), {})
         return loss
@@ -252,6 +254,21 @@ class QGaLoreAdamW(Optimizer):
         for item, own in zip(pending, each, strict=True):
             # of its own norm, not of the stacked ones: a compiled update need then not wait for the others
             _update(item, clip, torch.isfinite(own) if self.nonfinite == "skip_parameter" else all_finite)
+
+
+def _refuse_to_trace_nothing() -> None:
+    from qgalore_compile.tracing import NoGradientError
+
+    raise NoGradientError(
+        "opt.step() finds no gradient in the step that is being compiled, so the compiled step would train nothing. "
+        "Call loss.backward() before it, in the same function, on a loss that depends on this optimizer's parameters "
+        "(requires_grad, not detached); a step without gradients on purpose runs uncompiled"
+    )
+
+
+# Called while Dynamo traces, not put into the graph: what torch._dynamo.assume_constant_result does, which would load
+# Dynamo with the optimizer.
+_refuse_to_trace_nothing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:

@@ -186,7 +186,7 @@ def report(compiled_step: Callable[..., Any]) -> Report:
         ValueError: the step has not been compiled by this backend in this process.
     """
     code = _code(compiled_step)
-    found = compilation.of_code(code)
+    found = compilation.of_code(code, _regions(compiled_step, code))
     if not found:
         raise ValueError(
             f"{code.co_name} has not been compiled by the backend 'qgalore' in this process: call the compiled step "
@@ -195,6 +195,17 @@ def report(compiled_step: Callable[..., Any]) -> Report:
     first_of_frames = {each.identity.split("/")[0] for each in found}
     breaks = {each.broken_by: None for each in found if each.broken_by}
     return Report(tuple(found), tuple(breaks), len(found) - max(len(first_of_frames), 1))
+
+
+def _regions(step: Any, code: CodeType) -> set[int] | None:
+    """The ``torch.compile`` calls that are meant: the one that returned ``step``, or those of that very function."""
+    from qgalore_compile.tracing import region_of  # here: it loads Dynamo
+
+    region = region_of(step)
+    if region is not None:
+        return {region}
+    owner = compilation.owner_of(step)
+    return {each.region for each in compilation.of_code(code) if each.owner == owner} or None
 
 
 def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -208,9 +219,11 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
     from qgalore_compile._torch import Unsupported
     from qgalore_compile.backend import qgalore
     from qgalore_compile.dry_run import dry, without_cache
+    from qgalore_compile.tracing import step_backend
 
     seen: list[Compilation] = []
 
+    @step_backend
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         with without_cache():
             qgalore(gm, example_inputs, options=options, into=seen, inner_compile=dry(lambda graph: _stop))

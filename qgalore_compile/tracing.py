@@ -40,6 +40,7 @@ from qgalore_compile._torch import (
     GradModeVariable,
     GradSource,
     OptimizeContext,
+    ShortenTraceback,
     TensorStaticReason,
     TensorVariable,
     VariableTracker,
@@ -49,10 +50,19 @@ from qgalore_compile._torch import (
     get_eval_frame_isolate_recompiles_id,
     is_from_optimizer_source,
     is_from_unspecialized_nn_module_source,
+    lookup_backend,
     unimplemented,
 )
 
 MARK = "_traced_as_qgalore"
+
+
+class NoGradientError(ShortenTraceback, RuntimeError):
+    """``opt.step()`` is part of a compiled step in which no parameter of ``opt`` has a gradient."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
 
 ACCUMULATED_LIMIT = 1 << 16
 """Compilations of one code object in a process, over all ``torch.compile`` calls; Dynamo's 256 end a long sweep.  Each
@@ -66,6 +76,11 @@ def step_backend(backend: Callable[..., Any]) -> Callable[..., Any]:
     traces its steps as those of "qgalore".  Returns it."""
     setattr(backend, MARK, True)
     return backend
+
+
+def traced_as_step(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Any backend, by name or itself, whose steps are to be traced as ours are; the backend is not changed."""
+    return step_backend(partial(lookup_backend(backend)))
 
 
 def is_ours(backend: Any) -> bool:
@@ -133,6 +148,7 @@ def install() -> None:
         (builder, "is_int_specialization_case", _constant),
         (builder, "process_automatic_dynamic", _apart),
         (TensorVariable, "method_backward", _backward),
+        (TensorVariable, "method_attr_grad", _gradient),
         (ConstantVariable, "create", _fresh),
     ):
         _wrap(owner, name, wrapper, only_ours=True)
@@ -221,6 +237,13 @@ def _fresh(original: Callable[..., Any], value: Any, **kwargs: Any) -> Any:
     )  # fmt: skip
 
 
+def _gradient(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
+    """A gradient that was set to None in this frame is read as a None of its own: Dynamo notes on what is read that it
+    is ``tensor.grad``, and what is to be stored there would in the end be loaded from there, and nothing be cleared."""
+    found = original(tensor, tx)
+    return ConstantVariable(found.value) if isinstance(found, ConstantVariable) else found
+
+
 # -- backward() -------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +294,8 @@ def _break_before(loss: Any) -> None:
 
 def _hooks_of(leaf: Any, tx: Any) -> tuple[list[Any], list[Any]]:
     """Hooks of a leaf before and after its gradient is accumulated; with guards on which there are."""
-    before, after = [], []
+    before: list[Any] = []
+    after: list[Any] = []
     if leaf.source is not None:
         tensor = tx.output.resolve_source_value(leaf.source)
         for name, found in (("_backward_hooks", before), ("_post_accumulate_grad_hooks", after)):

@@ -12,8 +12,10 @@ import qgalore_compile as qg
 from qgalore_compile import formats
 from qgalore_compile.backend import qgalore
 from qgalore_compile.dry_run import dry, without_cache
+from qgalore_compile.tracing import step_backend
 
 
+@step_backend
 class Interpreted:
     """The backend "qgalore" with Inductor's real FX passes, whose graph is then interpreted: no C++ compile.
 

@@ -17,6 +17,7 @@ from interpreted import Calls
 import qgalore_compile as qg
 from qgalore_compile.backend import qgalore
 from qgalore_compile.dry_run import dry, without_cache
+from qgalore_compile.tracing import step_backend
 
 pytestmark = pytest.mark.triton
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.triton
 def compiled(step: Callable[..., Tensor], calls: Calls, **options: Any) -> Callable[..., Tensor]:
     """The step as one graph, whose kernels are interpreted."""
 
+    @step_backend
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with without_cache():
             return qgalore(gm, example_inputs, options={"strict": True, **options}, inner_compile=dry(calls.runner))  # type: ignore[arg-type]
