@@ -107,9 +107,16 @@ def _pairs(
     for key, tensor in own.items():
         if not isinstance(saved[key], Tensor):
             raise ValueError(f"{name} of shape {shape}: the saved {key} is a {type(saved[key]).__name__}, no tensor")
+        if key == "step" and _is_exact_count(saved[key]):
+            continue
         if tensor.shape != saved[key].shape or tensor.dtype != saved[key].dtype:
             raise ValueError(
                 f"{name} of shape {shape}: the saved {key} is {saved[key].dtype} {tuple(saved[key].shape)}, this "
                 f"optimizer needs {tensor.dtype} {tuple(tensor.shape)}; build it with the settings of the saved one"
             )
     return [(tensor, saved[key]) for key, tensor in own.items()]
+
+
+def _is_exact_count(saved: Tensor) -> bool:
+    """Whether it is a count as 0.1 kept it, in float32, which stops at 2²⁴."""
+    return saved.dtype == torch.float32 and saved.shape == () and float(saved) < 2**24

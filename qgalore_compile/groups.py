@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ cap for "official", 16 × update_proj_gap else."""
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES_ALLOWED = (
+    "cannot be trained: updates are computed in float32, for parameters of float32, bfloat16, float16 and for "
+    "Int8Weight; convert the model, e.g. model.to(torch.float32), before the optimizer is built, or leave it out"
+)
 
 ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments", "rounding")
 _OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRScheduler's own
@@ -121,8 +128,20 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     _one_of(group, "moments", ("8bit", "32bit"), where)
     _one_of(group, "rounding", ("stochastic", "nearest"), where)
     for name, parameter in zip(names, group["params"], strict=True):
-        if not parameter.is_floating_point():
-            raise ValueError(f"{where}: {name} of dtype {parameter.dtype} is no floating-point parameter")
+        if parameter.dtype not in PARAMETER_DTYPES:
+            raise ValueError(f"{where}: {name} of dtype {parameter.dtype} {_DTYPES_ALLOWED}")
+    if names:
+        check_device(group, names, where, group["params"][0].device)
+
+
+def check_device(group: dict[str, Any], names: Sequence[str], where: str, device: torch.device) -> None:
+    """Raise ValueError for a parameter on another device than ``device``, that of the optimizer's others."""
+    for name, parameter in zip(names, group["params"], strict=True):
+        if parameter.device != device:
+            raise ValueError(
+                f"{where}: {name} is on {parameter.device}, other parameters on {device}; all parameters of an "
+                "optimizer must be on one device: move them, or build an optimizer for each device"
+            )
 
 
 def check_projection(group: dict[str, Any], names: Sequence[str], where: str) -> None:
@@ -258,23 +277,24 @@ def slot_of(group: dict[str, Any], index: int) -> int:
 
 def new_state(p: Tensor, group: dict[str, Any], slot: int = -1) -> dict[str, Tensor]:
     """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
-    state = {"step": torch.zeros((), device=p.device)}
+    zeros: Callable[[Sequence[int]], Tensor] = partial(torch.zeros, dtype=torch.float32, device=p.device)
+    state = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
     shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
     if "rank" in group:
         rank = rank_of(group, p)
         (m, n), side = p.shape, side_of(p.shape)
         shape = (m, rank) if side == "right" else (rank, n)
-        zeros = torch.zeros(projector_shape(p.shape, rank), device=p.device)
-        state.update(zip(PROJECTOR, projector_format(group).encode(zeros), strict=False))
+        encoded = projector_format(group).encode(zeros(projector_shape(p.shape, rank)))
+        state.update(zip(PROJECTOR, encoded, strict=False))
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
     else:
         eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
     for name in ("exp_avg", "exp_avg_sq"):
         if eight_bit:
             # One element stands for all: to encode an embedding's 131 M zeros would take 2.5 GB for a while.
-            code, _, _ = formats.quantize_dynamic8(torch.zeros(1, device=p.device), signed=name == "exp_avg")
+            code, _, _ = formats.quantize_dynamic8(zeros((1,)), signed=name == "exp_avg")
             blocks = -(-math.prod(shape) // formats.BLOCK_SIZE)
-            state[name], state[f"{name}_absmax"] = code.expand(shape).clone(), torch.zeros(blocks, device=p.device)
+            state[name], state[f"{name}_absmax"] = code.expand(shape).clone(), zeros((blocks,))
         else:
-            state[name] = torch.zeros(shape, device=p.device)
+            state[name] = zeros(shape)
     return state

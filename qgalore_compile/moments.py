@@ -61,7 +61,7 @@ def follow_(
     eight_bit = len(stored) == len(_STORED)
     parts = [stored[:2], stored[2:]] if eight_bit else [stored[:1], stored[1:]]
     if how == "reset":
-        values = [torch.zeros(part[0].shape, device=part[0].device) for part in parts]
+        values = [torch.zeros(part[0].shape, dtype=torch.float32, device=part[0].device) for part in parts]
     else:
         m, v = (
             formats.dequantize_dynamic8(part[0], part[1], signed) if eight_bit else part[0]

@@ -6,7 +6,7 @@ One step for a projected weight W (m, n) with gradient G, projector P and rank r
     refresh                      where the schedule says so: P from G anew, R with the new P,  refresh.py
                                  and the stored moments follow, if asked to                    moments.py
     m = β1 m + (1 - β1) R        float32, from moments dequantised; likewise v with R²
-    N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v
+    N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v; 0 where the divisor is 0
     U = α N P                    left side: α P N
     W = W - lr U;  W = W - lr λ W                              decoupled decay, after the update
     store m, v, W                8-bit blocks; INT8 and short floats with stochastic rounding   formats.py, rounding.py
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile import checkpoint, formats, groups, rounding
+from qgalore_compile.placement import check_placement
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
 from qgalore_compile.rng import random_bits
@@ -52,9 +53,9 @@ class QGaLoreAdamW(Optimizer):
 
     Args:
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
-            its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float of
-            any width or ``Int8Weight``; a group's ``rounding``, "stochastic" or "nearest", is that of ``Int8Weight``,
-            bfloat16 and float16.
+            its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float32,
+            bfloat16, float16 or ``Int8Weight``, all on one device; a group's ``rounding``, "stochastic" or "nearest",
+            is that of ``Int8Weight``, bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.
         moments: "8bit" or "32bit".
@@ -67,7 +68,7 @@ class QGaLoreAdamW(Optimizer):
     State of a parameter, by name in ``state_dict``:
 
     ==========================================  =======================================================================
-    ``step``                                    float32, 0-d: updates so far
+    ``step``                                    int64, 0-d: updates so far
     ``exp_avg``, ``exp_avg_sq``                 uint8 codes or float32, shaped like R
     ``exp_avg_absmax``, ``exp_avg_sq_absmax``   float32, one per block of 256; 8-bit moments only
     ``projector``                               packed INT4, INT8 codes or float32
@@ -123,15 +124,22 @@ class QGaLoreAdamW(Optimizer):
             groups.check_adam(group, names, where)
             if "rank" in group:
                 groups.check_projection(group, names, where)
+            if self.state:
+                groups.check_device(group, names, where, self.last_grad_norm.device)
         # a clone a group: one shared tensor would be scheduled once a group
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).detach().clone()
+        lr = (
+            group["lr"]
+            if isinstance(group["lr"], Tensor)
+            else torch.tensor(group["lr"], dtype=torch.float32, device="cpu")
+        )
+        group["lr"] = lr.detach().to(torch.float32, copy=True)
         first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
         for index, parameter in enumerate(group["params"], first):
             slot = groups.slot_of(group, index) if "rank" in group else -1
             state = groups.new_state(parameter, group, slot)
             if not self.state:
                 # here, and under no key of their own: torch.distributed.checkpoint takes every key for a parameter
-                state["grad_norm"] = torch.zeros((), device=parameter.device)
+                state["grad_norm"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
             self.state[parameter] = state
 
@@ -190,6 +198,7 @@ class QGaLoreAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_placement(self.param_groups, self.state)
         with torch.no_grad():
             pending = self._project_all()
             if pending:
@@ -311,14 +320,14 @@ def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: T
     exp_avg_sq = beta2 * _load_moment(state, "exp_avg_sq") + (1 - beta2) * grad * grad
     _store_moment(state, "exp_avg", exp_avg, ok)
     _store_moment(state, "exp_avg_sq", exp_avg_sq, ok)
-    eps: float = group["eps"]
-    update: Tensor = (exp_avg / _bias(beta1, step)) / ((exp_avg_sq / _bias(beta2, step)).sqrt() + eps)
-    return update
+    below = (exp_avg_sq / _bias(beta2, step)).sqrt() + group["eps"]
+    # without eps, 0 / 0 where there never was a gradient
+    return torch.where(below == 0, 0.0, (exp_avg / _bias(beta1, step)) / below)
 
 
 def _bias(beta: float, step: Tensor) -> Tensor:
     """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
-    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+    return -torch.expm1(step.to(torch.float32) * (math.log(beta) if beta > 0 else -math.inf))
 
 
 def _load_moment(state: dict[str, Tensor], name: str) -> Tensor:

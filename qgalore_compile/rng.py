@@ -131,7 +131,7 @@ def random_bits(shape: Sequence[int], *, seed: int, step: Tensor | int, param: i
     if len(shape) == 0:
         raise ValueError("random_bits needs a shape of at least one dimension, got ()")
     if isinstance(step, int):
-        step = torch.tensor(step, dtype=torch.int64)
+        step = torch.tensor(step, dtype=torch.int64, device="cpu")
     return _random_bits_op(step, list(shape), signed_seed(seed), param)  # type: ignore[no-any-return]
 
 
@@ -145,9 +145,9 @@ def normal(shape: Sequence[int], *, seed: int, step: int, param: int, stream: in
     count = math.prod(shape)
     blocks = -(-count // 4)
     key = (seed & _WORD, seed >> 32 & _WORD)
-    uniform = torch.empty((4, blocks), dtype=torch.float64)
+    uniform = torch.empty((4, blocks), dtype=torch.float64, device="cpu")
     for first in range(0, blocks, _CHUNK):
-        block = torch.arange(first, min(first + _CHUNK, blocks), dtype=torch.int64)
+        block = torch.arange(first, min(first + _CHUNK, blocks), dtype=torch.int64, device="cpu")
         words = philox4x32((block & _WORD, block >> 32 | stream << 28, step & _WORD, param | 1 << 31), key)
         for row, word in zip(uniform, words, strict=True):
             row[first : first + len(block)] = word

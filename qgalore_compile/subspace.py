@@ -390,5 +390,5 @@ def _complete(vectors: Tensor, values: Tensor, rank: int, where: tuple[int, int,
 def _laid_out(vectors: Tensor, side: Side) -> Tensor:
     """The projector of vectors (d, rank), each with its entry of largest magnitude positive."""
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    basis = vectors * torch.where(largest < 0, -1.0, 1.0)
+    basis = torch.where(largest < 0, -vectors, vectors)
     return basis.contiguous() if side == "left" else basis.t().contiguous()

@@ -1,0 +1,79 @@
+"""Where an optimizer's tensors are and what they hold, checked before a step changes any of them.
+
+A model that is moved, or a loop that moves or casts "all state", leaves tensors behind that no step can take: a
+schedule on a GPU, codes made floats.  Nothing here reads a tensor's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgalore_compile.groups import PARAMETER_DTYPES, names_of
+
+_CPU = torch.device("cpu")
+_BUILD_ANEW = (
+    "move or convert the model before the optimizer is built; to go on from here, build a new optimizer over the model "
+    "as it is now, and let it load this one's state_dict() as it was before"
+)
+
+
+class PlacementError(RuntimeError):
+    """A parameter or its state is not where, or not what, the optimizer made it; raised before anything changes."""
+
+
+def dtype_of(name: str, state: dict[str, Tensor]) -> torch.dtype:
+    """What the tensor ``name`` of a parameter's state holds: the table in ``QGaLoreAdamW``'s docstring."""
+    if name == "step" or name == "skipped_steps":
+        return torch.int64
+    if name == "schedule":
+        return torch.float64
+    if f"{name}_absmax" in state or f"{name}_scale" in state:
+        return torch.uint8
+    return torch.float32
+
+
+def check_placement(groups: Iterable[dict[str, Any]], state: dict[Any, dict[str, Tensor]]) -> None:
+    """Raise PlacementError unless every parameter that has a gradient, and its state, are as the optimizer made them.
+
+    Args:
+        groups: the optimizer's.
+        state: the optimizer's.
+    """
+    device: torch.device | None = None
+    for position, group in enumerate(groups):
+        for index, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            if p.dtype not in PARAMETER_DTYPES:
+                raise PlacementError(
+                    f"{names_of(group, position)[index]} is {p.dtype} now, which cannot be trained: updates are "
+                    f"computed in float32, for parameters of float32, bfloat16 and float16; {_BUILD_ANEW}"
+                )
+            own = state[p]
+            if "step" not in own:
+                raise PlacementError(
+                    f"{names_of(group, position)[index]} has no state: it was put into its group after the optimizer "
+                    "was built; use add_param_group"
+                )
+            problem = _problem(own, p.device)
+            if problem is not None:
+                raise PlacementError(f"{names_of(group, position)[index]}: {problem}; {_BUILD_ANEW}")
+            device = p.device if device is None else device
+            if p.device != device:
+                raise PlacementError(
+                    f"{names_of(group, position)[index]} is on {p.device}, parameters before it on {device}; all must "
+                    f"be on one device: {_BUILD_ANEW}"
+                )
+
+
+def _problem(state: dict[str, Tensor], device: torch.device) -> str | None:
+    """What is not as it was made, in words."""
+    for name, tensor in state.items():
+        dtype, right = dtype_of(name, state), _CPU if name == "schedule" else device
+        if tensor.dtype != dtype or tensor.device != right:
+            return f"its {name} is {tensor.dtype} on {tensor.device} and must be {dtype} on {right}"
+    return None
