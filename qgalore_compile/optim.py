@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile import checkpoint, formats, groups, rounding
+from qgalore_compile import checkpoint, formats, groups, hooks, rounding
 from qgalore_compile.placement import check_placement
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
@@ -177,7 +178,8 @@ class QGaLoreAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a saved state into this one's tensors; raises ValueError, and changes nothing, where they do not fit."""
-        checkpoint.load_optimizer(self, state_dict)
+        with hooks.around_loading(self, state_dict) as to_load:
+            checkpoint.load_optimizer(self, to_load)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -190,10 +192,9 @@ class QGaLoreAdamW(Optimizer):
                 elif parameter.grad is not None:
                     parameter.grad = torch.zeros_like(parameter.grad)
 
+    @partial(hooks.hooked, depth=0)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure`` returned."""
-        for hook in self._optimizer_step_pre_hooks.values():
-            hook(self, (closure,), {})
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -205,17 +206,18 @@ class QGaLoreAdamW(Optimizer):
                 self._update_all(pending)
             elif torch.compiler.is_dynamo_compiling():
                 _refuse_to_trace_nothing()
-        for hook in self._optimizer_step_post_hooks.values():
-            hook(self, (closure,), {})
         return loss
 
     # LRScheduler asks for it to tell whether a step came before its own first one.  It cannot be set in ``step``, since
     # Dynamo drops assignments to an optimizer's attributes.
     _opt_called = True
-    # ``hooked``: Optimizer's own wrapper of ``step`` cannot be traced, and ``step`` runs the hooks itself.
-    # ``_wrapped_by_lr_sched``: LRScheduler would replace ``opt.step`` by a wrapper that cannot be traced.
-    step.hooked = True  # type: ignore[attr-defined]
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    _step_depth = 0  # see hooks.py
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "step" in vars(cls):
+            cls._step_depth += 1
+            cls.step = hooks.hooked(cls.step, cls._step_depth)  # type: ignore[method-assign]
 
     def _project_all(self) -> list[_Pending]:
         """Phase one: every gradient, as small as it gets."""
