@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -236,7 +237,9 @@ def corruptions(folder: Path, count: int, seed: int = 0, *, command_every: int =
     found: Counter[str] = Counter()
     draw = random.Random(seed)
     kinds = [*CORRUPTIONS, OTHERS]
-    for trial in range(count):
+    for trial in itertools.count():
+        if found["tried"] == count:
+            break
         kind = kinds[trial % len(kinds)]
         damaged = draw.choice(others) if kind == OTHERS else CORRUPTIONS[kind](whole, draw)
         if damaged == whole:
@@ -303,7 +306,7 @@ def start(arguments: list[str], said: Path) -> int:
         return child
     status = 70
     try:
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(each, "w", closefd=False)) for each in (1, 2))
@@ -378,18 +381,23 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
             time.sleep(draw.random() * 0.02)
         else:
             child = start(arguments_of(config), said_by)
-            time.sleep(draw.random() * seconds)
+            # by steps, not by the clock alone: on a busy machine a run ends long before the time that one took
+            _wait_for_lines(Path(config.out, "metrics.jsonl"), draw.randrange(STEPS), child)
+            time.sleep(draw.random() * 2 * seconds / STEPS)
         os.kill(child, number)
         status = ended(child)
         partial = [name for name in os.listdir(config.out) if ".partial" in name] if Path(config.out).exists() else []
         if again and not any(name.startswith(".metrics") for name in partial):
             found["came too late for the rewriting"] += 1
             continue
+        if status in (0, 1):
+            found["came too late"] += 1
+            continue
         found["killed"] += 1
         found[f"by {number.name}, status {status}"] += 1
         found["killed while metrics are rewritten"] += again
         found["killed while a file was half written"] += bool(partial)
-        if number == signal.SIGTERM and status not in (143, 0, 1):
+        if number == signal.SIGTERM and status != 143:
             found["ANOTHER STATUS"] += 1
             print(said_by.read_text(), file=sys.stderr)
         found["LINES LOST"] += _lost_lines(config)
@@ -429,6 +437,13 @@ def _of_two_halves(folder: Path, half: TrainConfig) -> tuple[list[Any], str]:
         assert command([*arguments_of(config, resume=True), "--steps", str(STEPS)])[0] in (0, 1)
         _halves[folder] = outcome(config)
     return _halves[folder]
+
+
+def _wait_for_lines(path: Path, count: int, child: int) -> None:
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if not count or (path.exists() and path.read_bytes().count(b"\n") >= count):
+            return
+        time.sleep(0.001)
 
 
 def _wait_for_rewriting(folder: Path, child: int) -> bool:

@@ -64,6 +64,7 @@ class PassManager(CustomGraphPass):
             run passes.
         context: of that graph.
         kernels: those that were begun.
+        salt: made part of ``uuid``, it keeps Inductor from finding what other managers compiled; empty for no salt.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class PassManager(CustomGraphPass):
         self.context = Context()
         self.compiles = compiles
         self.kernels: list[cpu.Kernel] = []
+        self.salt = ""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""
@@ -134,7 +136,7 @@ class PassManager(CustomGraphPass):
         made for, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
         options = f"{self.reassociate}/{self.gemm}/{torch.get_float32_matmul_precision()}"
-        return f"{_source_hash()}/{names}/{options}/{torch.__version__}/{_triton_version()}"
+        return f"{_source_hash()}/{names}/{options}/{torch.__version__}/{_triton_version()}{self.salt}"
 
 
 def _kernels(graph: fx.Graph) -> list[cpu.Kernel]:

@@ -8,6 +8,7 @@ stays in place.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -171,6 +172,9 @@ def qgalore(
     ]
     record = compilation.begin(gm, into)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
+    if chosen.strict and compilation.is_damaged(name):
+        # code from a cache would be refused for want of a record: let the passes run, and write it anew
+        manager.salt = secrets.token_hex()
     compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()

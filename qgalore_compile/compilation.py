@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import operator
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -197,6 +198,14 @@ def _read(gm_key: str) -> dict[str, Any] | None:
         return None
     digest = kept.pop("sha256", None)
     return kept if digest == _digest(json.dumps(kept)) else None
+
+
+def is_damaged(gm_key: str) -> bool:
+    """Whether something stands in the place of a record that is none."""
+    try:
+        return os.path.lexists(_folder() / f"{gm_key}.json") and _read(gm_key) is None
+    except OSError:
+        return False
 
 
 def _digest(text: str) -> str:
