@@ -6,29 +6,35 @@ that agrees in these shares one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgalore_compile._torch import PyCodeCache
+from qgalore_compile.kernels import looked_at
 from qgalore_compile.kernels.decode_first import decodes_first
 from qgalore_compile.kernels.dynamic8 import expanded
 from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
 from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
 from qgalore_compile.kernels.program import BlockProgram
 from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import NoTilingError, region_blocks, tiling, tilings
+from qgalore_compile.kernels.tiling import NoTilingError, in_bands, region_blocks, tiling, tilings
 from qgalore_compile.kernels.triton_printer import params, print_region, signature
 
 FP_FUSION = True
 """Whether a product and a sum become one rounding: Triton's default for NVIDIA's GPUs, which is also what Inductor
 compiles a user's kernel with.  Set explicitly wherever it can be, since the default is about to change."""
+
+LOOK = True
+"""Whether a GPU's kernels are compiled and looked at before their tiles are taken: False for one that is not there."""
 
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -43,10 +49,11 @@ class Kernel:
         signature: by argument, Triton's type: "*bf16", "i64", ….
         params: arguments that hold a parameter's number, as pointers to one i32.
         grid: instances, where that is known; else
-        tile: (rows, columns) from one tile of the product to the next.
+        tile: (rows, columns) from one tile of the product to the next; of a region, (groups, 0).
         warps, stages: of a block; of the pipelined loop.
         work: what it computes.
         tiling: of a product.
+        passed: tiles that would have been faster, and what speaks against each (``looked_at.py``).
     """
 
     name: str
@@ -59,6 +66,14 @@ class Kernel:
     stages: int
     work: BlockProgram | Product
     tiling: Tiling | None = None
+    passed: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> str:
+        """What a block works on, for people."""
+        if self.tiling is None:
+            return f"{self.tile[0]} groups, {self.warps} warps"
+        return f"{self.tiling.m}×{self.tiling.n}×{self.tiling.k}, {self.warps} warps, {self.stages} stages"
 
     def instances(self, m: Any = 1, n: Any = 1) -> Any:
         """How many instances a product of m × n takes; sizes may be symbolic."""
@@ -67,19 +82,34 @@ class Kernel:
         return ((m + self.tile[0] - 1) // self.tile[0]) * ((n + self.tile[1] - 1) // self.tile[1])
 
 
-def region_kernel(program: BlockProgram) -> Kernel:
-    """The kernel of a region; its work is what is computed, without names for several steps."""
+def region_kernel(program: BlockProgram, look: Target | None = None) -> Kernel:
+    """The kernel of a region; its work is what is computed, without names for several steps.  ``look``: the target
+    whose machine code chooses among blocks."""
     program = expanded(program)
-    rows, warps = region_blocks(program)[0]
+    kernels = (_region_kernel(program, *block) for block in region_blocks(program))
+    return next(kernels) if look is None else looked_at.choose(kernels, look)
+
+
+def _region_kernel(program: BlockProgram, rows: int, warps: int) -> Kernel:
     grid = -(-program.space.rows * program.space.groups // rows)
     return Kernel(
-        "region", print_region(program, rows), signature(program), params(program), grid, (0, 0), warps, 1, program
+        "region", print_region(program, rows), signature(program), params(program), grid, (rows, 0), warps, 1, program
     )
 
 
-def product_kernel(product: Product, target: Target) -> Kernel:
-    """The kernel of a product."""
-    chosen = tiling(product, target)
+def product_kernel(product: Product, target: Target, *, look: bool = False) -> Kernel:
+    """The kernel of a product; ``look``: its machine code chooses among the model's tiles."""
+    if not look:
+        return _product_kernel(product, tiling(product, target))
+    # what is spilled depends on a tile's sides and warps, hardly on how deep it is and how many are loaded ahead
+    distinct: dict[tuple[int, int, int], Tiling] = {}
+    for each in tilings(product, target):
+        distinct.setdefault((each.m, each.n, each.warps), each)
+    kernels = (_product_kernel(product, in_bands(product, each, target)) for each in distinct.values())
+    return looked_at.choose(kernels, target)
+
+
+def _product_kernel(product: Product, chosen: Tiling) -> Kernel:
     m, n, _ = product.sizes
     epilogue = product.program.epilogue
     numbers = params(epilogue, "e_") if epilogue else frozenset[str]()
@@ -94,16 +124,50 @@ def product_kernel(product: Product, target: Target) -> Kernel:
 @lru_cache(maxsize=1024)
 def kernel_of(
     text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
-    precision: str, target: Target,
+    precision: str, target: Target, look: bool = False,
 ) -> Kernel:  # fmt: skip
     """The kernel of a product's text; one a process."""
-    return product_kernel(Product(parsed(text), left, right, sizes, memory, precision), target)
+    return product_kernel(Product(parsed(text), left, right, sizes, memory, precision), target, look=look)
 
 
 @lru_cache(maxsize=1024)
-def region_of(text: str) -> Kernel:
+def region_of(text: str, look: Target | None = None) -> Kernel:
     """The kernel of a region's text; one a process."""
-    return region_kernel(BlockProgram.parse(text))
+    return region_kernel(BlockProgram.parse(text), look)
+
+
+def looking(target: Target) -> Target | None:
+    """The target, where machine code is looked at before a tile is taken: on a GPU, and ahead of time on request."""
+    made_for = _made_for.get()
+    if made_for is None:
+        return target if LOOK and torch.cuda.is_available() else None
+    return target if made_for[2] else None
+
+
+def choose_together(calls: Iterable[tuple[str, Sequence[Tensor], torch.device]]) -> None:
+    """Choose the kernels of several calls (text, operands' tensors or none, device), each on a thread of its own, where
+    that means to compile them; :func:`of_call` and :func:`region_of` find them chosen."""
+    jobs: dict[Any, Callable[[], Kernel]] = {}
+    for text, read, device in calls:
+        target = target_of(device)
+        if looking(target) is None:
+            return
+        if not text.startswith("gemm "):
+            jobs[text, target] = partial(region_of, text, target)
+            continue
+        found, _ = product_of(parsed(text), read, target, precision())
+        if all(known is not None or operand.prologue is not None for known, operand in (
+            (found.left, found.program.left), (found.right, found.program.right)
+        )):  # fmt: skip
+            jobs[text, found[1:], target] = partial(kernel_of, text, *found[1:], target, True)
+
+    def chosen(job: Callable[[], Kernel]) -> None:
+        with suppress(NoTilingError):  # said where the kernel is asked for
+            job()
+
+    if jobs:
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            list(pool.map(chosen, jobs.values()))
 
 
 def load(kernel: Kernel) -> Any:
@@ -167,7 +231,7 @@ def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Tar
 ]:  # fmt: skip
     """(the kernel of a product's call, the product's m and n), from its operands' tensors, real or fake."""
     found, sizes = product_of(program, read, target, precision)
-    return kernel_of(text, found.left, found.right, found.sizes, found.memory, found.precision, target), sizes
+    return kernel_of(text, *found[1:], target, looking(target) is not None), sizes
 
 
 def product_of(
@@ -239,7 +303,7 @@ def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], 
 def run_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a :class:`BlockProgram` (its text) on tensors of a GPU; they are as for ``gemm.named``."""
     tensors, values, _ = bind(BlockProgram.parse(text), written, read, numbers)
-    launch(region_of(text), tensors, values)
+    launch(region_of(text, looking(target_of(written[0].device))), tensors, values)
 
 
 def run_product(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
@@ -279,14 +343,15 @@ def _target_of(device: torch.device) -> Target:
     return Target.of(torch.cuda.get_device_capability(device))
 
 
-_made_for: ContextVar[tuple[Target, dict[Kernel, int]] | None] = ContextVar("made_for", default=None)
+_made_for: ContextVar[tuple[Target, dict[Kernel, int], bool] | None] = ContextVar("made_for", default=None)
 
 
 @contextmanager
-def made_for(target: Target) -> Iterator[dict[Kernel, int]]:
-    """Graphs get kernels for a target, whatever device their tensors are on; how often each kernel is called."""
+def made_for(target: Target, *, look: bool = False) -> Iterator[dict[Kernel, int]]:
+    """Graphs get kernels for a target, whatever device their tensors are on; how often each kernel is called.
+    ``look``: at their machine code, as on a GPU."""
     kernels: dict[Kernel, int] = {}
-    token = _made_for.set((target, kernels))
+    token = _made_for.set((target, kernels, look))
     try:
         yield kernels
     finally:

@@ -17,7 +17,7 @@ emitted code, whatever number of layers calls it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ _CALLS = (ops.run_program, ops.run_gemm)
 def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace every call of a generated kernel on a GPU."""
     lowering = _Lowering(graph)
-    for node in list(graph.nodes):
-        functional = node.target is FUNCTIONALIZED and node.args[0] in _CALLS
-        if not functional and node.target is not ops.gemm:
-            continue
-        device = value(node.kwargs["_all_bases"][0] if functional else node).device
-        if not triton_kernels.on_gpu(device):
-            continue
+    calls = list(_calls(graph))
+    triton_kernels.choose_together(
+        (node.kwargs["program"], [value(each) for each in node.kwargs["read"]], device)
+        if functional else (node.args[0], [value(each) for each in node.args[1]], device)
+        for node, functional, device in calls
+    )  # fmt: skip
+    for node, functional, device in calls:
         try:
             call = lowering.functional(node, device) if functional else lowering.product(node, device)
         except NoTilingError as error:  # the operator itself says so again, at the step
@@ -54,6 +54,16 @@ def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             layer.up, layer.down = (call if each is node else each for each in (layer.up, layer.down))
         graph.erase_node(node)
     lowering.finish()
+
+
+def _calls(graph: fx.Graph) -> Iterator[tuple[Any, bool, torch.device]]:
+    """(the node of a generated kernel's call on a GPU, whether it changes tensors, their device)."""
+    for node in graph.nodes:
+        functional = node.target is FUNCTIONALIZED and node.args[0] in _CALLS
+        if functional or node.target is ops.gemm:
+            device = value(node.kwargs["_all_bases"][0] if functional else node).device
+            if triton_kernels.on_gpu(device):
+                yield node, functional, device
 
 
 class _Lowering:
@@ -78,7 +88,7 @@ class _Lowering:
                 reads = self._strided(program, reads)
                 kernel, sizes = self._product(program, text, reads, device)
             else:
-                kernel = triton_kernels.region_of(text)
+                kernel = triton_kernels.region_of(text, triton_kernels.looking(triton_kernels.target_of(device)))
             tensors, values, written = triton_kernels.bind(program, bases, reads, numbers)
             call = self._call(kernel, tensors, values, written, sizes, text, device)
         for user in list(node.users):

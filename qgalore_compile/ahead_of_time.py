@@ -51,6 +51,8 @@ class Row:
         operations: a multiply-add counts two.
         floor_us: the longer of those bytes at the chip's bandwidth and those operations at its peak, µs.
         limit: which of the two, "bytes" or "operations".
+        block: the tile of a product, or the groups of a region, that a block of so many warps works on.
+        passed: faster ones by the model, and what their machine code did.
     """
 
     kernel: str
@@ -69,6 +71,8 @@ class Row:
     operations: int
     floor_us: float
     limit: str
+    block: str
+    passed: str
 
 
 def compile_ahead(
@@ -90,12 +94,13 @@ def compile_ahead(
         ValueError: an unknown preset, target or dtype.
         CompileError: a kernel does not compile; what was compiled before it is in ``out``.
     """
+    from qgalore_compile.kernels.looked_at import compiled
     from qgalore_compile.kernels.targets import Target
 
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is bfloat16 or float32, got {dtype!r}")
     chip, folder = Target.named(target), Path(out)
-    kernels = traced(preset, chip, getattr(torch, dtype), tf32=tf32, batch=batch, seq=seq)
+    kernels = traced(preset, chip, getattr(torch, dtype), tf32=tf32, batch=batch, seq=seq, look=True)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for kernel, calls in kernels.items():
@@ -114,9 +119,10 @@ def compile_ahead(
 
 def traced(
     preset: str, target: Target, dtype: torch.dtype, *, tf32: bool = False, batch: int | None = None,
-    seq: int | None = None,
+    seq: int | None = None, look: bool = False,
 ) -> dict[Kernel, int]:  # fmt: skip
-    """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each."""
+    """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each; ``look``: their tiles are
+    those that a GPU would take, without spills."""
     from qgalore_compile._torch import FakeTensorMode, dynamo_config
     from qgalore_compile.kernels.triton_kernels import made_for
     from qgalore_compile.report import explain
@@ -139,34 +145,24 @@ def traced(
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         # this function's second model must not count as the first one with other, symbolic sizes
-        with made_for(target) as kernels, dynamo_config.patch(automatic_dynamic_shapes=False):
+        with made_for(target, look=look) as kernels, dynamo_config.patch(automatic_dynamic_shapes=False):
             explain(step, tokens, tokens.clone())
     finally:
         torch.set_float32_matmul_precision(before)
     return kernels
 
 
-def compiled(kernel: Kernel, target: Target) -> Binary:
-    """A kernel's machine code for a target; CompileError where it has none."""
-    from qgalore_compile.kernels.ahead import compile_kernel
-    from qgalore_compile.kernels.triton_kernels import FP_FUSION, load
-
-    # sizes that are not known before the step are multiples of 16 or Triton compiles another variant then
-    sizes = tuple(name for name in ("m", "n") if name in kernel.signature)
-    return compile_kernel(
-        load(kernel), kernel.signature, {}, target, num_warps=kernel.warps, num_stages=kernel.stages,
-        fp_fusion=FP_FUSION, multiples=sizes,
-    )  # fmt: skip
-
-
 def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
     """What there is to say of a compiled kernel."""
+    from qgalore_compile.kernels.looked_at import spills
+
     widths = {**binary.loads, **binary.stores}
     bound = floor(kernel, binary.target, max(1, binary.occupancy.blocks))
     return Row(
-        name, what(kernel), calls, binary.registers, max(binary.stack, binary.spilled), binary.shared,
+        name, what(kernel), calls, binary.registers, spills(binary), binary.shared,
         round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), bound.least,
         bound.issued, bound.dram, bound.operations, round(bound.seconds * 1e6, 2), bound.limit,
+        kernel.blocks, "; ".join(kernel.passed),
     )  # fmt: skip
 
 
@@ -253,13 +249,13 @@ def table(rows: Iterable[Row], target: str, preset: str) -> Table:
     """The rows for a terminal."""
     found = Table(title=f"{preset} on {target}: bytes as least / issued / DRAM by the model of its L2, MB")
     for column in ("kernel", "what", "calls", "registers", "spills", "shared", "occupancy", "tensor", "access",
-                   "bytes", "operations", "floor, µs"):  # fmt: skip
-        found.add_column(column, justify="left" if column in ("kernel", "what") else "right")
+                   "bytes", "operations", "floor, µs", "block", "passed over"):  # fmt: skip
+        found.add_column(column, justify="left" if column in ("kernel", "what", "block", "passed over") else "right")
     for each in rows:
         moved = " / ".join(f"{count / 1e6:.3g}" for count in (each.bytes, each.issued, each.dram))
         found.add_row(
             each.kernel, each.what, str(each.calls), str(each.registers), str(each.spills), str(each.shared),
             f"{each.occupancy:.2f}", str(each.tensor), f"{each.narrowest}-{each.widest}", moved,
-            f"{each.operations:.3g}", f"{each.floor_us:.1f} ({each.limit})",
+            f"{each.operations:.3g}", f"{each.floor_us:.1f} ({each.limit})", each.block, each.passed,
         )  # fmt: skip
     return found

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qgalore_compile import formats
 from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import VALUE, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix
+from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.gemm_triton import Matrix, Product
 from qgalore_compile.kernels.program import BlockProgram, Space
 
 SURROUNDINGS = 70
@@ -99,3 +99,15 @@ def write_back(space: Space, product: str = "f32") -> BlockProgram:
     made.store("scale", scale)
     made.store("offset", low)
     return made
+
+
+def up(m: int, n: int, rank: int, group: int, memory: str = "bf16") -> Product:
+    """A projected layer's update: P is INT4, the weight INT8."""
+    group, plain_matrix = min(group, n), Operand(None, False)
+    epilogue = write_back(Space(m, n, group), memory)
+    if m >= n:
+        right = Operand(decoding(rank, n, "int4", group, memory), False)
+        return Product(GemmProgram(plain_matrix, right, epilogue), Matrix(memory, (rank, 1)), None,
+                       (m, n, rank), memory)  # fmt: skip
+    left = Operand(decoding(m, rank, "int4", min(group, rank), memory), False)
+    return Product(GemmProgram(left, plain_matrix, epilogue), None, Matrix(memory, (n, 1)), (m, n, rank), memory)

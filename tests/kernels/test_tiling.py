@@ -7,7 +7,7 @@ import math
 
 import pytest
 from kernels_support import load, program
-from triton_products import decoding, write_back
+from triton_products import decoding, up
 
 from qgalore_compile.kernels import tiling as model
 from qgalore_compile.kernels.gemm import GemmProgram, Operand
@@ -26,18 +26,6 @@ def plain(m: int | None, n: int | None, k: int, memory: str = "bf16", precision:
     """Both operands as they are."""
     gemm = GemmProgram(Operand(None, False), Operand(None, False))
     return Product(gemm, Matrix(memory, (k, 1)), Matrix(memory, (n or 1, 1)), (m, n, k), memory, precision)
-
-
-def up(m: int, n: int, rank: int, group: int, memory: str = "bf16") -> Product:
-    """A projected layer's update: P is INT4, the weight INT8."""
-    group, plain_matrix = min(group, n), Operand(None, False)
-    epilogue = write_back(Space(m, n, group), memory)
-    if m >= n:
-        right = Operand(decoding(rank, n, "int4", group, memory), False)
-        return Product(GemmProgram(plain_matrix, right, epilogue), Matrix(memory, (rank, 1)), None,
-                       (m, n, rank), memory)  # fmt: skip
-    left = Operand(decoding(m, rank, "int4", min(group, rank), memory), False)
-    return Product(GemmProgram(left, plain_matrix, epilogue), None, Matrix(memory, (n, 1)), (m, n, rank), memory)
 
 
 def forward(m: int, n: int, group: int, tokens: int | None) -> Product:
