@@ -393,7 +393,9 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
         space = space._replace(rows=1, columns=space.rows * space.columns)
         program = dataclasses.replace(program, space=space)
     count = space.rows * space.groups
-    lines = [f"at = tl.program_id(0) * {rows} + tl.arange(0, {rows})"]
+    # places are counted along a flattened matrix, which may have more of them than 32 bits hold
+    tile = "tl.program_id(0).to(tl.int64)" if space.rows * space.columns >= 1 << 31 else "tl.program_id(0)"
+    lines = [f"at = {tile} * {rows} + tl.arange(0, {rows})"]
     if space.rows == 1:
         lines += ["at_row = at * 0", "at_group = at"]
     else:

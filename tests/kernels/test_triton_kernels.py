@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 from unittest import mock
 
@@ -292,3 +293,14 @@ def test_targets_nest() -> None:
             called(region_of(str(region())))
         assert target_of(cpu) is SM_90
     assert (len(outer), len(inner)) == (0, 1)
+
+
+def test_places_of_a_matrix_of_two_to_the_31_elements_and_more_are_counted_in_64_bits() -> None:
+    def blocks(columns: int) -> str:
+        made = program(Space(1, columns, 256), "x u8 element in", "y u8 element out")
+        made.store("y", load(made, "x"))
+        (line,) = re.findall(r"^ +at = (.*)$", region_of(str(made)).source, re.MULTILINE)
+        return line
+
+    assert blocks((1 << 31) - 256).startswith("tl.program_id(0) * 8 +")
+    assert blocks(1 << 31).startswith("tl.program_id(0).to(tl.int64) * 8 +")

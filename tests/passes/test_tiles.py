@@ -82,7 +82,7 @@ def test_a_weight_at_full_rank_in_groups_too_wide_for_a_block_stays(calls: Calls
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="the stand-ins are for builds of torch without CUDA")
-def test_a_whole_step_for_a_gpu_compiles_without_the_kernel_and_its_record_tells_why() -> None:
+def test_a_whole_step_for_a_gpu_compiles_without_the_kernel() -> None:
     torch._dynamo.reset()
     with fake_cuda():
         with FakeTensorMode():
