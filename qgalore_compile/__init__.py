@@ -8,17 +8,20 @@ eager step.
 
 from qgalore_compile import _startup as _startup
 from qgalore_compile.check import CheckResult, check
+from qgalore_compile.coverage import CoverageWarning
 from qgalore_compile.groups import param_groups
 from qgalore_compile.optim import QGaLoreAdamW
 from qgalore_compile.report import Report, explain, report
-from qgalore_compile.weights import Int8Weight, quantize_
+from qgalore_compile.weights import Int8Weight, dequantize_, quantize_
 
 __all__ = [
     "CheckResult",
+    "CoverageWarning",
     "Int8Weight",
     "QGaLoreAdamW",
     "Report",
     "check",
+    "dequantize_",
     "explain",
     "param_groups",
     "quantize_",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
 from torch._C import _has_storage as has_storage
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
     ParamAOTInput,
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx._utils import lazy_format_graph_code
 from torch.optim.optimizer import _global_optimizer_post_hooks as global_step_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_step_pre_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
@@ -111,3 +112,11 @@ def __getattr__(name: str) -> Any:
     found = resolve_name(LATE[name])
     globals()[name] = found
     return found
+
+
+def skip_frames_of(function: Any) -> None:
+    """Let Dynamo compile neither ``function``'s frame nor any below it, as ``torch.compiler.disable`` does.
+
+    That would load Dynamo at the first call, wrap it and be seen by tracing; this is a mark on the code object.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qgalore_compile import formats
+from qgalore_compile.coverage import tell_projected
 from qgalore_compile.moments import ON_REFRESH, stored_moments
 from qgalore_compile.projection import projector_shape, side_of
 from qgalore_compile.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.scheduler import Rule, Schedule
 from qgalore_compile.subspace import METHODS
-from qgalore_compile.weights import Targets, select_linears
+from qgalore_compile.targets import Targets, foreign, obstacle, other_layers, select_linears
 
 PROJECTION_DEFAULTS: dict[str, Any] = {
     # GaLore's and Q-GaLore's own names
@@ -63,6 +64,8 @@ _OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRS
 def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
     """Groups for :class:`~qgalore_compile.QGaLoreAdamW`, with parameter names.
 
+    What they take is one line in the log (``qgalore_compile``, INFO).
+
     Args:
         model: its trainable parameters are taken; shared ones once.
         rank: of the projected group.
@@ -75,10 +78,29 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         not decayed: biases, norms and other parameters of fewer than two dimensions.
 
     Raises:
-        ValueError: no layer matches, or a key is unknown.
+        ValueError: no layer matches; a key is unknown; a parameter is sharded, or its gradient is sparse.
+
+    Warns:
+        CoverageWarning: nothing, or less than half of the trainable elements, is projected to a rank below a weight's
+            smaller side; the message says why.
     """
     check_keys({"rank": rank, **keys}, "param_groups")
-    projected_ids = {id(linear.weight) for _, linear in select_linears(model, targets)}
+    _check_model(model)
+    reasons = []
+    projected_ids = set()
+    frozen = []
+    for name, linear in select_linears(model, targets):
+        if why := obstacle(linear):
+            reasons.append(f"{name} is not projected: {why}")
+            continue
+        if not linear.weight.requires_grad:
+            frozen.append(f"{name}.weight")
+        projected_ids.add(id(linear.weight))
+    if frozen:
+        reasons.append(f"{len(frozen)} targets are frozen ({frozen[0]}{', …' if len(frozen) > 1 else ''}): they train "
+                       "with requires_grad_(True) before param_groups, and not as the base of adapters")  # fmt: skip
+    if others := other_layers(model):
+        reasons.append(others)
     common = {key: value for key, value in keys.items() if key in ADAM_KEYS}
     projected: dict[str, Any] = {"params": [], "param_names": [], "rank": rank, **keys}
     plain: dict[str, Any] = {"params": [], "param_names": [], **common}
@@ -94,7 +116,24 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
             group = plain
         group["params"].append(parameter)
         group["param_names"].append(name)
+    tell_projected(model, projected["params"], rank, reasons)
     return [group for group in (projected, plain, undecayed) if group["params"]]
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise ValueError for a trainable parameter that the optimizer would refuse, naming the layer."""
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            where = f"{name}.{key}".lstrip(".")
+            if why := foreign(parameter):
+                raise ValueError(f"param_groups: {where}: {why}")
+            if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                raise ValueError(
+                    f"param_groups: {where} has a sparse gradient (sparse=True), which is not supported; build "
+                    "the layer with sparse=False"
+                )
 
 
 def check_keys(group: dict[str, Any], where: str) -> None:
@@ -128,6 +167,8 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     _one_of(group, "moments", ("8bit", "32bit"), where)
     _one_of(group, "rounding", ("stochastic", "nearest"), where)
     for name, parameter in zip(names, group["params"], strict=True):
+        if why := foreign(parameter):
+            raise ValueError(f"{where}: {name}: {why}")
         if parameter.dtype not in PARAMETER_DTYPES:
             raise ValueError(f"{where}: {name} of dtype {parameter.dtype} {_DTYPES_ALLOWED}")
     if names:

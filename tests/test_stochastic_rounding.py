@@ -27,7 +27,7 @@ def stochastically(weight: qg.Int8Weight, value: Tensor, step: int) -> None:
 
 
 def to_nearest(weight: qg.Int8Weight, value: Tensor, step: int) -> None:
-    weight.copy_(value)
+    write_back_(weight, value, None, torch.tensor(True))
 
 
 def realised_drift(quanta: float, rounding: Rounding) -> list[float]:

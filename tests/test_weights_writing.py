@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -243,11 +244,62 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def first(result: Any) -> Tensor:
+    found: Tensor = result[0] if isinstance(result, (list, tuple)) else result
+    return found
+
+
 @pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_a_view_that_could_be_written_to_raises_and_names_the_weight(name: str, context: Callable[[], Any]) -> None:
-    with context(), pytest.raises(NotImplementedError, match=f"view of {NAMED}.*" + re.escape("weight.dequantize()")):
-        VIEWS[name](int8(linear()))
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_view_reads_as_the_dequantised_values_and_so_do_its_gradients(name: str, context: Callable[[], Any]) -> None:
+    weight = int8(linear())
+    twin = weight.dequantize().requires_grad_()
+    with context():
+        ours, theirs = (first(VIEWS[name](w)) for w in (weight, twin))
+        torch.testing.assert_close(ours + 0, theirs + 0)
+        assert type(ours + 0) is Tensor
+    if context is torch.enable_grad and ours.is_floating_point():
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        assert type(weight.grad) is Tensor
+        torch.testing.assert_close(weight.grad, twin.grad)
+
+
+WRITES_THROUGH_VIEWS: dict[str, Callable[[Any], Any]] = {
+    "w[0].zero_()": lambda w: w[0].zero_(),
+    "w[0][1] =": lambda w: w[0].__setitem__(1, 3.0),
+    "w.view(-1).add_": lambda w: w.view(-1).add_(1),
+    "w.data[:, 0].copy_": lambda w: w.data[:, 0].copy_(torch.ones(8)),
+    "w.detach()[:2] +=": lambda w: w.detach()[:2].__iadd__(1),
+    "w.flatten().t().mul_": lambda w: w.flatten().unsqueeze(0).t().mul_(2),
+    "w.unbind()[0].fill_": lambda w: w.unbind()[0].fill_(1.0),
+    "out= a row": lambda w: torch.add(ones[0], 1, out=w[0]),
+    "_foreach_add_ of rows": lambda w: torch._foreach_add_(list(w), 1.0),
+    "init of a part": lambda w: nn.init.zeros_(w[:4]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES_THROUGH_VIEWS)
+def test_a_write_through_a_view_raises_names_the_weight_and_changes_nothing(name: str) -> None:
+    weight = int8(linear())
+    before = storage(weight)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=f"a view of {NAMED}.*would be lost.*weight.copy_"):
+        WRITES_THROUGH_VIEWS[name](weight)
+    assert_same(weight, before)
+
+
+def test_copies_of_a_view_are_ordinary_tensors() -> None:
+    weight = int8(linear())
+    row = weight.detach()[2]
+    for plain in (row.clone(), copy.deepcopy(row), pickle.loads(pickle.dumps(row)), torch.from_numpy(row.numpy())):
+        assert type(plain) is Tensor
+        torch.testing.assert_close(plain, values(weight)[2].float())
+
+
+def test_a_view_in_compiled_code_is_refused() -> None:
+    weight = int8(linear()).detach()
+    with pytest.raises(Exception, match=f"view of {NAMED.replace(chr(92) + '(', '.')}|view of .*Int8Weight"):
+        torch.compile(lambda w: w[0] * 2, backend="aot_eager", fullgraph=True)(weight)
 
 
 READS: dict[str, Callable[[Any], Any]] = {
@@ -263,6 +315,14 @@ READS: dict[str, Callable[[Any], Any]] = {
     "cat": lambda w: torch.cat([w, w]),
     "isfinite": torch.isfinite,
     "expand": lambda w: w.expand(2, 8, 13),
+    "einsum": lambda w: torch.einsum("bi,oi->bo", torch.ones(2, 13), w),
+    "tensordot": lambda w: torch.tensordot(torch.ones(13, 3), w, dims=([0], [1])),
+    "bilinear": lambda w: nn.functional.bilinear(torch.ones(2, 8), torch.ones(2, 13), w[None]),
+    "numpy": lambda w: torch.from_numpy(w.detach().numpy()),
+    "stack": lambda w: torch.stack([w[0], w[1]]),
+    "item": lambda w: torch.tensor(w[1, 2].item()),
+    "vmap": lambda w: torch.vmap(lambda x: nn.functional.linear(x, w))(torch.ones(4, 13)),
+    "vmap over rows": lambda w: torch.vmap(torch.sum)(w),
 }
 
 

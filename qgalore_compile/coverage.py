@@ -1,0 +1,63 @@
+"""What ``quantize_`` and ``param_groups`` took of a model, in one line, and a warning where it is little."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from qgalore_compile.int8_weight import Int8Weight
+
+logger = logging.getLogger("qgalore_compile")
+
+
+class CoverageWarning(UserWarning):
+    """Less than half of a model's trainable elements are projected."""
+
+
+def int8_line(model: nn.Module) -> str:
+    """``INT8: 14 weights, 69 % of the parameters``; shared weights count once."""
+    parameters = list(model.parameters())
+    int8 = [parameter for parameter in parameters if isinstance(parameter, Int8Weight)]
+    return f"INT8: {_amount(int8, parameters)} of the parameters"
+
+
+def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons: list[str]) -> None:
+    """Log what is projected, and warn where it is less than half of the trainable elements.
+
+    Args:
+        model: all of it.
+        projected: trainable parameters of the projected group.
+        rank: as it was asked for; where it reaches the smaller side a projection spares nothing and does not count.
+        reasons: why layers that were asked for are not among them, a clause each.
+
+    Warns:
+        CoverageWarning: with the largest trainable parameters that are not projected, and the reasons.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    low = [p for p in projected if rank < min(p.shape)]
+    line = f"projected: {_amount(low, trainable.values())} of the trainable elements, rank {rank}"
+    logger.info("%s; %s", int8_line(model), line)
+    total, taken = (sum(p.numel() for p in each) for each in (trainable.values(), low))
+    if total == 0 or 2 * taken >= total:
+        return
+    full = [name for name, p in trainable.items() if any(p is each for each in projected) and rank >= min(p.shape)]
+    if full:
+        reasons = [*reasons, f"rank {rank} reaches the smaller side of {_some(full)}, where projecting spares nothing"]
+    ids = {id(p) for p in projected}
+    rest = sorted((name for name in trainable if id(trainable[name]) not in ids), key=lambda n: -trainable[n].numel())
+    if rest:
+        reasons = [*reasons, f"not projected are {_some([f'{n} {tuple(trainable[n].shape)}' for n in rest])}"]
+    warnings.warn(f"{line}; {'; '.join(reasons)}", CoverageWarning, stacklevel=3)
+
+
+def _amount(part: Iterable[Tensor], whole: Iterable[Tensor]) -> str:
+    part = list(part)
+    elements, of = sum(p.numel() for p in part), sum(p.numel() for p in whole)
+    return f"{len(part)} weights, {100 * elements / of if of else 0:.0f} %"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
