@@ -7,8 +7,8 @@ the change in the mean.  At four steps and more the loss by nearest is an eighth
 other values is what ``copy_`` is for.  Values that are on the grid are stored as they are, whichever way they are
 rounded.
 
-In the same place of the same program draws are the same: they follow from the source's values, the weight's name and,
-outside compiled code, how often it was written to; no generator of PyTorch's is touched.
+In the same place of the same program draws are the same: they follow from the source's values, what is stored, the
+weight's name and, outside compiled code, how often it was written to in this way; no generator of PyTorch's is touched.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import zlib
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qgalore_compile import formats
 from qgalore_compile._torch import is_fake
@@ -58,9 +59,11 @@ def requantised(
     if not tracing and not bool(near.any()):
         return nearest.codes, nearest.scale, nearest.offset
     value = torch.where(moved, value, old)
-    writes = 0 if tracing or codes.is_inference() else codes._version
-    # a sum wraps around; only that it differs from the next one's matters
-    seed = value.contiguous().view(torch.int32).sum(dtype=torch.int64) + writes
+    # sums of bits: all that matters is that they differ from the next draw's
+    seed = value.contiguous().view(torch.int32).sum(dtype=torch.int64) + codes.sum(dtype=torch.int64)
+    if not tracing and not codes.is_inference():
+        increment_version(codes)  # PyTorch does not count writes below autograd
+        seed = seed + codes._version
     noise = random_bits(value.shape, seed=0, step=seed, param=zlib.crc32((label or "").encode()) >> 1)
     drawn, close = (formats.quantize_int8(value, group_size, noise=each) for each in (noise, None))
     error = (formats.dequantize_int8(*close) - value).abs()

@@ -1,4 +1,4 @@
-"""Int8Weight quantises what is assigned to it and refuses every other change; quantize_ puts it into a model."""
+"""Int8Weight quantises what is assigned to it, refuses every other change, and is read through views."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from int8 import Tiny, assert_same, int8, linear, storage, values
+from int8 import assert_same, int8, linear, storage, values
 from torch import Tensor, nn
 
-import qgalore_compile as qg
 from qgalore_compile import Int8Weight, formats
 from qgalore_compile.rng import random_bits
-from qgalore_compile.weights import select_linears, write_back_
+from qgalore_compile.weights import write_back_
 
 NAMED = r"Int8Weight\('0\.weight', shape=\(8, 13\)"
 """What a message about ``linear()``'s weight must hold: the parameter's name and shape."""
@@ -352,121 +351,3 @@ def test_share_memory_raises_in_place_of_crashing() -> None:
         int8(linear()).share_memory_()
     with pytest.raises(NotImplementedError, match="shared memory"):
         linear().share_memory()
-
-
-# -- quantize_ --------------------------------------------------------------------------------------------------------
-
-
-def quantised(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if isinstance(parameter, Int8Weight)]
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (None, ["0.q_proj", "0.o_proj", "1.q_proj", "1.o_proj"]),
-        ("q_proj", ["0.q_proj", "1.q_proj"]),
-        ("1.q_proj", ["1.q_proj"]),
-        (["o_proj", "0.q_proj"], ["0.q_proj", "0.o_proj", "1.o_proj"]),
-        (re.compile(r"1\.\w_proj$"), ["1.q_proj", "1.o_proj"]),
-        (lambda name, layer: layer.out_features == 20 and "0" in name, ["0.q_proj"]),
-    ],
-    ids=["default", "name", "path", "names", "regex", "predicate"],
-)
-def test_targets_choose_the_layers(targets: Any, expected: list[str]) -> None:
-    model = Tiny()
-    floats = copy.deepcopy(model)
-    assert qg.quantize_(model, group_size=7, targets=targets) is model
-    assert quantised(model) == [f"blocks.{name}.weight" for name in expected]
-    for name, parameter in floats.named_parameters():
-        ours = model.get_parameter(name)
-        if isinstance(ours, Int8Weight):
-            assert (ours.label, ours.group_size, ours.requires_grad) == (name, 7, True)
-            assert_same(ours, storage(Int8Weight.from_float(parameter, 7)))
-        else:
-            assert torch.equal(ours, parameter)
-
-
-def test_the_head_is_a_target_when_it_is_named() -> None:
-    assert quantised(qg.quantize_(Tiny(), targets=["head"])) == ["head.weight"]
-
-
-def test_a_model_that_is_itself_a_sequence_consists_of_blocks() -> None:
-    assert [name for name, _ in select_linears(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)))] == [
-        "0",
-        "2",
-    ]
-
-
-def test_frozen_weights_stay_frozen_dtypes_stay_and_quantising_twice_changes_nothing() -> None:
-    model = Tiny().bfloat16().requires_grad_(False)
-    qg.quantize_(model, group_size=7)
-    weight = int8(model.blocks[0]["q_proj"])
-    before = storage(weight)
-    qg.quantize_(model, group_size=3)
-    assert model.blocks[0]["q_proj"].weight is weight
-    assert_same(weight, before)
-    assert (weight.requires_grad, weight.dtype) == (False, torch.bfloat16)
-
-
-def test_layers_that_share_a_weight_share_it_afterwards() -> None:
-    model = Tiny()
-    model.blocks[1]["q_proj"].weight = model.blocks[0]["q_proj"].weight
-    qg.quantize_(model)
-    assert model.blocks[1]["q_proj"].weight is model.blocks[0]["q_proj"].weight
-    model.bfloat16()
-    weight = int8(model.blocks[1]["q_proj"])
-    assert weight is model.blocks[0]["q_proj"].weight
-    assert (weight.dtype, weight.label) == (torch.bfloat16, "blocks.0.q_proj.weight")
-
-
-def spoilt(value: float) -> Callable[[Tiny], None]:
-    def spoil(model: Tiny) -> None:
-        with torch.no_grad():
-            model.blocks[1]["o_proj"].weight[2, 3] = value
-
-    return spoil
-
-
-def tied(model: Tiny) -> None:
-    model.head.weight = model.embed.weight
-
-
-def untouched(model: Tiny) -> None:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("spoil", "targets", "words"),
-    [
-        (untouched, "k_proj", r"'k_proj' names none.*blocks\.0\.q_proj.*pass targets="),
-        (untouched, "proj", "'proj' names none"),
-        (untouched, ["q_proj", "gate_proj"], "'gate_proj' names none"),
-        (untouched, re.compile("gate"), "select none"),
-        (untouched, lambda name, layer: False, "select none"),
-        (untouched, [], "select none"),
-        (tied, ["q_proj", "head"], r"head\.weight of shape \(17, 12\) is shared with embed; .*untie"),
-        (spoilt(float("nan")), None, r"blocks\.1\.o_proj\.weight of shape \(12, 20\) holds NaN or Inf"),
-        (spoilt(-float("inf")), None, r"blocks\.1\.o_proj\.weight of shape \(12, 20\) holds NaN or Inf"),
-    ],
-    ids=["no match", "part of a name", "one of two", "regex", "predicate", "empty list", "tied", "NaN", "Inf"],
-)
-def test_an_error_leaves_the_model_as_it_was(spoil: Callable[[Tiny], None], targets: Any, words: str) -> None:
-    model = Tiny()
-    spoil(model)
-    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError, match=words):
-        qg.quantize_(model, targets=targets)
-    for name, (parameter, value) in before.items():
-        assert model.get_parameter(name) is parameter
-        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_model_without_linear_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"no nn\.Linear"):
-        qg.quantize_(nn.Sequential(nn.Conv2d(3, 4, 1)))
-
-
-def test_a_group_size_below_one_is_an_error() -> None:
-    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
-        qg.quantize_(Tiny(), group_size=0)
