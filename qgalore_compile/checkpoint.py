@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.groups import names_of
+from qgalore_compile.moments import IN_8_BITS
 from qgalore_compile.saved_state import check_group, check_state
+
+OLD_SECOND_MOMENT = "exp_avg_sq_absmax"
 
 
 @contextmanager
@@ -60,6 +63,7 @@ def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tu
     """
     saved_groups, saved_state = parts(state_dict)
     own_groups = optimizer.param_groups
+    _check_second_moments(own_groups, saved_groups, saved_state)
     sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (own_groups, saved_groups))
     if sizes != saved_sizes:
         raise ValueError(
@@ -93,6 +97,23 @@ def parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Te
             "with its 'params', and a dict of dicts under 'state'"
         )
     return list(groups), state
+
+
+def _check_second_moments(
+    own_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], saved_state: dict[Any, dict[str, Tensor]]
+) -> None:
+    """Raise ValueError for 8-bit moments that hold v, not √v.  Before all else: it is a matter of the whole file."""
+    for position, group in enumerate(saved_groups):
+        for place, key in enumerate(group["params"]):
+            if OLD_SECOND_MOMENT in saved_state.get(key, {}):
+                names = names_of(own_groups[position], position) if position < len(own_groups) else []
+                name = names[place] if place < len(names) else f"parameter {place} of group {position}"
+                raise ValueError(
+                    f"{name}: the saved 8-bit moments hold v itself ({OLD_SECOND_MOMENT}), as earlier versions "
+                    f"stored it; this one stores √v ({IN_8_BITS[-1]}). They cannot be converted, for where v was "
+                    "rounded to 0 its size is lost: load the model's weights alone and begin with fresh moments, or "
+                    "end the run with the version that wrote it"
+                )
 
 
 def _pairs(

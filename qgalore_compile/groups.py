@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile import formats
 from qgalore_compile.coverage import tell_projected
 from qgalore_compile.moments import ON_REFRESH, stored_moments
+from qgalore_compile.moments import zeros as zero_moments
 from qgalore_compile.projection import projector_shape, side_of
 from qgalore_compile.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
 from qgalore_compile.rng import SEEDS
@@ -318,24 +317,16 @@ def slot_of(group: dict[str, Any], index: int) -> int:
 
 def new_state(p: Tensor, group: dict[str, Any], slot: int = -1) -> dict[str, Tensor]:
     """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
-    zeros: Callable[[Sequence[int]], Tensor] = partial(torch.zeros, dtype=torch.float32, device=p.device)
     state = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
     shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
     if "rank" in group:
         rank = rank_of(group, p)
         (m, n), side = p.shape, side_of(p.shape)
         shape = (m, rank) if side == "right" else (rank, n)
-        encoded = projector_format(group).encode(zeros(projector_shape(p.shape, rank)))
-        state.update(zip(PROJECTOR, encoded, strict=False))
+        zeros = torch.zeros(projector_shape(p.shape, rank), dtype=torch.float32, device=p.device)
+        state.update(zip(PROJECTOR, projector_format(group).encode(zeros), strict=False))
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
     else:
         eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
-    for name in ("exp_avg", "exp_avg_sq"):
-        if eight_bit:
-            # One element stands for all: to encode an embedding's 131 M zeros would take 2.5 GB for a while.
-            code, _, _ = formats.quantize_dynamic8(zeros((1,)), signed=name == "exp_avg")
-            blocks = -(-math.prod(shape) // formats.BLOCK_SIZE)
-            state[name], state[f"{name}_absmax"] = code.expand(shape).clone(), zeros((blocks,))
-        else:
-            state[name] = zeros(shape)
+    state.update(zero_moments(shape, eight_bit, p.device))
     return state

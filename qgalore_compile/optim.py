@@ -6,10 +6,11 @@ One step for a projected weight W (m, n) with gradient G, projector P and rank r
     refresh                      where the schedule says so: P from G anew, R with the new P,  refresh.py
                                  and the stored moments follow, if asked to                    moments.py
     m = β1 m + (1 - β1) R        float32, from moments dequantised; likewise v with R²
+    √v = max(√v, κ |m|)          8-bit moments only: what Cauchy and Schwarz say of float ones  moments.py
     N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v; 0 where the divisor is 0
     U = α N P                    left side: α P N
     W = W - lr U;  W = W - lr λ W                              decoupled decay, after the update
-    store m, v, W                8-bit blocks; INT8 and short floats with stochastic rounding   formats.py, rounding.py
+    store m, √v, W               8-bit blocks; INT8 and short floats with stochastic rounding   formats.py, rounding.py
 
 Every other parameter takes the same step with R = G and U = N.  Source: Q-GaLore (arXiv 2407.08296), algorithm 1.
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile import checkpoint, formats, groups, hooks, rounding
+from qgalore_compile import checkpoint, groups, hooks, moments, rounding
 from qgalore_compile.placement import check_placement
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
@@ -59,7 +60,7 @@ class QGaLoreAdamW(Optimizer):
             is that of ``Int8Weight``, bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.
-        moments: "8bit" or "32bit".
+        moments: "8bit" (parameters that are not projected and have fewer than 4096 elements keep 32) or "32bit".
         max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
             that was due and finite may be new, and its moments with it; the schedules' clocks count the attempt);
@@ -70,8 +71,11 @@ class QGaLoreAdamW(Optimizer):
 
     ==========================================  =======================================================================
     ``step``                                    int64, 0-d: updates so far
-    ``exp_avg``, ``exp_avg_sq``                 uint8 codes or float32, shaped like R
-    ``exp_avg_absmax``, ``exp_avg_sq_absmax``   float32, one per block of 256; 8-bit moments only
+    ``exp_avg``                                 m, shaped like R: uint8 codes or float32
+    ``exp_avg_sq_root``                         √v, shaped like R: uint8 codes; 8-bit moments only
+    ``exp_avg_absmax``,                         float32, one per block of 256; 8-bit moments only
+    ``exp_avg_sq_root_absmax``
+    ``exp_avg_sq``                              v, shaped like R: float32; 32-bit moments only
     ``projector``                               packed INT4, INT8 codes or float32
     ``projector_scale``, ``projector_offset``   float32, one per group; quantised projectors only
     ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.scheduler`)
@@ -318,11 +322,17 @@ def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Ten
 def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:
     """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
     beta1, beta2 = group["betas"]
-    exp_avg = beta1 * _load_moment(state, "exp_avg") + (1 - beta1) * grad
-    exp_avg_sq = beta2 * _load_moment(state, "exp_avg_sq") + (1 - beta2) * grad * grad
-    _store_moment(state, "exp_avg", exp_avg, ok)
-    _store_moment(state, "exp_avg_sq", exp_avg_sq, ok)
-    below = (exp_avg_sq / _bias(beta2, step)).sqrt() + group["eps"]
+    stored = moments.stored_moments(state)
+    eight_bit = "exp_avg_absmax" in state
+    exp_avg, exp_avg_sq = moments.decode(stored)
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    root = exp_avg_sq.sqrt()
+    if eight_bit:
+        root = torch.maximum(root, moments.least_root(group["betas"]) * exp_avg.abs())
+    for tensor, value in zip(stored, moments.encode(exp_avg, exp_avg_sq, eight_bit, root=root), strict=True):
+        tensor.copy_(torch.where(ok, value, tensor))
+    below = root / _bias(beta2, step).sqrt() + group["eps"]
     # without eps, 0 / 0 where there never was a gradient
     return torch.where(below == 0, 0.0, (exp_avg / _bias(beta1, step)) / below)
 
@@ -330,18 +340,3 @@ def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: T
 def _bias(beta: float, step: Tensor) -> Tensor:
     """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
     return -torch.expm1(step.to(torch.float32) * (math.log(beta) if beta > 0 else -math.inf))
-
-
-def _load_moment(state: dict[str, Tensor], name: str) -> Tensor:
-    if f"{name}_absmax" not in state:
-        return state[name]
-    return formats.dequantize_dynamic8(state[name], state[f"{name}_absmax"], name == "exp_avg")
-
-
-def _store_moment(state: dict[str, Tensor], name: str, value: Tensor, ok: Tensor) -> None:
-    if f"{name}_absmax" not in state:
-        state[name].copy_(torch.where(ok, value, state[name]))
-        return
-    codes, absmax, _ = formats.quantize_dynamic8(value, signed=name == "exp_avg")
-    state[name].copy_(torch.where(ok, codes, state[name]))
-    state[f"{name}_absmax"].copy_(torch.where(ok, absmax, state[f"{name}_absmax"]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qgalore_compile import formats, groups
+from qgalore_compile import formats, groups, moments
 from qgalore_compile.projection import Side, side_of
 from qgalore_compile.scheduler import Schedule
 from qgalore_compile.weights import Int8Weight
@@ -209,7 +209,7 @@ class Entry(NamedTuple):
         return self.tensor
 
 
-_PARTS = (*groups.PROJECTOR[1:], "exp_avg_absmax", "exp_avg_sq_absmax")
+_PARTS = (*groups.PROJECTOR[1:], *moments.IN_8_BITS[1::2])
 
 
 def entries(roots: dict[str, Any]) -> dict[str, Entry]:

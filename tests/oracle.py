@@ -100,13 +100,24 @@ def encode_groups_sr(w: Array, group_size: int, bits: Array) -> tuple[Array, Arr
 
 
 def adam(
-    m: Array, v: Array, grad: Array, *, step: int, betas: tuple[float, float], eps: float
+    m: Array, v: Array, grad: Array, *, step: int, betas: tuple[float, float], eps: float, coded: bool = False
 ) -> tuple[Array, Array, Array]:
-    """m, v and the normalised step N, with bias correction."""
+    """m, v and the normalised step N, with bias correction; ``coded``: v held to what float moments obey."""
     beta1, beta2 = betas
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * grad**2
+    if coded:
+        v = np.maximum(v, least_square(betas) * m**2)
     return m, v, (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + eps)
+
+
+def least_square(betas: tuple[float, float]) -> float:
+    """The least v / m² that gradients make, those in proportion to (β1 / β2)ᵏ, k steps back: by Cauchy and Schwarz the
+    inverse of the sum of ((1 - β1) β1ᵏ)² / ((1 - β2) β2ᵏ); 0 where that sum is infinite."""
+    beta1, beta2 = betas
+    ratio = beta1**2 / beta2 if beta2 else np.inf
+    k = np.arange(200_000)
+    return 0.0 if ratio >= 1 else float(1 / ((1 - beta1) ** 2 / (1 - beta2) * ratio**k).sum())
 
 
 def canonical_signs(columns: Array) -> Array:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
-from qgalore_compile import formats
 from qgalore_compile.backend import qgalore
 from qgalore_compile.dry_run import dry, without_cache
+from qgalore_compile.moments import decode, stored_moments
 from qgalore_compile.tracing import step_backend
 
 
@@ -182,11 +182,8 @@ def decoded(model: nn.Module, opt: qg.QGaLoreAdamW) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         values[name] = (parameter.dequantize() if isinstance(parameter, qg.Int8Weight) else parameter).detach().double()
         state = opt.state[parameter]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            value = state[moment]
-            if value.dtype == torch.uint8:
-                value = formats.dequantize_dynamic8(value, state[f"{moment}_absmax"], moment == "exp_avg")
-            values[f"{name}/{moment}"] = value.double().clone()
+        m, v = decode(stored_moments(state))
+        values.update({f"{name}/m": m.double(), f"{name}/v": v.double()})
     return {name: value.clone() for name, value in values.items()}
 
 

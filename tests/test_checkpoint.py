@@ -91,7 +91,7 @@ def test_codes_keep_their_dtype_and_tensors_their_identity() -> None:
     before = {(key, name): value for key, state in opt.state.items() for name, value in state.items()}
     opt.load_state_dict(saved)
     state = opt.state[model.blocks[0].weight]
-    assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq", "projector")} == {torch.uint8}
+    assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq_root", "projector")} == {torch.uint8}
     assert state["schedule"].dtype == torch.float64
     for (key, name), value in before.items():
         assert opt.state[key][name] is value
@@ -183,6 +183,28 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     model, opt = toy()
     train(model, opt, 0, 3)
     was, keys = snapshot(model, opt), repr(opt.param_groups)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert_same(was, snapshot(model, opt))
+    assert repr(opt.param_groups) == keys
+
+
+@pytest.mark.parametrize("parameter", [0, 1], ids=["the first parameter", "another"])
+def test_moments_that_hold_v_itself_are_refused_whatever_else_differs_and_change_nothing(parameter: int) -> None:
+    """As written by versions that stored v in 8 bits, where a step count and whatever else was another too."""
+    other, other_opt = toy()
+    train(other, other_opt, 0, 2)
+    saved = through_a_file(other_opt.state_dict())
+    state = saved["state"][parameter]
+    state["exp_avg_sq"], state["exp_avg_sq_absmax"] = (state.pop(f"exp_avg_sq_root{part}") for part in ("", "_absmax"))
+    del saved["state"][0]["step"]
+    model, opt = toy()
+    train(model, opt, 0, 3)
+    was, keys = snapshot(model, opt), repr(opt.param_groups)
+    message = (
+        rf"(?s)blocks\.{parameter}\.weight: .*hold v itself \(exp_avg_sq_absmax\).*earlier versions.*stores √v "
+        r"\(exp_avg_sq_root_absmax\).*load the model's weights alone and begin with fresh moments, or end the run"
+    )
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(saved)
     assert_same(was, snapshot(model, opt))

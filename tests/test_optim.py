@@ -106,8 +106,8 @@ def test_all_state_exists_before_the_first_step_and_stays_the_same_tensors() -> 
 def test_moments_of_projected_parameters_are_shaped_like_r_and_take_a_byte() -> None:
     model, opt = toy(rank=4)
     right, left = (opt.state[model.blocks[i].weight] for i in (0, 1))
-    assert right["exp_avg"].shape == right["exp_avg_sq"].shape == (20, 4)
-    assert left["exp_avg"].shape == left["exp_avg_sq"].shape == (4, 20)
+    assert right["exp_avg"].shape == right["exp_avg_sq_root"].shape == (20, 4)
+    assert left["exp_avg"].shape == left["exp_avg_sq_root"].shape == (4, 20)
     assert right["exp_avg"].dtype == torch.uint8
     assert right["projector"].shape == (4, 6)  # (4, 12), two codes a byte
 

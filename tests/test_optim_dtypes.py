@@ -144,7 +144,7 @@ def test_state_has_the_dtype_of_its_table(dtype: torch.dtype) -> None:
     assert {name: t.dtype for name, t in state.items()} == {
         "step": torch.int64, "schedule": torch.float64,
         "exp_avg": torch.uint8, "exp_avg_absmax": torch.float32,
-        "exp_avg_sq": torch.uint8, "exp_avg_sq_absmax": torch.float32,
+        "exp_avg_sq_root": torch.uint8, "exp_avg_sq_root_absmax": torch.float32,
         "projector": torch.uint8, "projector_scale": torch.float32, "projector_offset": torch.float32,
         "grad_norm": torch.float32, "skipped_steps": torch.int64,
     }  # fmt: skip

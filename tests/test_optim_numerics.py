@@ -98,10 +98,11 @@ def projector_of(p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> 
 def moments_of(state: dict[str, Tensor]) -> list[oracle.Array]:
     if "exp_avg_absmax" not in state:
         return [numbers(state["exp_avg"]), numbers(state["exp_avg_sq"])]
-    return [
+    m, root = (
         oracle.decode_dynamic8(numbers(state[name]), numbers(state[f"{name}_absmax"]), signed=name == "exp_avg")
-        for name in ("exp_avg", "exp_avg_sq")
-    ]
+        for name in ("exp_avg", "exp_avg_sq_root")
+    )
+    return [m, root**2]
 
 
 def block_maxima(x: oracle.Array) -> oracle.Array:
@@ -119,12 +120,17 @@ def assert_blocks_close(
 
 
 def check_moments(state: dict[str, Tensor], old: list[oracle.Array], new: list[oracle.Array], what: str) -> None:
-    for name, before, want in zip(("exp_avg", "exp_avg_sq"), old, new, strict=True):
+    second = "exp_avg_sq"
+    if f"{second}_root" in state:
+        second, old, new = f"{second}_root", [old[0], np.sqrt(old[1])], [new[0], np.sqrt(new[1])]
+    for name, before, want in zip(("exp_avg", second), old, new, strict=True):
         terms = np.maximum(np.abs(before), np.abs(want))
         if f"{name}_absmax" not in state:
             assert_blocks_close(numbers(state[name]), want, terms, f"{what} {name}")
             continue
         codes, absmax, ties = oracle.encode_dynamic8(want, signed=name == "exp_avg")
+        if name == second:
+            codes = codes.clip(min=1)  # never 0, where m may not be
         error = np.abs(numbers(state[f"{name}_absmax"]) - absmax)
         assert (error <= 1e-6 * block_maxima(terms) + 1e-38).all(), f"{what} {name}: absmax is off by {error.max()}"
         oracle.assert_codes_close(numbers(state[name]), codes, f"{what} {name}", ties=ties)
@@ -156,7 +162,8 @@ def step_and_check(opt: qg.QGaLoreAdamW) -> None:
     ):
         state, lr = opt.state[p], float(group["lr"])
         assert int(state["step"]) == steps + 1
-        m, v, update = oracle.adam(*moments, low * clip, step=steps + 1, betas=group["betas"], eps=group["eps"])
+        settings: dict[str, Any] = dict(betas=group["betas"], eps=group["eps"], coded="exp_avg_absmax" in state)
+        m, v, update = oracle.adam(*moments, low * clip, step=steps + 1, **settings)
         check_moments(state, moments, [m, v], f"parameter {index}")
         rounding = 0.0
         if projector is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import qgalore_compile as qg
+from qgalore_compile import formats
+from qgalore_compile.moments import decode, stored_moments
 
 
 @contextlib.contextmanager
@@ -151,27 +154,33 @@ def step_both(bnb: ModuleType, steps: int, shape: tuple[int, ...], size: float) 
     opt = qg.QGaLoreAdamW([ours], **settings)
     with quietly():
         reference = bnb.optim.Adam8bit([theirs], **settings)
-    names = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}
-    mine = opt.state[ours]
+    mine, their_v = opt.state[ours], np.zeros(shape)
     for step in range(steps):
         grad = torch.randn(shape) * size * torch.logspace(-2, 0, shape[-1])
-        ours.grad, theirs.grad = grad.clone(), grad.clone()
-        old = [
-            oracle.decode_dynamic8(mine[n].numpy(), mine[f"{n}_absmax"].numpy(), signed=n == "exp_avg") for n in names
-        ]
-        exact = oracle.adam(*old, grad.double().numpy(), step=step + 1, betas=(0.9, 0.99), eps=1e-8)
+        for p in (ours, theirs):
+            p.grad = grad.clone()
+            p.data.zero_()  # the update, to all its digits, is then what p holds
+        m, v = (value.double().numpy() for value in decode(stored_moments(mine)))
+        adam = partial(oracle.adam, m, grad=grad.double().numpy(), step=step + 1, betas=(0.9, 0.99), eps=1e-8)
+        (m, _, update), (_, their_v, their_update) = adam(v=v, coded=True), adam(v=their_v)
         opt.step()
         with quietly():
             reference.step()
         other = reference.state[theirs]
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-        for (name, (codes, absmax)), value in zip(names.items(), exact, strict=False):
-            torch.testing.assert_close(mine[f"{name}_absmax"], other[absmax], rtol=1e-5, atol=0)
-            assert_same_codes_but_for_the_table(mine[name], other[codes], value, signed=name == "exp_avg")
-            # equal state for the next step: differences would compound
-            other[codes].copy_(mine[name])
-            other[absmax].copy_(mine[f"{name}_absmax"])
-        theirs.data.copy_(ours.data)
+        # theirs keeps v and ours √v: the same Adam divides by either
+        for p, expected in ((ours, update), (theirs, their_update)):
+            torch.testing.assert_close(p.detach().double(), torch.from_numpy(-0.01 * expected), rtol=1e-5, atol=1e-8)
+        unsigned = formats.quantize_dynamic8(torch.from_numpy(their_v).float(), signed=False)
+        for codes, absmax, names, exact, signed in (
+            (mine["exp_avg"], mine["exp_avg_absmax"], ("state1", "absmax1"), m, True),
+            (unsigned.codes, unsigned.absmax, ("state2", "absmax2"), their_v, False),
+        ):
+            torch.testing.assert_close(absmax, other[names[1]], rtol=1e-5, atol=0)
+            assert_same_codes_but_for_the_table(codes, other[names[0]], exact, signed=signed)
+        # equal state for the next step: differences would compound
+        other["state1"].copy_(mine["exp_avg"])
+        other["absmax1"].copy_(mine["exp_avg_absmax"])
+        their_v = oracle.decode_dynamic8(other["state2"].numpy(), other["absmax2"].numpy(), signed=False)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 70), (4096,), (4099,), (53, 431)])

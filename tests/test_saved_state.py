@@ -66,7 +66,7 @@ CANNOT_BE = [
     (in_state("projector_scale", -1.0), "projector_scale holds -1, which must not be negative"),
     (in_state("projector_offset", math.inf), "projector_offset holds NaN or Inf"),
     (in_state("exp_avg_absmax", math.inf), "exp_avg_absmax holds NaN or Inf"),
-    (in_state("exp_avg_sq_absmax", -0.5), "exp_avg_sq_absmax holds -0.5"),
+    (in_state("exp_avg_sq_root_absmax", -0.5), "exp_avg_sq_root_absmax holds -0.5"),
     (in_state("step", -1), "step holds -1, which must not be negative"),
     (in_state("exp_avg_sq", -1e-9, parameter=3), "exp_avg_sq holds -1e-09, which must not be negative"),
     # schedules

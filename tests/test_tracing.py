@@ -20,7 +20,6 @@ import qgalore_compile as qg
 import qgalore_compile.backend  # which teaches Dynamo
 from qgalore_compile.tracing import NoGradientError, is_ours, step_backend
 
-
 # Dynamo looks at .grad of what is no leaf, and hides the warning by a filter that "error" comes before.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
