@@ -178,6 +178,8 @@ def _compute_anew(
         return now  # still due, and R is the old projector's
     # the first refresh may follow a stand-in: the moments are of its basis, and its similarity would tell of a sketch
     old = form.decode(projector, columns) if now.has_projector else None
+    if old is not None and form.bits == 0:
+        old = old.clone()  # decoded, it is the stored tensor itself, which is about to be overwritten
     similarity = None
     if old is not None and now.refreshes:
         measure = official_similarity if settings.official else subspace_similarity

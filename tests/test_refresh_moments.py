@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from refresh_support import INT4, Layer, both_sides, no_convergence, project_old
+from refresh_support import FLOAT, INT4, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
 from qgalore_compile.moments import change_of_basis, rotated
-from qgalore_compile.refresh import Moments
+from qgalore_compile.refresh import Moments, ProjectorFormat
 from qgalore_compile.scheduler import Schedule
 from qgalore_compile.subspace import METHODS
 
 BETAS = (0.9, 0.999)
 
 
-def with_moments(shape: tuple[int, int], how: str, **settings: Any) -> Layer:
-    layer = Layer(shape, 4, INT4, gap=2, **settings)
+def with_moments(shape: tuple[int, int], how: str, form: ProjectorFormat = INT4, **settings: Any) -> Layer:
+    layer = Layer(shape, 4, form, gap=2, **settings)
     m = torch.randn(layer.low.shape)
     layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, BETAS)
     return layer
@@ -32,13 +32,16 @@ def stored(layer: Layer) -> list[Tensor]:
 
 @both_sides
 @pytest.mark.parametrize("how", ["reset", "rotate"])
-def test_moments_follow_every_refresh_but_the_first_and_nothing_else(shape: tuple[int, int], how: str) -> None:
-    layer = with_moments(shape, how)
+@pytest.mark.parametrize("form", [INT4, FLOAT], ids=["int4", "float"])
+def test_moments_follow_every_refresh_but_the_first_and_nothing_else(
+    shape: tuple[int, int], how: str, form: ProjectorFormat
+) -> None:
+    layer = with_moments(shape, how, form)
     kept = stored(layer)
     for grad in (torch.randn(shape), torch.randn(shape), torch.full(shape, torch.nan)):  # first; not due; not finite
         layer.call(grad)
         assert all(map(torch.equal, kept, stored(layer)))
-    old = layer.projector
+    old = layer.projector.clone()
     layer.call(torch.randn(shape))
     if how == "reset":
         assert not any(bool(moment.any()) for moment in stored(layer))
