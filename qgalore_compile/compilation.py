@@ -135,14 +135,27 @@ def of_code(code: CodeType, regions: Collection[int] | None = None) -> list[Comp
 
 def input_names(gm: fx.GraphModule) -> dict[int | str, str]:
     """Readable names of a Dynamo graph's inputs, by number, and of the tensors that hang on it, by attribute:
-    ``model.layers.0.weight`` where the source says ``_modules[…]``."""
+    ``model.layers.0.weight`` where the source says ``_modules[…]``, and the group's own name of a parameter that Dynamo
+    met through the optimizer."""
     names: dict[int | str, str] = {}
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         source = getattr(node, "_dynamo_source", None)
-        names[index] = node.name if source is None else _readable(source.name)
+        names[index] = node.name if source is None else _in_a_group(source) or _readable(source.name)
     for attribute, source in getattr(gm, "_param_name_to_source", {}).items():
         names[attribute] = _readable(source.name)
     return names
+
+
+def _in_a_group(source: Any) -> str | None:
+    """The name that a parameter group gives to what Dynamo found as ``….param_groups[i]["params"][j]``."""
+    listed = getattr(source, "base", None)
+    if getattr(listed, "index", None) != "params" or ".param_groups[" not in source.name:
+        return None
+    from qgalore_compile._torch import InstructionTranslator
+
+    group = InstructionTranslator.current_tx().output.resolve_source_value(listed.base)
+    names = group.get("param_names")
+    return None if names is None else str(names[source.index])
 
 
 def parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[int | str]:

@@ -475,6 +475,12 @@ def test_recompilations_of_one_step_are_counted_as_before() -> None:
     assert qg.report(step).recompiles == 1
 
 
+def test_layers_that_were_met_through_the_optimizer_have_the_model_s_names() -> None:
+    step = torch.compile(zero_first(*parts()), backend=Interpreted(), fullgraph=True)
+    step(batch(0))
+    assert sorted(layer["name"] for layer in qg.report(step).layers) == ["0.weight", "2.weight"]
+
+
 # -- which steps are ours ---------------------------------------------------------------------------------------------
 
 
