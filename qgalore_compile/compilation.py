@@ -148,7 +148,7 @@ def input_names(gm: fx.GraphModule) -> dict[int | str, str]:
 
 def _in_a_group(source: Any) -> str | None:
     """The name that a parameter group gives to what Dynamo found as ``….param_groups[i]["params"][j]``."""
-    listed = getattr(source, "base", None)
+    listed: Any = getattr(source, "base", None)
     if getattr(listed, "index", None) != "params" or ".param_groups[" not in source.name:
         return None
     from qgalore_compile._torch import InstructionTranslator
