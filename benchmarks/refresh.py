@@ -35,8 +35,8 @@ from rich.table import Table
 from torch import Tensor
 from train_step import spread
 
-from qgalore_compile import formats
 from qgalore_compile.data import load_corpus, training_batch
+from qgalore_compile.moments import encode
 from qgalore_compile.projection import project, projector_shape, side_of
 from qgalore_compile.refresh import Moments, ProjectorFormat, refresh_
 from qgalore_compile.refresh_cost import described
@@ -80,8 +80,7 @@ class Parameter:
         self.stored = INT4.encode(torch.zeros(projector_shape(self.shape, rank)))
         self.schedule = Schedule.first(1, 5).to_tensor()
         moments = torch.randn(low) * 0.01
-        first, second = formats.quantize_dynamic8(moments, signed=True), moments.square() * 2
-        self.moments = [*first[:2], *formats.quantize_dynamic8(second, signed=False)[:2]]
+        self.moments = encode(moments, moments.square() * 2, eight_bit=True)
 
     def refresh(self, side: Side) -> None:
         refresh_(

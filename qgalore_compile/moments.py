@@ -4,16 +4,16 @@
 :mod:`~qgalore_compile.formats`: v spans twice m's decades, and where it rounded to 0 and m did not, N = m̂ / (0 + ε).
 Two things keep √v from falling behind m, where blocks have their own absolute maxima and m forgets sooner than √v:
 
-*   Its least code is 1, not 0: √v is at least 3.25e-7 of its block's maximum, so what rounds to it is too large, which
-    makes an update smaller, by at most its nearest neighbours' half width in the other direction.
-*   |m| ≤ √v / κ, the least number for which that passes from one step to the next (Cauchy and Schwarz):
+*   Its least code is 1, not 0: √v is at least 3.25e-7 of its block's maximum.  An element below that is taken for
+    larger than it is, and moves less than it might.
+*   κ |m| ≤ √v, with the largest κ for which that passes from one step to the next (Cauchy and Schwarz):
 
         (β1 m + (1 - β1) g)² ≤ (β1² / (β2 κ²) + (1 - β1)² / (1 - β2)) (β2 v + (1 - β2) g²)
         κ² = (1 - β2) (1 - β1² / β2) / (1 - β1)²                          the first factor is then 1 / κ² again
 
     Float moments obey it by themselves, whatever the gradients; coded ones are held to it, by √v ← max(√v, κ |m|)
-    before √v is used and stored.  So no element moves by more than 1 / κ (7.27 at the default betas) learning rates but
-    for bias correction, which lowers that at the default betas (:func:`least_root`).  Where β1² ≥ β2 there is no such
+    before √v is used and stored.  So no element moves by more than √(1 - β2ᵗ) / ((1 - β1ᵗ) κ) learning rates in step
+    t, which at the default betas never exceeds 1 / κ = 7.27 (:func:`least_root`).  Where β1² ≥ β2 there is no such
     bound, not in float32 either: κ = 0, and the least code alone remains.
 
 Largest |N| of 200 steps on gradients spread over nine decades in a block (``tests/test_moments_bounded.py``), betas

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qgalore_compile.data import load_corpus
 from qgalore_compile.optim import QGaLoreAdamW
 from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import make_model, make_optimizer
+from qgalore_compile.training import Run, make_model, make_optimizer
 
 
 def test_a_seed_draws_the_same_model_in_every_dtype_on_a_cpu() -> None:
@@ -24,3 +25,19 @@ def test_what_a_gradient_that_is_not_finite_stops_is_the_runs_choice() -> None:
         optimizer = make_optimizer(nn.Sequential(nn.Linear(64, 32)), config)
         assert isinstance(optimizer, QGaLoreAdamW)
         assert optimizer.nonfinite == nonfinite
+
+
+def test_the_rows_of_rare_bytes_stay_small_and_move_by_few_learning_rates() -> None:
+    """40 eager steps of the preset that ``make train`` takes, on fewer bytes: √v of a rare byte's row must not be 0
+    where m is not.  With v stored in its place an element moved by 3,200 learning rates, and rows ended at |330|."""
+    config = TrainConfig.from_preset("tiny", steps=60, batch=2, seq=64, backend="eager")
+    run = Run(config, load_corpus())
+    embedding, lr = run.model.embed_tokens.weight, run.optimizer.param_groups[0]["lr"]
+    furthest = 0.0
+    for _ in range(40):
+        before, rate = embedding.detach().clone(), float(lr)
+        run.advance()
+        moved = float((embedding.detach() - before).abs().max())
+        furthest = max(furthest, moved / rate) if rate else furthest
+    assert 0.5 < furthest <= 10
+    assert float(embedding.detach().abs().max()) < 1
