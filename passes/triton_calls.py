@@ -74,6 +74,7 @@ class _Lowering:
         self.numbers: dict[torch.device, fx.Node] = {}
         self.most = 0
         self.moved: dict[tuple[fx.Node, torch.device], fx.Node] = {}
+        self.tables: dict[torch.device, tuple[fx.Node, list[fx.Node]]] = {}
 
     def functional(self, node: fx.Node, device: torch.device) -> fx.Node:
         """Replace a call that changes tensors; the node is left without readers."""
@@ -116,7 +117,8 @@ class _Lowering:
         return call
 
     def finish(self) -> None:
-        """Make the table of parameters' numbers as long as it must be."""
+        """Make the tables of parameters' numbers and of scalars as long as they must be."""
+        self._fill_tables()
         for table in self.numbers.values():
             (counter,) = table.all_input_nodes
             length = 4 * (self.most + 1)
@@ -215,20 +217,58 @@ class _Lowering:
         return node
 
     def _on_device(self, tensor: fx.Node, device: torch.device) -> fx.Node:
-        """A scalar that PyTorch's own operators would take from the CPU as it is, the learning rate.
+        """A scalar that PyTorch's own operators would take from the CPU as it is: the learning rate, the betas, ….
 
         Added to a zero of the device's, for then a kernel of Inductor's takes it as an argument: a copy would wait for
         all that the device has still to do, and a step that waits every time never runs ahead (an update of 512 x 1376
-        on an H100: 0.69 ms with the copy, 0.047 without).
+        on an H100: 0.69 ms with the copy, 0.047 without).  Inputs of one type stand in one tensor, which one kernel
+        writes, 16 bytes apart.
         """
         if value(tensor).device == device:
             return tensor
         if (tensor, device) not in self.moved:
-            at = self._first() if tensor.op == "placeholder" else tensor.next
-            with self.graph.inserting_before(at):
-                zero = make(self.graph, aten.full.default, [], 0, dtype=value(tensor).dtype, device=device)
-                self.moved[tensor, device] = make(self.graph, aten.add.Tensor, zero, tensor)
+            if tensor.op == "placeholder" and value(tensor).dtype == torch.float32:
+                self.moved[tensor, device] = self._in_table(tensor, device)
+            else:
+                at = self._first() if tensor.op == "placeholder" else tensor.next
+                with self.graph.inserting_before(at):
+                    self.moved[tensor, device] = self._as_argument(tensor, device)
         return self.moved[tensor, device]
+
+    def _as_argument(self, tensor: fx.Node, device: torch.device) -> fx.Node:
+        zero = make(self.graph, aten.full.default, [], 0, dtype=value(tensor).dtype, device=device)
+        return make(self.graph, aten.add.Tensor, zero, tensor)
+
+    def _in_table(self, tensor: fx.Node, device: torch.device) -> fx.Node:
+        """Where :meth:`_fill_tables` will put it."""
+        if device not in self.tables:
+            with self.graph.inserting_before(self._first()):
+                empty = make(self.graph, aten.full.default, [4], 0, dtype=torch.float32, device=device)
+            self.tables[device] = (empty, [])
+        table, tensors = self.tables[device]
+        tensors.append(tensor)
+        with self.graph.inserting_after(table):
+            node = self.graph.call_function(aten.select.int, (table, 0, 4 * (len(tensors) - 1)))
+        node.meta["val"] = value(table).new_empty(())
+        return node
+
+    def _fill_tables(self) -> None:
+        for device, (empty, tensors) in self.tables.items():
+            length = 4 * len(tensors)
+            readers = list(empty.users)
+            with self.graph.inserting_before(empty.next):
+                place = make(
+                    self.graph, prims.iota.default, length, start=0, step=1, dtype=torch.int32, device=device,
+                    requires_grad=False,
+                )  # fmt: skip
+                empty.args = ([length], 0)
+                empty.meta["val"] = value(empty).new_empty(length)
+                table = empty
+                for index, tensor in enumerate(tensors):
+                    here = make(self.graph, aten.eq.Scalar, place, 4 * index)
+                    table = make(self.graph, aten.where.self, here, self._as_argument(tensor, device), table)
+            for reader in readers:
+                reader.replace_input_with(empty, table)
 
     def _first(self) -> fx.Node:
         found: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")

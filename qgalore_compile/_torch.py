@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.ctx_manager import GradModeVariable
     from torch._dynamo.variables.lists import BaseListVariable
+    from torch._dynamo.variables.optimizer import OptimizerVariable
     from torch._dynamo.variables.tensor import TensorVariable
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
     from torch._inductor import list_mode_options
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from torch._inductor.virtualized import V
 
 LATE = {
+    "OptimizerVariable": "torch._dynamo.variables.optimizer:OptimizerVariable",
     "lookup_backend": "torch._dynamo.backends.registry:lookup_backend",
     "convert_frame": "torch._dynamo.convert_frame",
     "builder": "torch._dynamo.variables.builder",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.groups import names_of
+from qgalore_compile.hyper_parameters import Group
 from qgalore_compile.moments import IN_8_BITS
 from qgalore_compile.saved_state import check_group, check_state
 
@@ -43,13 +44,9 @@ def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         for own, saved in copies:
             own.copy_(saved)
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        for key, value in saved_group.items():
-            if key in ("params", "param_names"):
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(float(value))
-            else:
-                group[key] = value
+        cast(Group, group).load(
+            {key: value for key, value in saved_group.items() if key not in ("params", "param_names")}
+        )
 
 
 def check_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ _DTYPES_ALLOWED = (
 )
 
 ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments", "rounding")
-_OTHER_KEYS = ("params", "param_names", "initial_lr", "seed")  # initial_lr: LRScheduler's own
+SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+"""What ``torch.optim``'s schedulers write into a group for themselves."""
+_OTHER_KEYS = ("params", "param_names", *SCHEDULERS_KEYS, "seed")
 
 
 def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
@@ -148,23 +151,10 @@ def check_keys(group: dict[str, Any], where: str) -> None:
 
 
 def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
-    """Raise ValueError for a value of Adam's keys out of its range, or a parameter that is no float tensor."""
+    """Raise ValueError for a value of Adam's keys out of its range, or a parameter that cannot be trained."""
     if len(names) != len(group["params"]):
         raise ValueError(f"{where}: {len(names)} param_names for {len(group['params'])} parameters; give one each")
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{where}: lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {group['betas']!r}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"{where}: both betas must be in [0, 1), got {group['betas']}")
-    for key in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[key]) < math.inf:
-            raise ValueError(f"{where}: {key} must not be negative, NaN or infinite, got {float(group[key])}")
-    if not _is_int(group["seed"]) or group["seed"] not in SEEDS:
-        raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
-    _one_of(group, "moments", ("8bit", "32bit"), where)
-    _one_of(group, "rounding", ("stochastic", "nearest"), where)
+    _check_adam_values(group, where)
     for name, parameter in zip(names, group["params"], strict=True):
         if why := foreign(parameter):
             raise ValueError(f"{where}: {name}: {why}")
@@ -172,6 +162,33 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
             raise ValueError(f"{where}: {name} of dtype {parameter.dtype} {_DTYPES_ALLOWED}")
     if names:
         check_device(group, names, where, group["params"][0].device)
+
+
+def check_values(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a value that cannot be; of parameters nothing is asked."""
+    _check_adam_values(group, where)
+    if "rank" in group:
+        _check_projection_values(group, where)
+
+
+def _check_adam_values(group: dict[str, Any], where: str) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{where}: lr must be one number, got a tensor of shape {tuple(lr.shape)}")
+    pair = group["betas"]
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_number, pair)):
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {group['betas']!r}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"{where}: both betas must be in [0, 1), got {group['betas']}")
+    for key in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[key]) and not (key == "lr" and isinstance(group[key], Tensor)):
+            raise ValueError(f"{where}: {key} must be a number, got {group[key]!r}")
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(f"{where}: {key} must not be negative, NaN or infinite, got {float(group[key])}")
+    if not _is_int(group["seed"]) or group["seed"] not in SEEDS:
+        raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
+    _one_of(group, "moments", ("8bit", "32bit"), where)
+    _one_of(group, "rounding", ("stochastic", "nearest"), where)
 
 
 def check_device(group: dict[str, Any], names: Sequence[str], where: str, device: torch.device) -> None:
@@ -188,6 +205,18 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
     """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
     shapes = [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)]
     where = f"{where} ({', '.join(shapes[:3])}{', …' if len(shapes) > 3 else ''})"
+    _check_projection_values(group, where)
+    for name, parameter in zip(names, group["params"], strict=True):
+        if parameter.dim() != 2:
+            raise ValueError(
+                f"{where}: {name} of shape {tuple(parameter.shape)} cannot be projected, for it has {parameter.dim()} "
+                "dimension(s) and not two; move it to a group without rank"
+            )
+        if 0 in parameter.shape:
+            raise ValueError(f"{where}: {name} of shape {tuple(parameter.shape)} is empty; leave it out")
+
+
+def _check_projection_values(group: dict[str, Any], where: str) -> None:
     if not _is_int(group["rank"]) or group["rank"] < 1:
         raise ValueError(f"{where}: rank must be an integer of at least 1, got {group['rank']!r}")
     if group["proj_type"] != "std":
@@ -229,14 +258,10 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
         raise ValueError(
             f"{where}: trigger 'energy' is no part of the published rule, similarity 'official'; use 'subspace'"
         )
-    for name, parameter in zip(names, group["params"], strict=True):
-        if parameter.dim() != 2:
-            raise ValueError(
-                f"{where}: {name} of shape {tuple(parameter.shape)} cannot be projected, for it has {parameter.dim()} "
-                "dimension(s) and not two; move it to a group without rank"
-            )
-        if 0 in parameter.shape:
-            raise ValueError(f"{where}: {name} of shape {tuple(parameter.shape)} is empty; leave it out")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:
@@ -287,7 +312,7 @@ def projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype:
     return projector_format(group).decode(stored_projector(state), projector_columns(group, p), dtype)
 
 
-def refresh_rule(group: dict[str, Any]) -> Rule:
+def refresh_rule(group: Mapping[str, Any]) -> Rule:
     """When the group's parameters are refreshed."""
     gap, gamma = group["update_proj_gap"], group["gamma_proj"]
     if group["similarity"] == "official":
@@ -299,11 +324,11 @@ def refresh_rule(group: dict[str, Any]) -> Rule:
     return Rule(False, threshold, gamma, max_gap, gap, threshold / 2 if shrink is None else shrink, None)
 
 
-def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor]) -> Moments | None:
-    """What a refresh changes beside the projector; None where moments are kept."""
+def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor], betas: Tensor) -> Moments | None:
+    """What a refresh changes beside the projector; None where moments are kept.  ``betas``: float64 (2,)."""
     if group["moments_on_refresh"] == "keep":
         return None
-    return Moments(stored_moments(state), state["step"], group["moments_on_refresh"], tuple(group["betas"]))
+    return Moments(stored_moments(state), state["step"], group["moments_on_refresh"], betas)
 
 
 def slot_of(group: dict[str, Any], index: int) -> int:

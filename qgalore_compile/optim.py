@@ -21,7 +21,6 @@ must not happen is a ``torch.where``.  All state exists before the first step, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile import checkpoint, groups, hooks, moments, rounding
+from qgalore_compile.hyper_parameters import Group, adopted, trace_groups
 from qgalore_compile.placement import check_placement
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
@@ -44,7 +44,7 @@ class _Pending(NamedTuple):
     """A parameter between the two phases: ``low`` is R, or G as it came where it is not projected."""
 
     parameter: Tensor
-    group: dict[str, Any]
+    group: Group
     state: dict[str, Tensor]
     position: int
     low: Tensor
@@ -86,6 +86,8 @@ class QGaLoreAdamW(Optimizer):
         ValueError: a setting or a group that cannot be; the message names the parameter, its shape and the remedy.
     """
 
+    param_groups: list[Group]  # type: ignore[assignment]
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -108,6 +110,7 @@ class QGaLoreAdamW(Optimizer):
         # each step and would recompile each time; so they refuse this optimizer with a message about cycle_momentum
         self._betas = betas
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, rounding="stochastic", seed=seed)
+        trace_groups()
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,25 +122,11 @@ class QGaLoreAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group, fill in the defaults and create the state of its parameters; a bad group changes nothing."""
-        group = dict(param_group)
-        where = f"parameter group {len(self.param_groups)}"
-        groups.check_keys(group, where)
-        group = {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
+        group, position = dict(param_group), len(self.param_groups)
+        groups.check_keys(group, f"parameter group {position}")
         with checkpoint.undo_on_error(self.param_groups):
-            super().add_param_group(group)
-            names = groups.names_of(group, len(self.param_groups) - 1)
-            groups.check_adam(group, names, where)
-            if "rank" in group:
-                groups.check_projection(group, names, where)
-            if self.state:
-                groups.check_device(group, names, where, self.last_grad_norm.device)
-        # a clone a group: one shared tensor would be scheduled once a group
-        lr = (
-            group["lr"]
-            if isinstance(group["lr"], Tensor)
-            else torch.tensor(group["lr"], dtype=torch.float32, device="cpu")
-        )
-        group["lr"] = lr.detach().to(torch.float32, copy=True)
+            super().add_param_group(group := self._complete(group))
+            self.param_groups[position] = group = self._group(group, position)
         first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
         for index, parameter in enumerate(group["params"], first):
             slot = groups.slot_of(group, index) if "rank" in group else -1
@@ -147,6 +136,29 @@ class QGaLoreAdamW(Optimizer):
                 state["grad_norm"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
             self.state[parameter] = state
+
+    def _complete(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
+
+    def _group(self, group: dict[str, Any], position: int) -> Group:
+        """A group whose parameters are known, checked."""
+        where, names = f"parameter group {position}", groups.names_of(group, position)
+        groups.check_adam(group, names, where)
+        if "rank" in group:
+            groups.check_projection(group, names, where)
+        if self.state:
+            groups.check_device(group, names, where, self.last_grad_norm.device)
+        return Group(group)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, adopted(value, self._adopt) if name == "param_groups" else value)
+
+    def _adopt(self, group: dict[str, Any]) -> Group:
+        """Of a plain dict in a list that is assigned to ``param_groups``."""
+        groups.check_keys(group, "param_groups")
+        if any(p not in self.state for p in group["params"]):
+            raise ValueError("param_groups: a parameter has no state in this optimizer; use add_param_group")
+        return self._group({**self.defaults, **self._complete(group)}, 0)
 
     @property
     def last_grad_norm(self) -> Tensor:
@@ -160,10 +172,14 @@ class QGaLoreAdamW(Optimizer):
         return self._first_state()["skipped_steps"]
 
     def _first_state(self) -> dict[str, Tensor]:
-        """State of the first parameter, which holds what belongs to all of them as well."""
+        """State of the parameter that came first, which holds what belongs to all of them as well."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                return self.state[parameter]  # type: ignore[no-any-return]
+                if "grad_norm" in self.state[parameter]:
+                    return self.state[parameter]  # type: ignore[no-any-return]
+        for state in self.state.values():  # its group has been taken away
+            if "grad_norm" in state:
+                return state  # type: ignore[no-any-return]
         raise ValueError("the optimizer has no parameters yet, and so no norm of their gradients")
 
     def schedule(self) -> list[ScheduleRecord]:
@@ -237,7 +253,7 @@ class QGaLoreAdamW(Optimizer):
                 pending.append(_Pending(p, group, state, position, low))
         return pending
 
-    def _project(self, p: Tensor, group: dict[str, Any], state: dict[str, Tensor], position: int) -> Tensor:
+    def _project(self, p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
         """R in the gradient's dtype, after the refresh if one is due: the GEMM runs in that dtype, and all R of a step
         wait for the last one's norm (6 GiB in float32 at 7B)."""
         assert p.grad is not None
@@ -246,8 +262,8 @@ class QGaLoreAdamW(Optimizer):
         refresh_(
             low, groups.stored_projector(state), state["schedule"], [p.grad],
             shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),
-            method=group["refresh"], power_iterations=group["power_iterations"], rule=groups.refresh_rule(group),
-            seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state),
+            method=group["refresh"], power_iterations=group["power_iterations"], rule=group.numbers.rule,
+            seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state, group.numbers.betas),
         )  # fmt: skip
         return low
 
@@ -297,11 +313,11 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     if "rank" in group:
         dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
         projector = groups.projector(p, group, state, dtype)
-        update = group["scale"] * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
+        update = group.numbers.scale * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
     weight = p.dequantize(torch.float32) if isinstance(p, Int8Weight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
-    if group["weight_decay"] != 0:
-        weight = weight - group["lr"] * group["weight_decay"] * weight
+    if torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0:  # a graph is of every number
+        weight = weight - group["lr"] * group.numbers.weight_decay * weight
     noise = None
     if group["rounding"] == "stochastic" and (isinstance(p, Int8Weight) or p.dtype in rounding.DTYPES):
         noise = _draws(p, group, step, position)
@@ -319,24 +335,26 @@ def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Ten
     return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)
 
 
-def _adam(grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:
+def _adam(grad: Tensor, group: Group, state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:
     """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
-    beta1, beta2 = group["betas"]
+    beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = group.numbers
     stored = moments.stored_moments(state)
     eight_bit = "exp_avg_absmax" in state
     exp_avg, exp_avg_sq = moments.decode(stored)
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    exp_avg = beta1 * exp_avg + rest1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
     root = exp_avg_sq.sqrt()
     if eight_bit:
-        root = torch.maximum(root, moments.least_root(group["betas"]) * exp_avg.abs())
+        root = torch.maximum(root, least_root * exp_avg.abs())
     for tensor, value in zip(stored, moments.encode(exp_avg, exp_avg_sq, eight_bit, root=root), strict=True):
         tensor.copy_(torch.where(ok, value, tensor))
-    below = root / _bias(beta2, step).sqrt() + group["eps"]
-    # without eps, 0 / 0 where there never was a gradient
-    return torch.where(below == 0, 0.0, (exp_avg / _bias(beta1, step)) / below)
+    update = exp_avg / _bias(log1, step)
+    below = root / _bias(log2, step).sqrt() + eps
+    if torch.compiler.is_dynamo_compiling() or group["eps"] == 0:
+        return torch.where(below == 0, 0.0, update / below)  # 0 / 0 where there never was a gradient
+    return update / below
 
 
-def _bias(beta: float, step: Tensor) -> Tensor:
+def _bias(log_beta: Tensor, step: Tensor) -> Tensor:
     """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
-    return -torch.expm1(step.to(torch.float32) * (math.log(beta) if beta > 0 else -math.inf))
+    return -torch.expm1(step.to(torch.float32) * log_beta)

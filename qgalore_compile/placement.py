@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.groups import PARAMETER_DTYPES, names_of
+from qgalore_compile.hyper_parameters import Group
 
 _CPU = torch.device("cpu")
 _BUILD_ANEW = (
@@ -45,6 +46,11 @@ def check_placement(groups: Iterable[dict[str, Any]], state: dict[Any, dict[str,
     """
     device: torch.device | None = None
     for position, group in enumerate(groups):
+        if not isinstance(group, Group):
+            raise PlacementError(
+                f"group {position} of param_groups is a {type(group).__name__} that was put there by hand; use "
+                "add_param_group, or assign a whole list to param_groups"
+            )
         for index, p in enumerate(group["params"]):
             if p.grad is None:
                 continue

@@ -52,36 +52,22 @@ class ProjectorFormat(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """The op's constants, in the order of its schema: see :func:`refresh_`."""
+    """The rule, and the op's constants in the order of its schema: see :func:`refresh_`."""
 
+    rule: Rule
     shape: Sequence[int]
     rank: int
     bits: int
     group_size: int
     method: str
     power_iterations: int
-    official: bool
-    threshold: float
-    gamma: float
-    max_gap: int | None
-    min_gap: int
-    shrink: float | None
-    energy: float | None
     seed: int
     param: int
     on_refresh: str = "keep"
-    beta1: float = 0.0
-    beta2: float = 0.0
 
     @property
     def form(self) -> ProjectorFormat:
         return ProjectorFormat(self.bits, self.group_size)
-
-    @property
-    def rule(self) -> Rule:
-        return Rule(
-            self.official, self.threshold, self.gamma, self.max_gap, self.min_gap, self.shrink, self.energy
-        )  # fmt: skip
 
 
 # Every layer calls one of these two in every step, so nothing is built before the schedule has been asked.
@@ -91,12 +77,14 @@ def _refresh(
     low: Tensor,
     projector: Sequence[Tensor],
     schedule: Tensor,
+    rule: Tensor,
     factors: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     *constants: Any,
 ) -> None:
     if not ticked_unless_due(schedule):
-        _turn(low, projector, schedule, factors, scales, _Settings(*constants), (), None)
+        settings = _Settings(Rule.from_tensor(rule), *constants)
+        _turn(low, projector, schedule, factors, scales, settings, (), None, None)
 
 
 def _refresh_with_moments(
@@ -105,12 +93,15 @@ def _refresh_with_moments(
     schedule: Tensor,
     moments: Sequence[Tensor],
     step: Tensor,
+    rule: Tensor,
+    betas: Tensor,
     factors: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     *constants: Any,
 ) -> None:
     if not ticked_unless_due(schedule):
-        _turn(low, projector, schedule, factors, scales, _Settings(*constants), moments, step)
+        settings = _Settings(Rule.from_tensor(rule), *constants)
+        _turn(low, projector, schedule, factors, scales, settings, moments, step, betas)
 
 
 def _turn(
@@ -122,6 +113,7 @@ def _turn(
     settings: _Settings,
     moments: Sequence[Tensor],
     step: Tensor | None,
+    betas: Tensor | None,
 ) -> None:
     """A call in which it is the parameter's turn."""
     with timed(schedule, low.device):
@@ -134,7 +126,7 @@ def _turn(
             if now.measures(settings.rule):
                 now = now.measured(settings.rule, captured_energy(low.to(torch.float32), gradient))
             if now.due:
-                now = _compute_anew(low, projector, now, gradient, settings, moments, step)
+                now = _compute_anew(low, projector, now, gradient, settings, moments, step, betas)
         schedule.copy_(now.ticked().to_tensor())
 
 
@@ -168,6 +160,7 @@ def _compute_anew(
     settings: _Settings,
     moments: Sequence[Tensor],
     step: Tensor | None,
+    betas: Tensor | None,
 ) -> Schedule:
     """Overwrite the projector, R and the moments in place; the schedule after it."""
     side, form = side_of(settings.shape), settings.form
@@ -182,14 +175,15 @@ def _compute_anew(
         old = old.clone()  # decoded, it is the stored tensor itself, which is about to be overwritten
     similarity = None
     if old is not None and now.refreshes:
-        measure = official_similarity if settings.official else subspace_similarity
+        measure = official_similarity if settings.rule.official else subspace_similarity
         similarity = measure(old, new, side)
     for stored, value in zip(projector, form.encode(new), strict=True):
         stored.copy_(value)
     if old is not None and step is not None:
-        betas = (settings.beta1, settings.beta2)
+        assert betas is not None
+        beta1, beta2 = betas.tolist()
         decoded = form.decode(projector, columns)
-        follow_(moments, settings.on_refresh, old, decoded, side, updates=int(step), betas=betas)
+        follow_(moments, settings.on_refresh, old, decoded, side, updates=int(step), betas=(beta1, beta2))
     low.copy_(gradient.project(lambda dtype: form.decode(projector, columns, dtype), side))
     return now.stood_in() if now.stands_in else now.refreshed(settings.rule, similarity)
 
@@ -208,7 +202,7 @@ def _found(
     if now.stands_in:
         attempts.append(partial(sketched_subspace, gradient, settings.rank, side, **draws))
     else:
-        attempts.append(partial(compute, method=settings.method, ordered=settings.official))
+        attempts.append(partial(compute, method=settings.method, ordered=settings.rule.official))
         if settings.method == "svd" and gradient.factors[0].is_cuda:
             attempts.append(partial(compute, method="svd", driver="gesvd"))
     attempts.append(partial(compute, method="power", exact=False))
@@ -224,13 +218,11 @@ def _found(
 
 # No argument is keyword-only, and none has a default: as keywords, passing them on costs twice as much.
 _GRADIENT = "Tensor[] factors, Tensor[]? scales"
-_CONSTANTS = (
-    "SymInt[] shape, int rank, int bits, int group_size, str method, int power_iterations, bool official, "
-    "float threshold, float gamma, int? max_gap, int min_gap, float? shrink, float? energy, int seed, int param"
-)
+_CONSTANTS = "SymInt[] shape, int rank, int bits, int group_size, str method, int power_iterations, int seed, int param"
 # it decides on the host: no part of a CUDA graph
 _refresh_op = define(
-    f"refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, {_GRADIENT}, {_CONSTANTS}) -> ()",
+    f"refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor rule, {_GRADIENT}, {_CONSTANTS}) "
+    "-> ()",
     _refresh,
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
@@ -238,7 +230,7 @@ _refresh_op = define(
 # An overload, so that groups that keep their moments have a graph in which nothing but Adam writes them.
 _refresh_with_moments_op = define(
     "refresh_.moments(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor(d!)[] moments, Tensor step, "
-    f"{_GRADIENT}, {_CONSTANTS}, str on_refresh, float beta1, float beta2) -> ()",
+    f"Tensor rule, Tensor betas, {_GRADIENT}, {_CONSTANTS}, str on_refresh) -> ()",
     _refresh_with_moments,
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
@@ -249,12 +241,12 @@ REFRESHES = (_refresh_op, _refresh_with_moments_op)
 
 class Moments(NamedTuple):
     """What follows a projector: :func:`~qgalore_compile.moments.stored_moments`, the 0-d count of the updates that they
-    hold, ``on_refresh`` ("reset" or "rotate") and the betas."""
+    hold, ``on_refresh`` ("reset" or "rotate") and the betas, float64 (2,) on the CPU."""
 
     stored: Sequence[Tensor]
     step: Tensor
     on_refresh: str
-    betas: tuple[float, float]
+    betas: Tensor
 
 
 def refresh_(
@@ -267,7 +259,7 @@ def refresh_(
     rank: int,
     form: ProjectorFormat,
     method: str,
-    rule: Rule,
+    rule: Rule | Tensor,
     seed: int,
     param: int,
     power_iterations: int = 1,
@@ -284,7 +276,8 @@ def refresh_(
             and R becomes NaN, which the optimizer's non-finite check sees.  Where the gradient is exactly zero, nothing
             is refreshed or measured and the parameter stays due: no arbitrary subspace shall last for a gap.
         shape: (m, n) of the weight.
-        rank, form, method, rule, power_iterations: the group's settings.
+        rank, form, method, rule, power_iterations: the group's settings; the rule as it is or as its tensor, which a
+            graph does not take for a constant.
         seed, param: select the random numbers of the range finder, of sketches and of completions.
         moments: overwritten in every refresh that replaces a projector, be it a stand-in, whether or not the optimizer
             then refuses the step for another parameter's sake: the projector is new, and moments belong to a projector.
@@ -294,13 +287,13 @@ def refresh_(
     CUDA), then "power" without an SVD.  Where that fails too, the projector and R stay as they are and the parameter
     stays due.  The schedule counts each failure.
     """
-    constants = (
-        list(shape), rank, form.bits, form.group_size, method, power_iterations, *rule, rng.signed_seed(seed), param,
-    )  # fmt: skip
+    constants = (list(shape), rank, form.bits, form.group_size, method, power_iterations, rng.signed_seed(seed), param)
+    if isinstance(rule, Rule):
+        rule = rule.to_tensor()
     if moments is None:
-        _refresh_op(low, list(projector), schedule, list(factors), None, *constants)
+        _refresh_op(low, list(projector), schedule, rule, list(factors), None, *constants)
         return
     _refresh_with_moments_op(
-        low, list(projector), schedule, list(moments.stored), moments.step, list(factors), None, *constants,
-        moments.on_refresh, *moments.betas,
+        low, list(projector), schedule, list(moments.stored), moments.step, rule, moments.betas, list(factors), None,
+        *constants, moments.on_refresh,
     )  # fmt: skip

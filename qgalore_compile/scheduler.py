@@ -81,6 +81,20 @@ class Rule(NamedTuple):
     shrink: float | None = None
     energy: float | None = None
 
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> Rule:
+        """Of the float64 tensor (7,), the attributes in order, NaN for None."""
+        official, threshold, gamma, max_gap, min_gap, shrink, energy = tensor.tolist()
+        return cls(
+            bool(official), threshold, gamma, None if math.isnan(max_gap) else int(max_gap), int(min_gap),
+            None if math.isnan(shrink) else shrink, None if math.isnan(energy) else energy,
+        )  # fmt: skip
+
+    def to_tensor(self) -> Tensor:
+        """float64 tensor (7,) on the CPU: a refresh op reads it, so that a number that is set compiles nothing anew."""
+        numbers = [math.nan if number is None else float(number) for number in self]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -20,6 +20,7 @@ from qgalore_compile.scheduler import Rule, Schedule
 aten = torch.ops.aten
 
 GROUP = 8
+BETAS = torch.tensor([0.9, 0.99], dtype=torch.float64)
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=80)
 Tensors = dict[str, Tensor]
 
@@ -144,12 +145,12 @@ class Layer:
         places: dict[str, Any] = {f"_projector_{index}_base_index": 1 + index for index in range(len(names))}
         if self.follow:
             places |= {f"_moments_{index}_base_index": 2 + len(names) + index for index in range(2)}
-            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "beta1": 0.9, "beta2": 0.99}
+            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "betas": BETAS}
         returned = FUNCTIONALIZED(
             torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default,
             factors=[gradient], scales=None, shape=list(self.shape), rank=self.rank,
             bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, power_iterations=2,
-            **RULE._asdict(), seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
+            rule=RULE.to_tensor(), seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
             _schedule_base_index=1 + len(names), _all_bases=bases,
         )  # fmt: skip
         return returned[1], dict(zip([*names, "schedule", *moments], returned[2:], strict=True))

@@ -21,7 +21,7 @@ BETAS = (0.9, 0.999)
 def with_moments(shape: tuple[int, int], how: str, form: ProjectorFormat = INT4, **settings: Any) -> Layer:
     layer = Layer(shape, 4, form, gap=2, **settings)
     m = torch.randn(layer.low.shape)
-    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, BETAS)
+    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, torch.tensor(BETAS, dtype=torch.float64))
     return layer
 
 
