@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import TensorStaticReason, counters
     from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.constant import ConstantVariable
     from torch._dynamo.variables.ctx_manager import GradModeVariable
     from torch._dynamo.variables.lists import BaseListVariable
     from torch._dynamo.variables.optimizer import OptimizerVariable

@@ -27,6 +27,7 @@ from qgalore_compile.scheduler import Rule, Schedule
 aten = torch.ops.aten
 
 GROUP = 4
+RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=None)
 ONCE = replace(Schedule.first(10, 1), clock=5, last=0, refreshes=1)  # refreshed once, five calls ago
 
 FLAWS = {
@@ -165,7 +166,7 @@ class Step:
                 "m": encode(layer.momentum, torch.randn(layer.low_shape, generator=generator)),
                 "v": [torch.rand(layer.low_shape, generator=generator)],
                 "q": [integers(*layer.projector_shape)],
-                "s": [replace(ONCE, next=1 if layer.due else 100).to_tensor()],
+                "s": [replace(ONCE, next=1 if layer.due else 100).to_tensor(), RULE.to_tensor()],
             }
             made |= {f"{kind}{index}.{part}": each for kind, parts in stored.items() for part, each in enumerate(parts)}
         names = list(made)
@@ -292,14 +293,13 @@ class Step:
         if not layer.refresh:
             return low, stored
         bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
-        rule = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=None)._asdict()
         places = {f"_projector_{at}_base_index": at + 1 for at in range(len(stored))}
         _, new_low, *new_stored, new_schedule = recorder.call(
             FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, factors=[gradient], scales=None,
             shape=[layer.m, layer.n], rank=layer.rank, bits=bits, group_size=GROUP,
-            method="svd", power_iterations=2, **rule, seed=0, param=index, _low_base_index=0,
+            method="svd", power_iterations=2, rule=schedule[1], seed=0, param=index, _low_base_index=0,
             _projector_length=len(stored), **places, _schedule_base_index=len(stored) + 1,
-            _all_bases=[low, *stored, *schedule],
+            _all_bases=[low, *stored, schedule[0]],
         )  # fmt: skip
         writes |= {f"p{index}.{at}": each for at, each in enumerate(new_stored)} | {f"s{index}.0": new_schedule}
         return new_low, new_stored

@@ -228,9 +228,10 @@ def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool
     by_factors, by_gradient = (Layer((300, 90), 8, INT4, method) for _ in range(2))
     by_gradient.call(dy.t() @ x * scale)
     torch.ops.qgalore.refresh_(
-        by_factors.low, by_factors.stored, by_factors.schedule, [dy, x], [torch.tensor(scale)] if scaled else None,
+        by_factors.low, by_factors.stored, by_factors.schedule, RULE.to_tensor(), [dy, x],
+        [torch.tensor(scale)] if scaled else None,
         shape=[300, 90], rank=8, bits=4, group_size=16, method=method, power_iterations=2,
-        **RULE._asdict(), seed=0, param=3,
+        seed=0, param=3,
     )  # fmt: skip
     torch.testing.assert_close(by_factors.low, project(dy.t() @ x * scale, by_factors.projector, "right"))
     energy = float(by_gradient.low.square().sum())
@@ -294,9 +295,13 @@ def test_arguments_are_positional_and_the_constants_in_the_order_of_their_record
     arguments = getattr(torch.ops.qgalore.refresh_, overload)._schema.arguments
     assert not any(argument.kwarg_only or argument.has_default_value() for argument in arguments)
     names = [argument.name for argument in arguments]
-    constants = list(_Settings._fields if overload == "moments" else _Settings._fields[:-3])
+    constants = list(_Settings._fields[1:] if overload == "moments" else _Settings._fields[1:-1])
     assert names[names.index("shape") :] == constants
-    assert constants[6:13] == list(Rule._fields)
+
+
+def test_a_rule_s_tensor_says_what_the_rule_says() -> None:
+    for rule in (RULE, RULE._replace(max_gap=None, shrink=0.25, energy=0.8), Rule(True, -0.5, 1.5, 7, 3)):
+        assert Rule.from_tensor(rule.to_tensor()) == rule
 
 
 @pytest.mark.parametrize("tokens", [5, 400])
