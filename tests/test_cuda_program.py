@@ -21,8 +21,8 @@ WIDTH, RANK, PROJECTED = 96, 16, 7
 PLAIN = 5
 """Embedding, head and three norms, in bfloat16: however small, they draw random bits, and so are kernels."""
 
-NUMBERS = 19
-"""lr, weight_decay, eps and three of each beta, of both groups; the scale of the projected one."""
+NUMBERS = 21
+"""lr, weight_decay, eps, three of each beta and their least root, of both groups; the scale of the projected one."""
 
 
 @pytest.fixture(scope="module")
