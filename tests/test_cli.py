@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.exc import ShortenTraceback
+from torch._inductor.exc import InvalidCxxCompiler
 from typer.testing import CliRunner, Result
 
+from qgalore_compile import cli
 from qgalore_compile import pretrain as job
 from qgalore_compile.cli import app
+from qgalore_compile.stopping import Stopped
 from qgalore_compile.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +112,112 @@ def test_user_errors_are_one_line_and_exit_status_2(arguments: list[str], messag
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", ""], "--data '': names no file or folder"),
+        (["--out", ""], "--out '': names no file or folder"),
+        (["--data", "/dev/zero"], "--data /dev/zero is a device; give a text file"),
+        (["--device", "warp"], "--device warp: "),
+        (["--device", "meta"], "--device meta: "),
+        (["--batch", "2000000000"], "this run needs at least"),
+        (["--batch", "1" + "0" * 30], "must be at most 2147483647"),
+        (["--vocab-size", "2000000000"], "this run needs at least"),
+        (["--update-proj-gap", "1" + "0" * 30], "must be at most 2147483647"),
+        (["--lr", "1e300"], "--lr 1e+300: must be a number above 0, in float32 too"),
+        (["--lr", "1e-300"], "--lr 1e-300: must be a number above 0, in float32 too"),
+        (["--weight-decay", "inf"], "--weight-decay inf"),
+    ],
+    ids=lambda given: "".join(given)[:24] if isinstance(given, list) else "",
+)
+def test_what_cannot_be_is_said_in_a_line(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
+    given = dict(zip(["--data", "--out"], [str(text), str(tmp_path / "run")], strict=True))
+    given.update([arguments])  # type: ignore[list-item]
+    result = run("train", "--seq", "16", *(word for pair in given.items() for word in pair))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_named_pipe_as_data_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = run("train", "--data", str(tmp_path / "pipe"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert "is a named pipe; give a text file or a folder of text files: what a pipe brings, save to a file" in (
+        result.stderr
+    )
+
+
+class NoCompilerError(ShortenTraceback, RuntimeError):
+    """As the backend raises it, Dynamo's advice appended."""
+
+    __module__ = "qgalore_compile.kernels.cpu"
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = RuntimeError("a compiler's own words")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (NoCompilerError("found no C++ compiler\n\nSet TORCHDYNAMO_VERBOSE=1", first_useful_frame=None), 2,
+         "error: found no C++ compiler"),
+        (wrapped(InvalidCxxCompiler()), 2, "error: No working C++ compiler found"),
+        (job.SavingError("cannot write x: No space left on device"), 74, "error: cannot write x"),
+        (OSError(28, "No space left on device", "cache"), 74, "error: cache: No space left on device"),
+        (wrapped(OSError(28, "No space left on device", "cache")), 74, "error: cache: No space left on device"),
+        (OSError(13, "Permission denied", "run"), 2, "error: run: Permission denied"),
+        (BrokenPipeError(32, "Broken pipe"), 141, "error: the output cannot be written (Broken pipe)"),
+        (MemoryError(), 2, "error: not enough memory (no words)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "not enough memory (CUDA out of memory. Tried)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory"),
+        (Stopped(signal.SIGTERM), 143, "stopped at once by SIGTERM; the last checkpoint, if any, is as it was"),
+        (Stopped(signal.SIGHUP), 129, "stopped at once by SIGHUP"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_ends_a_run_has_a_line_and_a_status(
+    error: BaseException, status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "pretrain", failing)
+    result = run("train")
+    assert result.exit_code == status
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), RuntimeError("x"), AssertionError(), TypeError("x")])
+def test_no_bug_ends_with_the_status_of_a_verdict(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "pretrain", failing)
+    # raised by this file, which is not the package's
+    assert run("train").exit_code == 70
+
+
+def test_help_names_every_exit_status() -> None:
+    printed = run("train", "--help").output
+    for status in ("0", "1", "2", "70", "74", "129", "130", "141", "143"):
+        assert f" {status} " in printed.replace("\n", " ")
+
+
+def test_a_stream_that_is_not_utf_8_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    cli._print_what_the_encoding_has()
+    print("α – ok", flush=True)
+    assert raw.getvalue() == b"? ? ok\n"
+    monkeypatch.undo()
 
 
 def test_unwritable_output_is_a_user_error(text: Path, tmp_path: Path) -> None:

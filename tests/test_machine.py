@@ -24,9 +24,7 @@ def test_a_device_that_is_not_there_is_refused_with_what_there_is(name: str) -> 
 )
 def test_an_absurd_size_is_refused_in_words(options: dict[str, int]) -> None:
     config = TrainConfig.from_preset(**{"preset": "tiny", **options})  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"needs at least [\d,.]+ GB, and cpu has .*--batch \d+.*make one of them smaller"
-    ):
+    with pytest.raises(ValueError, match=r"needs at least [\d,.]+ GB, and cpu has .*--batch \d+.*one of them smaller"):
         check_memory(config, torch.device("cpu"))
 
 

@@ -1,0 +1,71 @@
+"""The attack on a run's files, in small: every kind of damage, and a kill at every place where a file is replaced."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qgalore_compile.pretrain import pretrain
+
+
+@pytest.fixture
+def attacks(module: Callable[[str], Any]) -> Any:
+    return module("run_attacks")
+
+
+def test_no_damage_is_loaded_and_no_model_changes(attacks: Any, tmp_path: Path) -> None:
+    found = attacks.corruptions(tmp_path, 66, command_every=10**9)
+    assert found["tried"] == found["refused in words"] == 66
+    assert not any(found[what] for what in attacks.FAILURES["corruptions"])
+    assert {*attacks.CORRUPTIONS, attacks.OTHERS} <= found.keys()
+
+
+def killed_at(place: int, name: str, config: Any) -> bool:
+    """Whether a child that runs `config` came to its `place`-th call of ``os.<name>``, where SIGKILL ends it."""
+    child = os.fork()
+    if child == 0:
+        whole, calls = getattr(os, name), 0
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*arguments)
+
+        try:
+            setattr(os, name, counted)
+            pretrain(config, console=Console(file=io.StringIO()))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("name", ["replace", pytest.param("fsync", marks=pytest.mark.more)])
+def test_a_kill_wherever_a_file_is_replaced_loses_no_line(attacks: Any, tmp_path: Path, name: str) -> None:
+    """Of metrics, checkpoints and results, in a run of four steps that was resumed after two."""
+    whole = attacks.config_of(tmp_path, "whole", steps=4, checkpoint_every=1, log_every=9)
+    pretrain(replace(whole, steps=2), console=Console(file=io.StringIO()))
+    pretrain(replace(whole, resume=True), console=Console(file=io.StringIO()))
+    expected = attacks.outcome(whole)
+    place, killed = 0, True
+    while killed:
+        place += 1
+        config = replace(whole, out=str(tmp_path / f"killed{place}"))
+        pretrain(replace(config, steps=2), console=Console(file=io.StringIO()))
+        killed = killed_at(place, name, replace(config, resume=True))
+        assert attacks._lost_lines(config) == 0
+        pretrain(replace(config, resume=True), console=Console(file=io.StringIO()))
+        assert attacks.outcome(config) == expected
+        assert not [left for left in os.listdir(config.out) if left.endswith(".partial")]
+    assert place > 5  # metrics, two checkpoints, result, curves, schedule
