@@ -17,13 +17,19 @@ INSTALL = $(PIP) setuptools && $(PIP) --no-build-isolation -e
 # Parallel test processes must not each use every core: steps would run ten times slower.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: train test fuzz lint ruff mypy clean
+.PHONY: train test matrix fuzz lint ruff mypy clean
 
 train: $(VENV)/.base
 	$(BIN)/qgalore train $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
+
+# The suite under each of the settings that a product's rounding depends on: the instructions that ATen and oneDNN may
+# use, and the threads. One process: pytest-xdist would set the threads. Another torch: make matrix PYTHON_TEST=path.
+PYTHON_TEST ?= $(BIN)/python
+matrix: $(VENV)/.test
+	@PYTHON_TEST="$(PYTHON_TEST)" tests/matrix.sh $(ARGS)
 
 # Property tests only, each run with fresh random examples.
 fuzz: $(VENV)/.test
