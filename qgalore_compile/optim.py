@@ -59,7 +59,8 @@ class QGaLoreAdamW(Optimizer):
             bfloat16, float16 or ``Int8Weight``, all on one device; a group's ``rounding``, "stochastic" or "nearest",
             is that of ``Int8Weight``, bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
-        betas, eps, weight_decay: AdamW's.
+        betas, eps, weight_decay: AdamW's.  All numbers of a group may be set between steps; they are checked there, and
+            a compiled step follows them (:class:`~qgalore_compile.hyper_parameters.Group`).
         moments: "8bit" (parameters that are not projected and have fewer than 4096 elements keep 32) or "32bit".
         max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector

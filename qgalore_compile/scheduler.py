@@ -159,7 +159,7 @@ class Schedule:
 
     def refreshed(self, rule: Rule, similarity: float | None) -> Schedule:
         """After a refresh at ``clock``; ``similarity`` of the new subspace to the old, None at the first refresh."""
-        queue, gap = self.queue, self.gap
+        queue, gap = self.queue, max(self.gap, rule.min_gap)  # which may have been set anew since
         if similarity is not None:
             queue = (*queue[1:], similarity)
             if rule.shrink is not None and similarity < rule.shrink:
