@@ -291,7 +291,11 @@ def test_hooks_of_optimizer_and_tensors_run_on_the_copies() -> None:
     model, opt = small()
     seen: list[torch.optim.Optimizer] = []
     calls = torch.zeros(())
-    opt.register_step_pre_hook(lambda optimizer, args, kwargs: calls.add_(optimizer is opt))
+
+    def counts(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        calls.add_(optimizer is opt)
+
+    opt.register_step_pre_hook(counts)
     model[0].register_forward_hook(lambda module, args, output: seen.append(opt) or output * 2)
     result = quick(step_of(model, opt), data())
     assert result.ok, result
