@@ -17,6 +17,7 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import qgalore_compile as qg
 from qgalore_compile.check import CheckResult, CopyError, check
+from qgalore_compile.tracing import step_backend
 
 # Dynamo alone, whose graph is then run as it is: what check itself does needs no more.
 quick = functools.partial(check, backend="eager")
@@ -272,6 +273,7 @@ def test_state_in_another_module_is_refused_by_its_name(module: Any) -> None:
 def test_what_dynamo_has_compiled_for_the_user_stays_and_is_not_compiled_again() -> None:
     compiled = []
 
+    @step_backend
     def counting(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         compiled.append(gm)
         return gm.forward
