@@ -138,6 +138,16 @@ def _check_model(model: nn.Module) -> None:
                 )
 
 
+def check_gradients(group: dict[str, Any], position: int) -> None:
+    """Raise ValueError for a gradient that is no dense tensor; nothing has been updated then."""
+    for index, parameter in enumerate(group["params"]):
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise ValueError(
+                f"{names_of(group, position)[index]} of shape {tuple(parameter.shape)} has a sparse gradient, which is "
+                "not supported; build its layer with sparse=False"
+            )
+
+
 def check_keys(group: dict[str, Any], where: str) -> None:
     """Raise ValueError for a key that no group knows, or that means nothing without ``rank``."""
     known = [*_OTHER_KEYS, *ADAM_KEYS, "rank", *PROJECTION_DEFAULTS]

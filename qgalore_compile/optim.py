@@ -242,6 +242,8 @@ class QGaLoreAdamW(Optimizer):
 
     def _project_all(self) -> list[_Pending]:
         """Phase one: every gradient, as small as it gets."""
+        for index, group in enumerate(self.param_groups):
+            groups.check_gradients(group, index)
         pending = []
         position = -1
         for group in self.param_groups:

@@ -98,6 +98,8 @@ def _no_match(model: nn.Module, what: str, linears: list[tuple[str, nn.Linear]])
     others = other_layers(model)
     if linears:
         have = ", ".join(name for name, _ in linears[:12]) + (", …" if len(linears) > 12 else "")
+        if others:
+            return f"{what} of the model's linear layers ({have}). {others}"
         return f"{what} of the model's linear layers ({have}); pass targets= with names that exist"
     if others:
         return f"{what} of the model's layers, for it has no nn.Linear. {others}"

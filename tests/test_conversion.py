@@ -188,6 +188,8 @@ def test_matrices_outside_of_linear_layers_are_named_with_what_helps() -> None:
     with pytest.raises(ValueError, match=r"no nn\.Linear.*h\.0\.weight \(Conv1D, 2-D\).*group of your own") as error:
         qg.quantize_(nn.ModuleDict({"h": nn.ModuleList([Conv1D()])}))
     assert "targets= with names" not in str(error.value)
+    with pytest.raises(ValueError, match=r"linear layers \(lm_head\)\. Its other matrices.*h\.0\.weight \(Conv1D"):
+        qg.quantize_(nn.ModuleDict({"h": nn.ModuleList([Conv1D()]), "lm_head": nn.Linear(8, 6)}))
 
 
 def test_adapters_beside_a_base_layer_are_no_default_targets() -> None:

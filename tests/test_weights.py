@@ -287,3 +287,20 @@ def test_a_saved_state_dict_loads_weights_only_in_a_process_that_imports_the_pac
     twin = qg.quantize_(Tiny(), group_size=7).bfloat16()
     twin.load_state_dict(loaded)
     assert torch.equal(twin(torch.tensor([[1]])), model(torch.tensor([[1]])))
+
+
+def test_dynamo_compiles_no_frame_of_a_weight_s_own_arithmetic() -> None:
+    """A frame that Dynamo gives up runs in Python, and what it calls is looked at frame by frame."""
+    from torch._dynamo.testing import CompileCounter
+
+    weight, counter = int8(linear()).detach(), CompileCounter()
+
+    def step(x: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()  # inside of a loop: the whole frame is given up
+            x = x + x @ weight.t() @ weight
+        return x
+
+    compiled = torch.compile(step, backend=counter)
+    torch.testing.assert_close(compiled(torch.ones(3, 13)), step(torch.ones(3, 13)))
+    assert counter.frame_count == 0
