@@ -149,13 +149,16 @@ def input_names(gm: fx.GraphModule) -> dict[int | str, str]:
 def _in_a_group(source: Any) -> str | None:
     """The name that a parameter group gives to what Dynamo found as ``….param_groups[i]["params"][j]``."""
     listed: Any = getattr(source, "base", None)
-    if getattr(listed, "index", None) != "params" or ".param_groups[" not in source.name:
+    base: Any = getattr(listed, "base", None)
+    if base is None or ".param_groups[" not in source.name:
         return None
     from qgalore_compile._torch import InstructionTranslator
 
-    group = InstructionTranslator.current_tx().output.resolve_source_value(listed.base)
-    names = group.get("param_names")
-    return None if names is None else str(names[source.index])
+    value = InstructionTranslator.current_tx().output.resolve_source_value
+    group = value(base)
+    if not isinstance(group, dict) or group.get("params") is not value(listed) or "param_names" not in group:
+        return None
+    return str(group["param_names"][source.index])
 
 
 def parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[int | str]:
