@@ -62,7 +62,7 @@ class Context:
         updates: what :mod:`qgalore_compile.passes.update` found, kept true by the passes that rewrite it; None before.
         parameters: names of the inputs that are parameters; None where the caller does not know.
         origin_of: the program's input that an input of the graph comes from, likewise: a number, or an attribute.
-        notes: what passes tell about one layer, by the layer's name.
+        notes: what passes tell about one layer or other parameter, by its name.
         program: what passes tell about the graph as a whole.
         layer_text: one layer's name, and its part of the graph before and after the passes, as text.
     """
@@ -82,6 +82,6 @@ class Context:
         """The matched layers; none where the analysis did not run."""
         return self.updates.layers if self.updates else []
 
-    def note(self, layer: LayerUpdate, **facts: Any) -> None:
-        """Tell something about a layer."""
-        self.notes.setdefault(layer.name, {}).update(facts)
+    def note(self, layer: LayerUpdate | str, **facts: Any) -> None:
+        """Tell something about a layer, or by its name about a parameter that is none."""
+        self.notes.setdefault(layer if isinstance(layer, str) else layer.name, {}).update(facts)

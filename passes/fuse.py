@@ -81,14 +81,18 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
     for parameter, name in _at_full_rank(graph, context, owned).items():
-        if no_lowering(parameter) is not None:
-            continue
-        try:
-            _full_rank(graph, parameter, owned)
-        except RefusedError as refused:
-            record.skip(parameter, f"{name}: {refused}")
+        problem = no_lowering(parameter)
+        if problem is None:
+            try:
+                _full_rank(graph, parameter, owned)
+            except RefusedError as refused:
+                problem = str(refused)
+        if problem is not None:
+            record.skip(parameter, f"{name}: {problem}")
+            context.note(name, not_fused=problem)
             continue
         record.match(parameter)
+        context.note(name, update_function="generated, 1 kernel")
 
 
 class _Sandwich:

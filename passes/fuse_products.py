@@ -37,6 +37,7 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
     # a product inside an update that was not fused is a part of that
     taken = {node for layer in context.layers for node in layer.region}
     found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node) and node not in taken}
+    left: list[dict[str, str]] = []
     for gemm, quantised in found.items():
         if not quantised:
             continue
@@ -54,12 +55,27 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
                 problem = str(refused)
         if problem is not None:
             record.skip(gemm, problem)
+            name = _weight(facts, context, quantised)
+            if name is not None:
+                left.append({"name": name, "reason": problem, "node": gemm.name})
             continue
         record.match(gemm)
         if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
             layer = downs[gemm]
             layer.low = result if layer.low is gemm else layer.low
             layer.down = result
+    if left:
+        context.program["unfused_products"] = left
+
+
+def _weight(facts: Facts, context: Context, quantised: list[fx.Node]) -> str | None:
+    """The name of a quantised weight among a product's operands; None where those are projectors."""
+    projectors = {stored for layer in context.layers for stored in layer.projector}
+    for stored in sorted(node for each in quantised for node in facts.storage(each) or ()):
+        known = context.parameters
+        if stored not in projectors if known is None else stored.name in known:
+            return context.name_of.get(stored.name, stored.name)
+    return None
 
 
 def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Node:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from qgalore_compile import compilation, tracing
+from qgalore_compile import compilation, strict, tracing
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
@@ -52,14 +52,37 @@ class OptionError(ShortenTraceback, ValueError):
 
 
 class UnfusedError(ShortenTraceback, RuntimeError):
-    """``options={"strict": True}``: a projected layer ended unfused; the message names each one and its reason."""
+    """``options={"strict": True}``: something is not as asked (:mod:`qgalore_compile.strict`); the message names each
+    place, the reason and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
 
 
+class ContradictionError(OptionError, UnfusedError):
+    """Options that forbid what ``strict`` asks for: known before anything is compiled."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
 REASSOCIATE = ("memory", "cost", "never")
 GEMM = ("same", "bf16")
+
+
+def _check_strict(disable: tuple[str, ...], *, exact: bool) -> None:
+    """Raise :class:`ContradictionError` where ``strict`` asks for what other options forbid."""
+    missing = [name for name in strict.NEEDED if name in disable]
+    if missing:
+        raise ContradictionError(
+            f"backend 'qgalore': option 'strict' refuses what ends unfused, and 'disable' takes out the pass "
+            f"{' and '.join(map(repr, missing))}, without which nothing is fused; choose one"
+        )
+    if exact:
+        raise ContradictionError(
+            "backend 'qgalore': option 'strict' refuses what ends unfused, and 'exact' takes out the passes that fuse, "
+            "since generated kernels round in another order; choose one"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +90,10 @@ class Options:
     """What ``options=`` may hold.
 
     Attributes:
-        strict: a projected layer whose update is not matched, or whose gradient is formed though ``reassociate`` asks
-            for it to go, is an error.
+        strict: everything that is not as asked is an error: a projected layer whose update is not matched, has no
+            generated kernel, or whose gradient is formed though ``reassociate`` asks for it to go; a large update at
+            full rank or a product with a quantised weight without a generated kernel; a graph break; compiled code of
+            which nothing is known.
         disable: names of passes to leave out.
         exact: run only the passes that keep every result bit for bit.
         reassociate: "memory" contracts a gradient's factors with the projector wherever that is possible, "cost" where
@@ -111,6 +136,8 @@ class Options:
         for name in disable:
             if name not in names:
                 raise OptionError(f"backend 'qgalore': no pass is called {name!r}; passes: {', '.join(names)}")
+        if options.get("strict"):
+            _check_strict(disable, exact=options.get("exact", False))
         return cls(**{**options, "disable": disable})
 
     def passes(
@@ -157,7 +184,7 @@ def qgalore(
     Raises:
         OptionError: an unknown option or value.
         NoCompilerError: a step on the CPU, and no C++ compiler; before anything of it is compiled, or runs.
-        UnfusedError: ``strict``, and a projected layer is unfused.
+        UnfusedError: ``strict``, and something is not as asked.
     """
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
@@ -190,11 +217,5 @@ def _on_cpu(example_inputs: Sequence[Any]) -> bool:
 
 
 def _refuse_unfused(record: compilation.Compilation) -> None:
-    if not record.recorded:
-        raise UnfusedError(
-            "backend 'qgalore', strict: the compiled code came from a cache that holds no record of its passes, so "
-            "nothing can be said about its layers; clear the cache (torch.compiler reads TORCHINDUCTOR_CACHE_DIR)"
-        )
-    unfused = [f"{layer['name']}: {problem}" for layer in record.layers if (problem := compilation.unfused(layer))]
-    if unfused:
-        raise UnfusedError("backend 'qgalore', strict: these projected layers are not fused\n  " + "\n  ".join(unfused))
+    if found := strict.problems(record):
+        raise UnfusedError("backend 'qgalore', strict: not everything is as asked\n  " + "\n  ".join(found))

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import CompileContext
+from qgalore_compile.asked import Asked, asked, hold_against
 from qgalore_compile.files import replacing
+from qgalore_compile.records import Record, layer_record
 
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
     from qgalore_compile.passes import PassManager
@@ -46,11 +48,14 @@ class Compilation:
         broken_by: why the graph ends before the function does, and where; None where it does not.
         recorded: whether a record of the passes exists: they ran, or their record was found beside the cache.
         from_cache: whether the compiled code came from a cache and no pass ran.
-        layers: one entry a parameter: name, shape, side, rank, matched, reason, reassociated, inequality, …
+        resumes: the function whose rest, behind a graph break, the graph is; None where it begins with the function.
+        layers: one record a parameter: name, shape, side, rank, matched, projected, reason, reassociated, kernels,
+            inequality, …
         passes: one entry a pass: name, tier, matches, skipped, ops, nodes_before, nodes_after, milliseconds.
         program: facts about the whole: functions and their calls, live bytes before and after ordering.
         graph: one layer's name, and its part of the graph before and after the passes.
         symbolic: inputs with a symbolic size, as text.
+        asked: the parameters that the optimizers in the graph project (:mod:`qgalore_compile.asked`).
     """
 
     identity: str = ""
@@ -60,13 +65,15 @@ class Compilation:
     file: str = ""
     line: int = 0
     broken_by: str | None = None
+    resumes: str | None = None
     recorded: bool = False
     from_cache: bool = False
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    passes: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[Record] = field(default_factory=list)
+    passes: list[Record] = field(default_factory=list)
     program: dict[str, Any] = field(default_factory=dict)
     graph: dict[str, str] = field(default_factory=dict)
     symbolic: list[str] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
 
 _PERSISTED = ("layers", "passes", "program", "graph")
@@ -99,6 +106,8 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
     if reason is not None and reason.graph_break:
         where = f", at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
         found.broken_by = f"{reason.reason}{where}"
+    found.resumes = _resumed(code)
+    found.asked = asked(gm, tracer)
     if into is not None:
         into.append(found)
         return found
@@ -107,6 +116,14 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
         known.clear()
     known.append(found)
     return found
+
+
+def _resumed(code: CodeType) -> str | None:
+    """The function whose rest, behind a graph break, a code of Dynamo's is."""
+    name = code.co_name
+    while match := re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", name):
+        name = match[1]
+    return None if name == code.co_name else name
 
 
 def _frame(compilation: Compilation) -> str:
@@ -182,13 +199,16 @@ def finish(compilation: Compilation, manager: PassManager, gm_key: str) -> None:
     if manager.records:
         _fill(compilation, manager)
         _write(gm_key, {name: getattr(compilation, name) for name in _PERSISTED})
+        hold_against(compilation.layers, compilation.asked)
         return
     compilation.from_cache = True
     kept = _read(gm_key)
     if kept is not None:
         for name in _PERSISTED:
             setattr(compilation, name, kept[name])
+        compilation.layers, compilation.passes = (list(map(Record, kept[name])) for name in ("layers", "passes"))
         _rename(compilation, manager.input_names)
+        hold_against(compilation.layers, compilation.asked)
         compilation.recorded = True
 
 
@@ -238,22 +258,21 @@ def _folder() -> Path:
 def _fill(compilation: Compilation, manager: PassManager) -> None:
     context = manager.context
     compilation.recorded = True
-    compilation.passes = [asdict(record) for record in manager.records]
+    compilation.passes = [Record(asdict(record)) for record in manager.records]
     compilation.program = dict(context.program)
     compilation.graph = dict(context.layer_text)
     compilation.layers = [
-        {
-            "name": layer.name, "input": context.origin_of.get(layer.parameter[0].name), "shape": list(layer.shape),
-            "side": layer.side, "rank": layer.rank, "matched": True, "reason": None, "node": layer.up.name,
-            **context.notes.get(layer.name, {}),
-        }
+        layer_record(
+            layer.name, layer.shape, input=context.origin_of.get(layer.parameter[0].name), side=layer.side,
+            rank=layer.rank, matched=True, projected=True, node=layer.up.name, **context.notes.get(layer.name, {}),
+        )
         for layer in context.layers
     ]  # fmt: skip
     for other in context.updates.unmatched if context.updates else ():
-        compilation.layers.append({
-            "name": other.name, "input": context.origin_of.get(other.input), "shape": list(map(str, other.shape)),
-            "matched": False, "projected": other.projected, "reason": other.reason.value, "node": other.node,
-        })  # fmt: skip
+        compilation.layers.append(layer_record(
+            other.name, other.shape, input=context.origin_of.get(other.input), projected=other.projected,
+            reason=other.reason.value, node=other.node, **context.notes.get(other.name, {}),
+        ))  # fmt: skip
 
 
 def _rename(compilation: Compilation, names: Mapping[int | str, str]) -> None:
@@ -287,11 +306,3 @@ def _looks(given: Any) -> str:
     inner, context = given.__tensor_flatten__() if hasattr(given, "__tensor_flatten__") else ([], "")
     parts = [_looks(getattr(given, name)) for name in inner]
     return " ".join([type(given).__name__, layout, str(context), *parts])
-
-
-def unfused(layer: dict[str, Any]) -> str | None:
-    """Why a projected layer ended unfused, in a sentence; None where it is fused, or is no projected layer."""
-    if not layer["matched"]:
-        return f"{layer['reason']} (at {layer['node']})" if layer["projected"] else None
-    refused: str | None = layer.get("not_reassociated")
-    return None if refused is None or refused.startswith("reassociate=") else refused

@@ -17,6 +17,7 @@ from qgalore_compile import compilation
 from qgalore_compile.compilation import Compilation
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.reach import unwrapped
+from qgalore_compile.records import Record
 
 WIDTH = 140
 """Columns of the text: a layer's sentence fits into two lines."""
@@ -37,13 +38,18 @@ class Report:
     recompiles: int
 
     @property
-    def layers(self) -> list[dict[str, Any]]:
-        """Parameters of two dimensions and more, of the latest compilation that updates any: name, shape, side, rank,
-        matched, reason, node, reassociated, inequality, refresh_takes, refresh_cost, update_function, ops."""
+    def layers(self) -> list[Record]:
+        """Parameters of two dimensions and more, of the latest compilation that updates any, and those that a projected
+        group of the optimizer names and the step does not update.
+
+        Attributes of each (and keys: a record is a dict too): name, shape, side, rank, matched, projected, reason,
+        node, reassociated, kernels; where a pass tells of it also inequality, not_reassociated, not_fused,
+        refresh_takes, refresh_cost, update_function, ops.
+        """
         return self._latest.layers if self._latest else []
 
     @property
-    def passes(self) -> list[dict[str, Any]]:
+    def passes(self) -> list[Record]:
         """The passes of that compilation, in order: name, tier, matches, skipped, ops, nodes_before, nodes_after,
         milliseconds."""
         return self._latest.passes if self._latest else []
@@ -84,6 +90,7 @@ class Report:
             return
         yield _layer_table(latest.layers)
         yield from _unmatched(latest.layers)
+        yield from _unfused(latest)
         yield _pass_table(latest.passes)
         yield from _skips(latest.passes)
         yield from _program(latest.program)
@@ -107,7 +114,7 @@ class Report:
         )
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
+def _layer_table(layers: list[Record]) -> Table:
     table = Table(title="Projected layers", title_justify="left", show_edge=False, pad_edge=False)
     for heading in ("layer", "shape", "side", "rank", "gradient", "a refresh takes", "update", "ops"):
         table.add_column(heading, justify="right" if heading in ("rank", "ops") else "left", overflow="fold")
@@ -121,12 +128,18 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
             table.add_row(
                 layer["name"], "×".join(map(str, layer["shape"])), layer["side"], str(layer["rank"]), gradient,
                 f"{layer.get('refresh_takes', 'no refresh op')}; {layer.get('refresh_cost', '')}".rstrip("; "),
-                layer.get("update_function", "fused by Inductor"), str(layer.get("ops", "")),
+                _update(layer), str(layer.get("ops", "")),
             )  # fmt: skip
     return table
 
 
-def _unmatched(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _update(layer: Record) -> str:
+    """What runs a layer's update."""
+    instead: str = layer.get("update_function", "left to Inductor")
+    return f"NOT FUSED: {instead}" if "not_fused" in layer else instead
+
+
+def _unmatched(layers: list[Record]) -> Iterator[str]:
     for layer in layers:
         if not layer["matched"]:
             shape = "×".join(map(str, layer["shape"]))
@@ -134,7 +147,16 @@ def _unmatched(layers: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{what}: {layer['name']} {shape}: {layer['reason']}"
 
 
-def _pass_table(passes: list[dict[str, Any]]) -> Table:
+def _unfused(latest: Compilation) -> Iterator[str]:
+    for layer in latest.layers:
+        if "not_fused" in layer:
+            what = "the update" if layer.matched else "the update at full rank"
+            yield f"NOT FUSED: {layer.name} {'×'.join(map(str, layer.shape))}: {what}: {layer.not_fused}"
+    for product in latest.program.get("unfused_products", ()):
+        yield f"NOT FUSED: {product['name']}: a product with it ({product['node']}): {product['reason']}"
+
+
+def _pass_table(passes: list[Record]) -> Table:
     table = Table(title="Passes", title_justify="left", show_edge=False, pad_edge=False)
     for heading in ("pass", "tier", "matched", "skipped", "nodes", "operators", "ms"):
         table.add_column(heading, justify="right" if heading in ("matched", "skipped", "ms") else "left")
@@ -153,7 +175,7 @@ def _short(operator: str) -> str:
     return operator.replace("<built-in function getitem>", "getitem").removesuffix(".default")
 
 
-def _skips(passes: list[dict[str, Any]]) -> Iterator[str]:
+def _skips(passes: list[Record]) -> Iterator[str]:
     for each in passes:
         if each["name"] != "update":  # those are the unmatched layers
             for node, reason in each["skipped"]:

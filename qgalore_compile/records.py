@@ -1,0 +1,34 @@
+"""Records of a report: what is told about one layer, one pass or one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Record(dict[str, Any]):
+    """What is told about one thing, by name; the entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this record has no {name!r}, but {', '.join(self)}") from None
+
+
+def layer_record(name: str, shape: Sequence[Any], **facts: Any) -> Record:
+    """The record of one parameter of two dimensions or more.
+
+    Args:
+        name, shape: of the parameter; a size that varies becomes text.
+        **facts: what else is known.  These are always there: ``input`` (the program's input that it is), ``side`` and
+            ``rank`` (None unless it is matched), ``matched`` (whether its update was found), ``projected`` (whether it
+            is, or was asked to be), ``reason`` (why it is not matched), ``node`` (where), ``reassociated`` (whether its
+            gradient is never formed), ``kernels`` (names of generated kernels that update it).
+    """
+    sizes = [size if isinstance(size, int) else str(size) for size in shape]
+    always: dict[str, Any] = dict(
+        input=None, side=None, rank=None, matched=False, projected=False, reason=None, node="", reassociated=False,
+        kernels=[],
+    )  # fmt: skip
+    return Record(name=name, shape=sizes, **{**always, **facts})

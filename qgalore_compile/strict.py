@@ -1,0 +1,64 @@
+"""``options={"strict": True}``: everything in a compilation that is not as it was asked for, a sentence each.
+
+What the user has asked for is no fault: a gradient that ``reassociate="never"`` keeps, an update of a few elements that
+stays with Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qgalore_compile.compilation import Compilation
+from qgalore_compile.records import Record
+
+NEEDED = ("update", "fuse")
+"""Passes without which nothing can be fused, or nothing is known of what is."""
+
+
+def problems(record: Compilation) -> list[str]:
+    """What is not as asked in one graph, most general first; each names the place, the reason and the remedy."""
+    if not record.recorded:
+        return [
+            "the compiled code came from a cache that holds no record of its passes, so nothing can be said about its "
+            "layers; clear the cache (torch.compiler reads TORCHINDUCTOR_CACHE_DIR)"
+        ]
+    return [*_breaks(record), *(text for layer in record.layers if (text := of_layer(layer))), *_products(record)]
+
+
+def _breaks(record: Compilation) -> Iterator[str]:
+    if record.broken_by:
+        yield (
+            f"{record.function}: a graph break cuts the step into several graphs: {record.broken_by}; move what breaks "
+            "it behind the step or out of it (fullgraph=True shows where), or leave 'strict' out"
+        )
+    elif record.resumes:
+        yield (
+            f"{record.resumes}: this graph is only what follows a graph break; move what breaks the step behind it or "
+            "out of it (fullgraph=True shows where), or leave 'strict' out"
+        )
+
+
+def of_layer(layer: Record) -> str | None:
+    """Why a parameter's update is not as asked, in a sentence; None where it is."""
+    if not layer["matched"] and layer["projected"]:
+        return f"{layer['name']}: {layer['reason']}" + (f" (at {layer['node']})" if layer["node"] else "")
+    refused: str | None = layer.get("not_reassociated")
+    if refused is not None and not refused.startswith("reassociate="):
+        return f"{layer['name']}: {refused}"
+    unfused: str | None = layer.get("not_fused")
+    if unfused is None:
+        return None
+    where = "between the projections or behind them" if layer["matched"] else "in its update at full rank"
+    return (
+        f"{layer['name']}: no generated kernel takes its update: {unfused}; write what stands {where} with operations "
+        "that programs know (kernels/spelling.py lists them), or leave 'strict' out"
+    )
+
+
+def _products(record: Compilation) -> Iterator[str]:
+    for product in record.program.get("unfused_products", ()):
+        yield (
+            f"{product['name']}: a product with this quantised weight is left without a generated kernel: "
+            f"{product['reason']} (at {product['node']}); write it as a linear layer's product of two matrices, or "
+            "leave 'strict' out"
+        )
