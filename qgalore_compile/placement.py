@@ -6,7 +6,7 @@ schedule on a GPU, codes made floats.  Nothing here reads a tensor's values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def dtype_of(name: str, state: dict[str, Tensor]) -> torch.dtype:
     return torch.float32
 
 
-def check_placement(groups: Iterable[dict[str, Any]], state: dict[Any, dict[str, Tensor]]) -> None:
+def check_placement(groups: Sequence[dict[str, Any]], state: dict[Any, dict[str, Tensor]]) -> None:
     """Raise PlacementError unless every parameter that has a gradient, and its state, are as the optimizer made them.
 
     Args:
@@ -45,6 +45,9 @@ def check_placement(groups: Iterable[dict[str, Any]], state: dict[Any, dict[str,
         state: the optimizer's.
     """
     device: torch.device | None = None
+    # Every parameter is read before any state: those that Dynamo meets first as keys of the state's dict it takes by
+    # identity, their gradients too, and would compile anew in every step.
+    with_gradient = [[p.grad is not None for p in group["params"]] for group in groups]
     for position, group in enumerate(groups):
         if not isinstance(group, Group):
             raise PlacementError(
@@ -52,7 +55,7 @@ def check_placement(groups: Iterable[dict[str, Any]], state: dict[Any, dict[str,
                 "add_param_group, or assign a whole list to param_groups"
             )
         for index, p in enumerate(group["params"]):
-            if p.grad is None:
+            if not with_gradient[position][index]:
                 continue
             if p.dtype not in PARAMETER_DTYPES:
                 raise PlacementError(

@@ -145,7 +145,7 @@ class Layer:
         places: dict[str, Any] = {f"_projector_{index}_base_index": 1 + index for index in range(len(names))}
         if self.follow:
             places |= {f"_moments_{index}_base_index": 2 + len(names) + index for index in range(2)}
-            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "betas": BETAS}
+            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "betas": t["betas"]}
         returned = FUNCTIONALIZED(
             torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default,
             factors=[gradient], scales=None, shape=list(self.shape), rank=self.rank,
@@ -204,7 +204,7 @@ RULES: dict[str, Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]] = {
     "sgd": _sgd,
 }
 
-SHARED = {"lr": torch.tensor(0.1), "step": torch.tensor(3.0)}
+SHARED = {"lr": torch.tensor(0.1), "step": torch.tensor(3.0), "betas": BETAS}
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------

@@ -127,7 +127,9 @@ def test_under_the_official_rule_too() -> None:
 def test_moments_stay_with_the_projector(method: str, how: str) -> None:
     layer = Layer((23, 12), 4, method=method, gap=1)
     m = torch.randn(layer.low.shape)
-    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, (0.9, 0.999))
+    layer.moments = Moments(
+        [m, m.square() * 2], torch.tensor(7.0), how, torch.tensor([0.9, 0.999], dtype=torch.float64)
+    )
     layer.call(torch.randn(23, 12))
     kept = [moment.clone() for moment in layer.moments.stored]
     layer.call(torch.zeros(23, 12))
