@@ -161,7 +161,7 @@ def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
     return Row(
         name, what(kernel), calls, binary.registers, spills(binary), binary.shared,
         round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), bound.least,
-        bound.issued, bound.dram, bound.operations, round(bound.seconds * 1e6, 2), bound.limit,
+        bound.issued, bound.dram, bound.operations, round(bound.seconds * 1e6, 4), bound.limit,
         kernel.blocks, "; ".join(kernel.passed),
     )  # fmt: skip
 
