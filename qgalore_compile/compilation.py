@@ -143,9 +143,8 @@ def of_code(code: CodeType, regions: Collection[int] | None = None) -> list[Comp
     """Every compilation of a function's code, those of what follows a graph break in it included, oldest first; of some
     ``torch.compile`` calls alone where ``regions`` are given."""
     found = list(_of_code.get(code, ()))
-    resumed = re.compile(rf"torch_dynamo_resume_in_{re.escape(code.co_name)}_at_\d+")
     for other, compilations in _of_code.items():
-        if other.co_filename == code.co_filename and resumed.fullmatch(other.co_name):
+        if other.co_filename == code.co_filename and _resumed(other) == code.co_name:
             found += compilations
     return found if regions is None else [each for each in found if each.region in regions]
 

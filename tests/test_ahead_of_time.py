@@ -141,27 +141,16 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path, monkeypatch: py
     assert "gemm does not compile for sm_90: no" in ran.output
 
 
+def line(kernel: str, *, registers: int = 100, spills: int = 0) -> Row:
+    """A kernel's line of the table."""
+    return Row(
+        kernel, "bf16 × INT8", 1, registers, spills, 0, 0.5, 4, 16, 4, 10, 20, 10, 100, 1.0, "bytes",
+        "64×256×32, 8 warps, 4 stages", "",
+    )  # fmt: skip
+
+
 def test_a_spilling_kernel_shows_in_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Row(
-        "00-gemm",
-        "bf16 × INT8",
-        1,
-        255,
-        8,
-        0,
-        0.5,
-        4,
-        16,
-        4,
-        10,
-        20,
-        10,
-        100,
-        1.0,
-        "bytes",
-        "64×256×32, 8 warps, 4 stages",
-        "",
-    )
+    given = line("00-gemm", registers=255, spills=8)
     monkeypatch.setattr("qgalore_compile.ahead_of_time.compile_ahead", lambda *_, **__: [given])
     ran = CliRunner().invoke(app, ["compile", "--target", "sm_90", "--preset", "tiny", "--out", str(tmp_path)])
     assert ran.exit_code == 1
@@ -169,27 +158,5 @@ def test_a_spilling_kernel_shows_in_the_exit_status(tmp_path: Path, monkeypatch:
 
 
 def test_the_table_names_every_kernel() -> None:
-    rows = [
-        Row(
-            f"0{i}-gemm",
-            "bf16 × INT8",
-            1,
-            100,
-            0,
-            0,
-            0.5,
-            4,
-            16,
-            4,
-            10,
-            20,
-            10,
-            100,
-            1.0,
-            "bytes",
-            "64×256×32, 8 warps, 4 stages",
-            "",
-        )
-        for i in (0, 1)
-    ]
+    rows = [line(f"0{i}-gemm") for i in (0, 1)]
     assert table(rows, "sm_90", "tiny").row_count == 2

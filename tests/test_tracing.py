@@ -24,10 +24,9 @@ from qgalore_compile.tracing import NoGradientError, is_ours, step_backend
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
+@step_backend
 class Traced:
     """A backend that runs the graph as it is, traced as a step of "qgalore"; ``sizes`` are those of its inputs."""
-
-    _traced_as_qgalore = True
 
     def __init__(self) -> None:
         self.graphs: list[fx.GraphModule] = []
