@@ -21,11 +21,16 @@ def attacks(module: Callable[[str], Any]) -> Any:
     return module("run_attacks")
 
 
-def test_no_damage_is_loaded_and_no_model_changes(attacks: Any, tmp_path: Path) -> None:
-    found = attacks.corruptions(tmp_path, 66, command_every=10**9)
+@pytest.fixture
+def corruptions(module: Callable[[str], Any]) -> Any:
+    return module("run_attacks_corruptions")
+
+
+def test_no_damage_is_loaded_and_no_model_changes(corruptions: Any, attacks: Any, tmp_path: Path) -> None:
+    found = corruptions.corruptions(tmp_path, 66, command_every=10**9)
     assert found["tried"] == found["refused in words"] == 66
     assert not any(found[what] for what in attacks.FAILURES["corruptions"])
-    assert {*attacks.CORRUPTIONS, attacks.OTHERS} <= found.keys()
+    assert {*corruptions.CORRUPTIONS, corruptions.OTHERS} <= found.keys()
 
 
 def killed_at(place: int, name: str, config: Any) -> bool:
