@@ -38,14 +38,15 @@ if TYPE_CHECKING:
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizeContext
-    from torch._dynamo.exc import ShortenTraceback, Unsupported, unimplemented
+    from torch._dynamo.exc import ShortenTraceback, Unsupported, UserError, unimplemented
+    from torch._dynamo.output_graph import OutputGraph
     from torch._dynamo.source import (
         AttrSource,
         GradSource,
         is_from_optimizer_source,
         is_from_unspecialized_nn_module_source,
     )
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
     from torch._dynamo.utils import TensorStaticReason, counters
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.constant import ConstantVariable
@@ -88,7 +89,10 @@ LATE = {
     "inductor_config": "torch._inductor.config",
     "ShortenTraceback": "torch._dynamo.exc:ShortenTraceback",
     "Unsupported": "torch._dynamo.exc:Unsupported",
+    "UserError": "torch._dynamo.exc:UserError",
+    "OutputGraph": "torch._dynamo.output_graph:OutputGraph",
     "InstructionTranslator": "torch._dynamo.symbolic_convert:InstructionTranslator",
+    "InstructionTranslatorBase": "torch._dynamo.symbolic_convert:InstructionTranslatorBase",
     "counters": "torch._dynamo.utils:counters",
     "kernel_side_table": "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
     "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",

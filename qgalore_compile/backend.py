@@ -25,6 +25,7 @@ from qgalore_compile._torch import (
 )
 from qgalore_compile.kernels import cpu
 from qgalore_compile.passes import PASSES, PassManager
+from qgalore_compile.strict import UnfusedError as UnfusedError
 
 tracing.install()
 
@@ -46,14 +47,6 @@ class OptionError(ShortenTraceback, ValueError):
 
     A ``ValueError``; also a ``ShortenTraceback``, which Dynamo hands through as it is instead of wrapping it.
     """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
-
-
-class UnfusedError(ShortenTraceback, RuntimeError):
-    """``options={"strict": True}``: something is not as asked (:mod:`qgalore_compile.strict`); the message names each
-    place, the reason and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
@@ -218,4 +211,4 @@ def _on_cpu(example_inputs: Sequence[Any]) -> bool:
 
 def _refuse_unfused(record: compilation.Compilation) -> None:
     if found := strict.problems(record):
-        raise UnfusedError("backend 'qgalore', strict: not everything is as asked\n  " + "\n  ".join(found))
+        raise strict.error(found)

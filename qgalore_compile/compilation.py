@@ -7,6 +7,7 @@ the next process.  It is written beside that cache, under a name that depends on
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import operator
@@ -22,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from qgalore_compile import frames
 from qgalore_compile._torch import CompileContext
 from qgalore_compile.asked import Asked, asked, hold_against
 from qgalore_compile.files import replacing
@@ -41,9 +43,11 @@ class Compilation:
     """One graph that the backend was given.
 
     Attributes:
+        number: its place among the compilations of the process.
         identity: Dynamo's number, "frame/recompile".
+        resets: how often Dynamo had been reset before.
         region: the number of the ``torch.compile`` call that it belongs to.
-        owner: which of the functions, or objects, with this code it was: :func:`owner_of`.
+        owner: which of the functions, or objects, with this code it was: :func:`~qgalore_compile.frames.owner_of`.
         function, file, line: whose code it is.
         broken_by: why the graph ends before the function does, and where; None where it does not.
         recorded: whether a record of the passes exists: they ran, or their record was found beside the cache.
@@ -58,7 +62,9 @@ class Compilation:
         asked: the parameters that the optimizers in the graph project (:mod:`qgalore_compile.asked`).
     """
 
+    number: int = field(default_factory=itertools.count().__next__)
     identity: str = ""
+    resets: int = 0
     region: int = -1
     owner: tuple[int, ...] = ()
     function: str = ""
@@ -99,18 +105,19 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
             into.append(found)
         return found
     code, reason = tracer.f_code, tracer.output.compile_subgraph_reason
-    found.region = current_region()
-    found.owner = _owner(tracer.f_locals.get("self"), tracer.closure)
+    found.region, found.resets = current_region(), frames.resets()
+    found.owner = frames.owner_of(tracer.f_locals.get("self"), tracer.closure)
     found.identity = str(CompileContext.current_compile_id())
     found.function, found.file, found.line = code.co_name, code.co_filename, code.co_firstlineno
     if reason is not None and reason.graph_break:
-        where = f", at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
-        found.broken_by = f"{reason.reason}{where}"
+        found.broken_by = frames.why(reason)
     found.resumes = _resumed(code)
     found.asked = asked(gm, tracer)
     if into is not None:
         into.append(found)
         return found
+    for known in _of_code.values():
+        known[:] = [each for each in known if each.region != found.region or each.resets == found.resets]
     known = _of_code.setdefault(code, [])
     if known and _frame(known[-1]) != _frame(found):  # Dynamo numbers frames anew when it is reset
         known.clear()
@@ -120,9 +127,7 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
 
 def _resumed(code: CodeType) -> str | None:
     """The function whose rest, behind a graph break, a code of Dynamo's is."""
-    name = code.co_name
-    while match := re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", name):
-        name = match[1]
+    name = frames.function_of(code)
     return None if name == code.co_name else name
 
 
@@ -130,23 +135,25 @@ def _frame(compilation: Compilation) -> str:
     return compilation.identity.split("/")[0]
 
 
-def _owner(bound: Any, closure: Sequence[Any] | None) -> tuple[int, ...]:
-    return (id(bound), *map(id, closure or ()))
-
-
 def owner_of(step: Any) -> tuple[int, ...]:
-    """What sets a function or bound method apart from others with the same code: its object and its variables."""
-    return _owner(getattr(step, "__self__", None), getattr(getattr(step, "__func__", step), "__closure__", None))
+    """:func:`~qgalore_compile.frames.owner_of` of a function or bound method."""
+    return frames.owner_of(
+        getattr(step, "__self__", None), getattr(getattr(step, "__func__", step), "__closure__", None)
+    )
 
 
-def of_code(code: CodeType, regions: Collection[int] | None = None) -> list[Compilation]:
-    """Every compilation of a function's code, those of what follows a graph break in it included, oldest first; of some
-    ``torch.compile`` calls alone where ``regions`` are given."""
+def of(code: CodeType, regions: Collection[int] | None = None) -> list[Compilation]:
+    """Every graph of some ``torch.compile`` calls, oldest first: what follows a graph break, and the functions that are
+    called there, are frames of their own with graphs of the same call.  Where no call is known, those of a code and of
+    what follows a break in it."""
+    if regions is not None:
+        found = [each for compilations in _of_code.values() for each in compilations if each.region in regions]
+        return sorted(found, key=lambda each: each.number)
     found = list(_of_code.get(code, ()))
     for other, compilations in _of_code.items():
         if other.co_filename == code.co_filename and _resumed(other) == code.co_name:
             found += compilations
-    return found if regions is None else [each for each in found if each.region in regions]
+    return found
 
 
 def input_names(gm: fx.GraphModule) -> dict[int | str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from qgalore_compile import compilation
+from qgalore_compile import compilation, frames
 from qgalore_compile.compilation import Compilation
 from qgalore_compile.plain_text import plain_text
 from qgalore_compile.reach import unwrapped
@@ -30,12 +30,15 @@ class Report:
     Attributes:
         compilations: one a graph, oldest first.
         graph_breaks: why each graph but the last of a run ends where it does, and where; empty for one graph a step.
+        skipped_frames: functions that Dynamo gave up, so that Python runs them and only what they call is compiled:
+            which, why and where; empty for one graph a step.
         recompiles: how often the step was compiled again, for another shape say.
     """
 
     compilations: tuple[Compilation, ...]
     graph_breaks: tuple[str, ...]
     recompiles: int
+    skipped_frames: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[Record]:
@@ -60,10 +63,11 @@ class Report:
         return next(reversed(with_layers or list(self.compilations)), None)
 
     def to_json(self) -> str:
-        """All of it, as JSON: a list of compilations, graph breaks, and the number of recompiles."""
+        """All of it, as JSON: compilations, graph breaks, skipped frames, and the number of recompiles."""
         return json.dumps(
             {
                 "graph_breaks": list(self.graph_breaks),
+                "skipped_frames": list(self.skipped_frames),
                 "recompiles": self.recompiles,
                 "compilations": [asdict(each) for each in self.compilations],
             },
@@ -79,6 +83,8 @@ class Report:
         yield self._headline()
         for reason in self.graph_breaks:
             yield f"graph break: {reason}"
+        for reason in self.skipped_frames:
+            yield f"in eager: {reason}"
         latest = self._latest
         if latest is None:
             return
@@ -105,10 +111,14 @@ class Report:
         projected = [layer for layer in latest.layers if layer["matched"] or layer["projected"]]
         matched = sum(layer["matched"] for layer in latest.layers)
         contracted = sum(layer.get("reassociated", False) for layer in latest.layers)
-        graphs = "1 graph" if not self.graph_breaks else f"{len(self.graph_breaks) + 1} graphs"
+        count = len(_frames(self.compilations))
+        if self.graph_breaks or self.skipped_frames:
+            graphs = f"in pieces, {count} of them compiled"
+        else:
+            graphs = f"{count} graph" + "s" * (count != 1)
         dynamic = f", symbolic sizes: {', '.join(latest.symbolic)}" if latest.symbolic else ""
         return (
-            f"{latest.function or 'step'}: {graphs}, {self.recompiles} recompile(s){dynamic}; "
+            f"{latest.resumes or latest.function or 'step'}: {graphs}, {self.recompiles} recompile(s){dynamic}; "
             f"{matched} of {len(projected)} projected layers matched, {contracted} without a full-rank gradient"
             + (" (compiled code from a cache)" if latest.from_cache else "")
         )
@@ -208,15 +218,24 @@ def report(compiled_step: Callable[..., Any]) -> Report:
         ValueError: the step has not been compiled by this backend in this process.
     """
     code = _code(compiled_step)
-    found = compilation.of_code(code, _regions(compiled_step, code))
-    if not found:
+    regions = _regions(compiled_step, code)
+    found, broken = compilation.of(code, regions), frames.of(code, regions)
+    if not found and not broken:
         raise ValueError(
             f"{code.co_name} has not been compiled by the backend 'qgalore' in this process: call the compiled step "
             "once before report(), or use explain(step, *args), which runs nothing"
         )
-    first_of_frames = {each.identity.split("/")[0] for each in found}
-    breaks = {each.broken_by: None for each in found if each.broken_by}
-    return Report(tuple(found), tuple(breaks), len(found) - max(len(first_of_frames), 1))
+    breaks = [each.reason for each in broken if each.kind != "given up"]
+    breaks += [each.broken_by for each in found if each.broken_by]
+    skipped = [frames.in_eager(each) for each in broken if each.kind != "cut"]
+    return Report(
+        tuple(found), tuple(dict.fromkeys(breaks)), len(found) - len(_frames(found)), tuple(dict.fromkeys(skipped))
+    )
+
+
+def _frames(compilations: Iterable[Compilation]) -> set[str]:
+    """Dynamo's numbers of the frames that graphs are of, whatever was compiled again."""
+    return {each.identity.split("/")[0] for each in compilations}
 
 
 def _regions(step: Any, code: CodeType) -> set[int] | None:
@@ -227,7 +246,8 @@ def _regions(step: Any, code: CodeType) -> set[int] | None:
     if region is not None:
         return {region}
     owner = compilation.owner_of(step)
-    return {each.region for each in compilation.of_code(code) if each.owner == owner} or None
+    compiled = {each.region for each in compilation.of(code) if each.owner == owner}
+    return compiled | {each.region for each in frames.of(code) if each.owner == owner} or None
 
 
 def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -6,13 +6,23 @@ stays with Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from qgalore_compile._torch import ShortenTraceback
 from qgalore_compile.compilation import Compilation
+from qgalore_compile.frames import Broken
 from qgalore_compile.records import Record
 
 NEEDED = ("update", "fuse")
 """Passes without which nothing can be fused, or nothing is known of what is."""
+
+
+class UnfusedError(ShortenTraceback, RuntimeError):
+    """``options={"strict": True}``: something is not as asked; the message names each place, the reason and
+    what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
 
 
 def problems(record: Compilation) -> list[str]:
@@ -25,12 +35,38 @@ def problems(record: Compilation) -> list[str]:
     return [*_breaks(record), *(text for layer in record.layers if (text := of_layer(layer))), *_products(record)]
 
 
+def error(found: Sequence[str]) -> UnfusedError:
+    """Of sentences, one or more."""
+    return UnfusedError("backend 'qgalore', strict: not everything is as asked\n  " + "\n  ".join(found))
+
+
+def refusal(broken: Broken) -> UnfusedError:
+    """Of a frame that no graph tells of: nothing of it has run."""
+    return error([of_frame(broken)])
+
+
+def of_frame(broken: Broken) -> str:
+    """What is not as asked in a frame that is not one graph, a sentence."""
+    if broken.kind == "cut":
+        return _cut(broken.function, broken.reason)
+    what = "of it" if broken.kind == "given up" else "of what follows the break"
+    return (
+        f"{broken.function} ({broken.place}): Dynamo gives the function up and Python runs all {what}: "
+        f"{broken.reason}; move what breaks it out of the step, or out of any try, with or loop in it and behind "
+        "opt.step() (fullgraph=True shows where), or leave 'strict' out"
+    )
+
+
+def _cut(function: str, reason: str) -> str:
+    return (
+        f"{function}: a graph break cuts the step into several graphs: {reason}; move what breaks "
+        "it behind the step or out of it (fullgraph=True shows where), or leave 'strict' out"
+    )
+
+
 def _breaks(record: Compilation) -> Iterator[str]:
     if record.broken_by:
-        yield (
-            f"{record.function}: a graph break cuts the step into several graphs: {record.broken_by}; move what breaks "
-            "it behind the step or out of it (fullgraph=True shows where), or leave 'strict' out"
-        )
+        yield _cut(record.resumes or record.function, record.broken_by)
     elif record.resumes:
         yield (
             f"{record.resumes}: this graph is only what follows a graph break; move what breaks the step behind it or "

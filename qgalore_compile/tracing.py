@@ -1,7 +1,7 @@
 """How Dynamo traces *our* steps, and nobody else's.
 
 Dynamo can make ``loss.backward()`` part of a graph, but only where it is told to (``trace_autograd_ops``), for a whole
-thread, and with four gaps that train nothing, or slowly, without a word.  :func:`install` puts wrappers around six of
+thread, and with four gaps that train nothing, or slowly, without a word.  :func:`install` puts wrappers around some of
 its functions.  Each asks first whether the frame that is being traced was given to this backend; if not, torch's own
 function runs as it stands, with the configuration that it had.
 
@@ -19,13 +19,15 @@ gives sizes that differ        keeps sizes of parameters, gradients and states, 
 between two calls a symbol     numbers; remembers what has varied for each ``torch.compile`` apart
 keeps what it compiled by      keeps it by ``torch.compile``: two steps of one factory share neither a recompile limit
 code object                    nor a report
+leaves a frame that it cannot  keeps what broke, where and why (:mod:`~qgalore_compile.frames`); under ``strict`` raises
+trace to Python, in silence    an error that says so
 =============================  ========================================================================================
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -33,13 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgalore_compile import frames, strict
 from qgalore_compile._torch import (
     AttrSource,
     BaseListVariable,
     ConstantVariable,
     GradModeVariable,
     GradSource,
+    InstructionTranslatorBase,
     OptimizeContext,
+    OutputGraph,
     ShortenTraceback,
     TensorStaticReason,
     TensorVariable,
@@ -73,7 +78,11 @@ _now = threading.local()
 
 def step_backend(backend: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a backend of one's own that hands its graphs to :func:`qgalore_compile.backend.qgalore`, so that Dynamo
-    traces its steps as those of "qgalore".  Returns it."""
+    traces its steps as those of "qgalore".  Returns it.
+
+    What ``strict`` says of frames that no graph tells of, it says where the backend is asked: of one's own, by an
+    attribute ``options`` that holds what it hands over.
+    """
     setattr(backend, MARK, True)
     return backend
 
@@ -85,16 +94,32 @@ def traced_as_step(backend: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def is_ours(backend: Any) -> bool:
     """Whether what Dynamo was given as a backend, or what that wraps, is marked by :func:`step_backend`."""
+    return any(getattr(each, MARK, False) for each in _layers(backend))
+
+
+def is_strict(backend: Any) -> bool:
+    """Whether its options, wherever they are held, ask for ``strict``."""
+    for each in _layers(backend):
+        given = [getattr(each, name, None) for name in ("kwargs", "keywords")]
+        held = [
+            getattr(each, "options", None),
+            *(found.get("options") for found in given if isinstance(found, Mapping)),
+        ]
+        if any(isinstance(options, Mapping) and options.get("strict") is True for options in held):
+            return True
+    return False
+
+
+def _layers(backend: Any) -> Iterator[Any]:
+    """What Dynamo was given as a backend, and what that wraps, outermost first."""
     seen: set[int] = set()
     while backend is not None and id(backend) not in seen:
         seen.add(id(backend))
-        if getattr(backend, MARK, False):
-            return True
+        yield backend
         owner = getattr(backend, "__self__", None)  # DDPOptimizer.compile_fn, which splits a graph into buckets
         inner = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn", "func")
         backend = next((found for each in (backend, owner) for name in inner
                         if (found := getattr(each, name, None)) is not None), None)  # fmt: skip
-    return False
 
 
 def region_of(compiled: Any) -> int | None:
@@ -150,6 +175,8 @@ def install() -> None:
         (TensorVariable, "method_backward", _backward),
         (TensorVariable, "method_attr_grad", _gradient),
         (ConstantVariable, "create", _fresh),
+        (OutputGraph, "compile_subgraph", frames.cut),
+        (InstructionTranslatorBase, "log_graph_break", frames.noted),
     ):
         _wrap(owner, name, wrapper, only_ours=True)
 
@@ -173,8 +200,11 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], *, only_ours: bool
 def _compile(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around the tracing and compiling of one frame; the sixth argument is its backend."""
     backend = kwargs["compiler_fn"] if "compiler_fn" in kwargs else args[5]
-    with _frame(is_ours(backend)):
-        return original(*args, **kwargs)
+    ours = is_ours(backend)
+    with _frame(ours):
+        if not ours:
+            return original(*args, **kwargs)
+        return frames.traced(original, args, kwargs, current_region(), strict.refusal if is_strict(backend) else None)
 
 
 def _isolated(original: Callable[..., None], self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:

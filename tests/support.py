@@ -143,6 +143,10 @@ def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
+def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in after.items())
+
+
 def assert_within_contract(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The contract for one step from equal state on the same GEMM results, as `architecture.md` puts it: float values
     within 1e-6 of the tensor's largest, integer codes off by at most one in fewer than 0.2 % of places; likewise what

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Interpreted, small, snapshot, step_of, toy, training_step
+from support import Interpreted, assert_unchanged, small, snapshot, step_of, toy, training_step
 from support import data as rows
 from support import tokens as batch
 from torch import Tensor, nn
@@ -56,10 +56,6 @@ def two(*, both: bool) -> tuple[TwoOf, qg.QGaLoreAdamW]:
     return model, qg.QGaLoreAdamW(
         qg.param_groups(model, rank=2, targets=["used", "other"], quant=False), moments="32bit"
     )
-
-
-def assert_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in after.items())
 
 
 # -- updates ----------------------------------------------------------------------------------------------------------
@@ -131,9 +127,7 @@ def test_a_projected_parameter_without_a_gradient_is_refused_and_nothing_changes
         UnfusedError, match=r"(?s)other\.weight: its gradient is None in this step.*group \(number 0\) asks for"
     ):
         strictly(step_of(model, opt))(rows())
-    assert all(
-        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in snapshot(model, opt).items()
-    )
+    assert_unchanged(before, snapshot(model, opt))
 
 
 def test_the_report_tells_of_a_projected_parameter_without_a_gradient() -> None:
@@ -186,9 +180,7 @@ def test_a_graph_break_is_refused_with_its_place_before_anything_changes() -> No
         UnfusedError, match=r"(?s)step: a graph break cuts the step .*test_strict\.py:\d+; move what breaks it"
     ):
         strictly(step)(rows())
-    assert all(
-        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in snapshot(model, opt).items()
-    )
+    assert_unchanged(before, snapshot(model, opt))
 
 
 def test_a_frame_that_follows_a_break_is_refused_though_it_ends_with_the_step() -> None:
