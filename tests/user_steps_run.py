@@ -1,0 +1,264 @@
+"""Runs the programs of ``user_steps.py``: as they are, or compiled by ``backend="qgalore"``.
+
+A user names the backend by that string and nothing else, and so does a program.  Only what stands behind the backend's
+passes is another here: graphs are run as Dynamo traced them, or as the passes leave them, and no code is generated.
+"""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo
+import torch.optim.optimizer as of_torch
+from kernels_support import evaluated_kernels
+from torch import Tensor, fx
+from user_steps import UserStep
+
+import qgalore_compile as qg
+from qgalore_compile import backend as entry
+from qgalore_compile.dry_run import dry, without_cache
+from qgalore_compile.moments import decode, stored_moments
+
+HEAD = """
+import functools, logging
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+import qgalore_compile as qg
+
+LOSSES, NORMS, NOTES = [], [], []
+
+
+class Net(nn.Module):
+    def __init__(self, width, kind):
+        super().__init__()
+        self.a = nn.Linear(width, width, bias=False)
+        self.b = nn.Linear(width, width, bias=False) if kind in ("deep", "shared") else None
+        if kind == "shared":
+            self.b.weight = self.a.weight
+        if kind == "unused":
+            self.unused = nn.Linear(width, 2)
+        self.c = nn.Linear(width, 3, bias=False)
+        self.dropout = nn.Dropout(0.5) if kind == "dropout" else nn.Identity()
+
+    def forward(self, x, hooked=False):
+        hidden = torch.tanh(self.a(x))
+        if hooked and hidden.requires_grad:
+            hidden.register_hook(lambda g: g * 0)
+        if self.b is not None:
+            hidden = torch.tanh(self.b(hidden))
+        return self.c(self.dropout(hidden))
+
+
+@torch._dynamo.disable
+def note(loss):
+    NOTES.append(float(loss.detach()))
+
+
+def inner(loss):
+    print("inner", loss.shape)
+    return loss
+
+
+def inner_with(loss):
+    with Timer():
+        note(loss)
+
+
+class Timer:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+def zero(parameter):
+    parameter.grad.zero_()
+
+
+def halve(optimizer, *_):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+                p.grad[0].zero_()
+
+
+@torch.no_grad()
+def shrink(optimizer, *_):
+    optimizer.param_groups[-1]["params"][-1].mul_(0.5)
+
+"""
+
+WIDTHS = {"one": (6,), "two widths": (6, 8), "three widths": (6, 8, 10)}
+SIZES = {"equal": (5, 5, 5), "last short": (5, 5, 3), "growing": (4, 5, 6)}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _set(key: str, value: Callable[[int], Any]) -> Callable[[Any, int], None]:
+    def change(opt: Any, index: int) -> None:
+        for group in opt.param_groups:
+            if key != "scale" or "rank" in group:
+                group[key] = value(index)
+
+    return change
+
+
+def _fill(opt: Any, index: int) -> None:
+    for group in opt.param_groups:
+        group["lr"].fill_(0.01 + 0.01 * index)
+
+
+SETTINGS: dict[str, Callable[[Any, int], None]] = {
+    "lr": _set("lr", lambda index: 0.01 + 0.01 * index),
+    "lr fill": _fill,
+    "weight_decay": _set("weight_decay", lambda index: 0.1 * (index + 1)),
+    "betas": _set("betas", lambda index: (0.9 - 0.1 * index, 0.99)),
+    "scale": _set("scale", lambda index: 0.25 + index),
+}
+"""What is set between steps, before that of a number."""
+
+
+@dataclass
+class Outcome:
+    """What a program left.
+
+    Attributes:
+        start: weights and state by name in float64, decoded where they are quantised.
+        end: likewise, after the last step that was taken.
+        gradients: after it, by name; None where there is none.
+        results: of each step, and the numbers that it noted.
+        steps: how many were taken, of all nets.
+        error: what ended them.
+    """
+
+    start: dict[str, Tensor] = field(default_factory=dict)
+    end: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
+    steps: int = 0
+    error: Exception | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is other than at the start."""
+        return any(not torch.equal(value, self.end[name]) for name, value in self.start.items())
+
+
+def program(step: UserStep) -> str:
+    """All of its text."""
+    return f"{HEAD}\n{step.source()}\n"
+
+
+def run(step: UserStep, how: str, steps: int = 3) -> Outcome:
+    """Run a program: ``how`` is "eager", "traced" (graphs as Dynamo makes them) or "whole" (through the passes)."""
+    text, outcome, made = program(step), Outcome(), []
+    name = f"<user step {how} {hash(step)}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    module = ModuleType("user_step")  # Dynamo imports what holds the globals of a code
+    scope = vars(module)
+
+    def compiler(function: Callable[..., Any]) -> Any:
+        if how == "eager":
+            return function
+        return torch.compile(function, backend="qgalore", fullgraph=step.fullgraph == "yes")
+
+    scope["COMPILE"] = compiler
+    torch._dynamo.reset()
+    try:
+        with _as_in_a_program(module), _without_code_generation(how):
+            exec(compile(text, name, "exec"), scope)
+            for width in WIDTHS["one" if step.form == "global" else step.nets]:
+                torch.manual_seed(width)
+                made.append(scope["make"](width))
+            outcome.start = _state(made)
+            try:
+                for index, size in enumerate(SIZES[step.batches][-steps:]):
+                    for each in made:
+                        outcome.results.append(_one_step(step, each, index, size))
+                        outcome.steps += 1
+            except Exception as error:
+                outcome.error = error
+    finally:
+        linecache.cache.pop(name, None)
+    outcome.end = _state(made)
+    outcome.gradients = {f"{index}.{name}": p.grad for index, each in enumerate(made)
+                         for name, p in each[0].named_parameters()}  # fmt: skip
+    outcome.results += [*scope["LOSSES"], *scope["NORMS"], *scope["NOTES"]]
+    return outcome
+
+
+def _one_step(step: UserStep, made: Any, index: int, size: int) -> Any:
+    """Take a step of one net, with what the loop around it does before and after."""
+    net, opt, other, schedule, _, take = made
+    torch.manual_seed(index)
+    x = torch.randn(size, net.a.in_features).to(DTYPES.get(step.precision, torch.float32))
+    if step.setting in SETTINGS:
+        SETTINGS[step.setting](opt, index)
+    result = take(x, torch.randn(size, 3), *([index % 2 == 0] if step.micro_batches == "every second" else []))
+    if step.zero == "outside":
+        for each in (opt, other):
+            if each is not None:
+                each.zero_grad()
+    if step.schedule == "outside":
+        schedule.step()
+    result = result["loss"] if isinstance(result, dict) else result
+    return 0.0 if result is None else float(result)
+
+
+def _state(made: Sequence[Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for index, (net, *optimizers, _, _, _) in enumerate(made):
+        names = {p: f"{index}.{name}" for name, p in net.named_parameters()}
+        for p, name in names.items():
+            found[name] = p.dequantize() if isinstance(p, qg.Int8Weight) else p
+        for opt in optimizers:
+            for p, state in ({} if opt is None else opt.state).items():
+                found |= {f"{names[p]}/{key}": value for key, value in state.items() if not key.startswith("exp_avg")}
+                if isinstance(opt, qg.QGaLoreAdamW):
+                    found |= dict(zip((f"{names[p]}/m", f"{names[p]}/v"), decode(stored_moments(state)), strict=True))
+    return {name: torch.as_tensor(value).detach().double().nan_to_num().clone() for name, value in found.items()}
+
+
+@contextmanager
+def _without_code_generation(how: str) -> Iterator[None]:
+    """What the backend calls when it has parsed its options, with an interpreter where Inductor would generate code."""
+    compile_fx = entry.compile_fx
+
+    def instead(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+        if how == "traced":
+            return gm.forward
+        with without_cache():
+            return compile_fx(gm, inputs, **{**settings, "inner_compile": dry(lambda graph: graph.forward)})
+
+    # dropout's own random numbers, which an interpreter draws as eager does
+    with mock.patch.object(entry, "compile_fx", instead), evaluated_kernels(), \
+            torch._inductor.config.patch(fallback_random=True):  # fmt: skip
+        yield
+
+
+@contextmanager
+def _as_in_a_program(module: ModuleType) -> Iterator[None]:
+    """A module that can be imported, warnings that are no errors, nothing printed, no hook left behind."""
+    hooks, sys.modules[module.__name__] = dict(of_torch._global_optimizer_post_hooks), module
+    quiet = mock.patch.object(logging.getLogger("steps"), "disabled", True)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), quiet:
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        del sys.modules[module.__name__]
+        of_torch._global_optimizer_post_hooks.clear()
+        of_torch._global_optimizer_post_hooks.update(hooks)
