@@ -94,7 +94,7 @@ def holds_where(pair: tuple[sympy.Expr, sympy.Expr]) -> str:
 def cost(layer: LayerUpdate) -> Cost:
     """What R costs through the gradient and through its factors."""
     m, n = map(hint, layer.shape)
-    r, terms = layer.rank, len(layer.factors.terms)
+    r, terms = hint(layer.rank), len(layer.factors.terms)
     size = dtype(layer.down).itemsize
     sizes: list[Any] = [term.contracted for term in layer.factors.terms]
     known = all(isinstance(tokens, int) for tokens in sizes)

@@ -88,4 +88,4 @@ def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
     m, n = map(hint, layer.shape)
     method: Any = call.kwargs["method"]
     iterations: Any = call.kwargs["power_iterations"]
-    return described(method, m, n, layer.rank, iterations, terms)
+    return described(method, m, n, hint(layer.rank), iterations, terms)

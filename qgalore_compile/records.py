@@ -20,15 +20,21 @@ def layer_record(name: str, shape: Sequence[Any], **facts: Any) -> Record:
     """The record of one parameter of two dimensions or more.
 
     Args:
-        name, shape: of the parameter; a size that varies becomes text.
+        name, shape: of the parameter; a size that varies becomes text, and so does a rank.
         **facts: what else is known.  These are always there: ``input`` (the program's input that it is), ``side`` and
             ``rank`` (None unless it is matched), ``matched`` (whether its update was found), ``projected`` (whether it
             is, or was asked to be), ``reason`` (why it is not matched), ``node`` (where), ``reassociated`` (whether its
             gradient is never formed), ``kernels`` (names of generated kernels that update it).
     """
-    sizes = [size if isinstance(size, int) else str(size) for size in shape]
+    sizes = list(map(_plain, shape))
+    if "rank" in facts:
+        facts["rank"] = _plain(facts["rank"])
     always: dict[str, Any] = dict(
         input=None, side=None, rank=None, matched=False, projected=False, reason=None, node="", reassociated=False,
         kernels=[],
     )  # fmt: skip
     return Record(name=name, shape=sizes, **{**always, **facts})
+
+
+def _plain(size: Any) -> int | str | None:
+    return size if size is None or isinstance(size, int) else str(size)

@@ -84,6 +84,12 @@ def of_layer(layer: Record) -> str | None:
     unfused: str | None = layer.get("not_fused")
     if unfused is None:
         return None
+    if isinstance(layer["rank"], str):
+        return (
+            f"{layer['name']}: no generated kernel takes its update, for its rank {layer['rank']} is a symbol: "
+            "dynamic=True makes one of every size of a tensor that no module and no optimizer holds; let the batch's "
+            "size alone vary (torch._dynamo.mark_dynamic, or no dynamic=), or leave 'strict' out"
+        )
     where = "between the projections or behind them" if layer["matched"] else "in its update at full rank"
     return (
         f"{layer['name']}: no generated kernel takes its update: {unfused}; write what stands {where} with operations "

@@ -18,6 +18,8 @@ from qgalore_compile.backend import OptionError, Options, UnfusedError
 from qgalore_compile.compilation import Compilation
 from qgalore_compile.passes.fuse import fuse
 
+Step = Callable[..., Any]
+
 
 def strictly(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(step, backend=Interpreted(strict=True, **options))
@@ -103,13 +105,7 @@ def test_a_large_update_at_full_rank_with_a_kernel_passes(monkeypatch: pytest.Mo
 
 
 def test_a_product_with_an_int8_weight_that_stays_decoded_is_refused_by_name() -> None:
-    model, opt = small(int8=True)
-
-    def step(x: Tensor) -> None:
-        torch.addmm(x[:, :6], x, model[0].weight.t(), beta=2).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
-
+    step, _ = product_with_factors()
     with pytest.raises(
         UnfusedError, match=r"(?s)model\.0\.weight: a product with this quantised weight .*a sum with factors"
     ):
@@ -192,6 +188,105 @@ def test_code_from_a_cache_without_a_record_is_refused() -> None:
     (problem,) = strict.problems(Compilation(from_cache=True))
     assert "holds no record of its passes" in problem
     assert "clear the cache" in problem
+
+
+# -- symbolic sizes ---------------------------------------------------------------------------------------------------
+
+
+def run(how: str, step: Step, width: int, *, strict: bool = True) -> Step:
+    """Three calls with batches of three sizes, which become a symbol in one of three ways."""
+    compiled = torch.compile(step, backend=Interpreted(strict=strict), dynamic=True if how == "dynamic=True" else None)
+    for count in (10, 12, 14):
+        x = torch.randn(count, width)
+        if how == "mark_dynamic":
+            torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
+    return compiled
+
+
+WAYS = ["dynamic=True", "mark_dynamic", "another batch"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("int8", [True, False])
+def test_a_step_of_any_batch_size_passes_with_every_layer_as_in_one_of_a_fixed_size(how: str, int8: bool) -> None:
+    report = qg.report(run(how, step_of(*small(int8=int8)), 8))
+    assert report.compilations[-1].symbolic
+    fixed = qg.explain(step_of(*small(int8=int8)), rows(), options={"strict": True})
+    for name in ("name", "matched", "reassociated", "kernels", "update_function"):
+        assert [layer.get(name) for layer in report.layers] == [layer.get(name) for layer in fixed.layers]
+
+
+def product_with_factors() -> tuple[Step, int]:
+    model, opt = small(int8=True)
+
+    def step(x: Tensor) -> None:
+        torch.addmm(x[:, :6], x, model[0].weight.t(), beta=2).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    return step, 8
+
+
+def reader_of_a_gradient() -> tuple[Step, int]:
+    model, opt = small(int8=False)
+
+    def step(x: Tensor) -> Tensor:
+        model(x).square().mean().backward()
+        largest = model[0].weight.grad.abs().max()
+        opt.step()
+        opt.zero_grad()
+        return largest  # type: ignore[no-any-return]
+
+    return step, 8
+
+
+@pytest.mark.parametrize("how", WAYS[:2])
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (product_with_factors, "a product with this quantised weight"),
+        (reader_of_a_gradient, "the gradient has another reader"),
+        (lambda: (step_of(*two(both=False)), 8), "its gradient is None in this step"),
+    ],
+    ids=["product", "reader", "no gradient"],
+)
+def test_what_is_refused_of_a_fixed_batch_is_refused_of_any(how: str, make: Any, problem: str) -> None:
+    with pytest.raises(UnfusedError, match=problem):
+        run(how, *make())
+
+
+def test_the_graph_of_another_batch_is_held_to_the_same_before_anything_changes() -> None:
+    model, opt = two(both=True)
+
+    def step(x: Tensor) -> None:
+        model.both = x.shape[0] < 12
+        model(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    compiled = strictly(step)
+    compiled(torch.randn(10, 8))
+    before = snapshot(model, opt)
+    with pytest.raises(UnfusedError, match=r"other\.weight: its gradient is None in this step"):
+        compiled(torch.randn(12, 8))
+    assert_unchanged(before, snapshot(model, opt))
+
+
+def test_a_symbol_for_a_rank_is_refused_in_words_and_reported() -> None:
+    """State that neither a module nor an optimizer holds looks like data."""
+
+    def step(x: Tensor) -> Tensor:
+        return inner()  # its tensors are variables of its own
+
+    inner = own(torch.tanh)
+    with pytest.raises(UnfusedError, match=r"for its rank s\d+ is a symbol: dynamic=True .*mark_dynamic"):
+        run("dynamic=True", step, 8)
+    torch._dynamo.reset()
+    report = qg.report(run("dynamic=True", step, 8, strict=False))
+    (layer,) = report.layers
+    assert layer.matched
+    assert f'"rank": "{layer.rank}"' in report.to_json()
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
