@@ -270,6 +270,14 @@ def _check_projection_values(group: dict[str, Any], where: str) -> None:
         )
 
 
+def check_max_grad_norm(value: Any) -> None:
+    """Raise ValueError for what is no norm to clip to; a float32 that is 0 would stop the training."""
+    if value is None:
+        return
+    if not _is_number(value) or not torch.tensor(float(value), dtype=torch.float32, device="cpu") > 0:
+        raise ValueError(f"max_grad_norm must be None or a number above 0 in float32, got {value!r}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 

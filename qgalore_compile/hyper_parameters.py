@@ -199,6 +199,30 @@ class Group(dict[str, Any]):
             )
 
 
+class MaxGradNorm:
+    """``opt.max_grad_norm``: None, or a number that is checked when it is set.
+
+    What is read is what was set.  A step reads ``opt._limit``: None, or a 0-d float32 tensor that a number is written
+    to.  To go from None to a number, or back, is another graph.
+    """
+
+    KEPT = ("_max_grad_norm", "_limit")
+    """Attributes of the optimizer that hold it."""
+
+    def __get__(self, optimizer: Any, owner: Any = None) -> Any:
+        return self if optimizer is None else optimizer.__dict__["_max_grad_norm"]
+
+    def __set__(self, optimizer: Any, value: float | None) -> None:
+        groups.check_max_grad_norm(value)
+        limit = optimizer.__dict__.get("_limit")
+        if value is None or limit is None:
+            limit = None if value is None else torch.tensor(float(value), dtype=torch.float32, device="cpu")
+        else:
+            with torch.no_grad():
+                limit.fill_(float(value))
+        optimizer.__dict__.update(_max_grad_norm=value, _limit=limit)
+
+
 def _own_tensor(lr: float | Tensor) -> Tensor:
     if isinstance(lr, Tensor):
         return lr.detach().to(torch.float32, copy=True).reshape(())

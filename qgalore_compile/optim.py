@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile import checkpoint, groups, hooks, moments, rounding
-from qgalore_compile.hyper_parameters import Group, adopted, trace_groups
+from qgalore_compile.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
 from qgalore_compile.placement import check_placement
 from qgalore_compile.projection import project, project_back, side_of
 from qgalore_compile.refresh import refresh_
@@ -62,7 +62,7 @@ class QGaLoreAdamW(Optimizer):
         betas, eps, weight_decay: AdamW's.  All numbers of a group may be set between steps; they are checked there, and
             a compiled step follows them (:class:`~qgalore_compile.hyper_parameters.Group`).
         moments: "8bit" (parameters that are not projected and have fewer than 4096 elements keep 32) or "32bit".
-        max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.
+        max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.  May be set, too.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
             that was due and finite may be new, and its moments with it; the schedules' clocks count the attempt);
             "skip_parameter": only the parameter concerned stays as it was.
@@ -88,6 +88,8 @@ class QGaLoreAdamW(Optimizer):
     """
 
     param_groups: list[Group]  # type: ignore[assignment]
+    _limit: Tensor | None
+    max_grad_norm = MaxGradNorm()
 
     def __init__(
         self,
@@ -104,8 +106,6 @@ class QGaLoreAdamW(Optimizer):
     ) -> None:
         if nonfinite not in ("skip_step", "skip_parameter"):
             raise ValueError(f"nonfinite must be 'skip_step' or 'skip_parameter', got {nonfinite!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be None or above 0, got {max_grad_norm}")
         self.max_grad_norm, self.nonfinite = max_grad_norm, nonfinite
         # betas are no entry of ``defaults``: schedulers that cycle momentum look there, write floats into the group
         # each step and would recompile each time; so they refuse this optimizer with a message about cycle_momentum
@@ -116,7 +116,7 @@ class QGaLoreAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: Optimizer's own keeps only defaults, state and groups."""
-        own = {name: self.__dict__[name] for name in ("max_grad_norm", "nonfinite", "_betas")}
+        own = {name: self.__dict__[name] for name in (*MaxGradNorm.KEPT, "nonfinite", "_betas")}
         return {**super().__getstate__(), **own}
 
     # -- groups and state --------------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ class QGaLoreAdamW(Optimizer):
         self.last_grad_norm.copy_(norm)
         self.skipped_steps.add_(~all_finite)
         clip = None
-        if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self._limit is not None:
+            clip = (self._limit * (norm + 1e-6).reciprocal()).clamp(max=1.0)
         for item, own in zip(pending, each, strict=True):
             # of its own norm, not of the stacked ones: a compiled update need then not wait for the others
             _update(item, clip, torch.isfinite(own) if self.nonfinite == "skip_parameter" else all_finite)

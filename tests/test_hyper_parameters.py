@@ -286,6 +286,57 @@ def test_what_schedulers_write_for_themselves_may_come_and_go() -> None:
         group.setdefault("momentum", 0.9)
 
 
+# -- max_grad_norm ----------------------------------------------------------------------------------------------------
+
+
+def clipped_run(backend: Interpreted | None, limits: list[float | None], **settings: Any) -> tuple[list[Tensor], Any]:
+    """Weights after a step with each of the limits, set between them."""
+    model, opt = toy(int8=False, quant=False, moments="32bit", refresh="svd", max_grad_norm=limits[0], **settings)
+    step = training_step(model, opt)
+    step = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
+    for index, limit in enumerate(limits):
+        opt.max_grad_norm = limit
+        step(tokens(seed=index))
+    return [p.detach() for p in model.parameters()], opt
+
+
+@pytest.mark.parametrize(
+    ("limits", "graphs"),
+    [([1e-3, 1e-9, 5, 1e-3, 1e-6], 1), ([None, 1e-3, 1e-9, None, 1e-3], 2)],
+    ids=["numbers", "none and numbers"],
+)
+def test_a_limit_of_the_norm_acts_at_once_and_a_number_after_a_number_compiles_nothing(
+    limits: list[float | None], graphs: int
+) -> None:
+    backend = Interpreted()
+    found, _ = clipped_run(backend, limits)
+    assert backend.count == graphs
+    expected, _ = clipped_run(None, limits)
+    other, _ = clipped_run(None, limits[:1] * len(limits))
+    for a, b, c in zip(found, expected, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(b, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), 1e-60, "1", True, torch.ones(2)], ids=str)
+def test_a_limit_that_cannot_be_is_refused_where_it_is_set(bad: Any) -> None:
+    _, opt = toy(max_grad_norm=0.5)
+    with pytest.raises(ValueError, match="max_grad_norm must be None or a number above 0 in float32, got "):
+        opt.max_grad_norm = bad
+    assert (opt.max_grad_norm, float(opt._limit)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"])
+def test_a_copy_has_its_own_limit(copied: Callable[[Any], Any]) -> None:
+    _, opt = toy(max_grad_norm=0.5)
+    other = copied(opt)
+    assert other.max_grad_norm == 0.5
+    other.max_grad_norm = 2
+    assert (float(other._limit), float(opt._limit), opt.max_grad_norm) == (2.0, 0.5, 0.5)
+    opt.max_grad_norm = None
+    assert opt.max_grad_norm is None
+
+
 # -- copies and files -------------------------------------------------------------------------------------------------
 
 
