@@ -46,7 +46,12 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
 """Keys of a projected group beside ``rank``.  ``power_iterations`` belongs to the range finder, with which "power"
 starts too; ``cos_threshold`` to similarity "official"; ``similarity_threshold``, ``shrink_threshold`` (None: half of
 the former), ``stagger`` and ``trigger`` to "subspace"; ``energy_threshold`` to trigger "energy".  ``max_gap`` None: no
-cap for "official", 16 × update_proj_gap else."""
+cap for "official", 16 × update_proj_gap else.
+
+``update_proj_gap`` set between steps acts on what follows: a higher one is the least gap from the next refresh on; a
+lower one is what gaps shrink to, and where ``max_gap`` is None the cap falls with it.  A gap that stands is what the
+parameter's own similarities have earned, so it stays; ``group.update(update_proj_gap=50, max_gap=50)`` makes it 50 from
+the next refresh on.  The turn that stands comes when it was to come."""
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""

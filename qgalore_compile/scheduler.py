@@ -27,7 +27,9 @@ Two rules.  ``"official"`` is the published one: due when ``clock % gap == 0``; 
 reaches the threshold, each refresh multiplies the gap by gamma; no cap, the queue is never cleared.  ``"subspace"``
 counts from the last refresh and
 
-caps       the gap.
+caps       the gap, one that stands too: where ``max_gap`` has been set lower, from the next refresh on.  A lower
+           ``update_proj_gap`` alone is a new floor, and shortens no gap that stands: by now gaps are what similarities
+           have made of the first one, and how often they grew is not kept.
 shrinks    it by gamma, not below min_gap, when the *newest* similarity is below ``shrink``.  Not the mean: that would
            hold up the answer by several of the longest gaps, while a false alarm costs a few refreshes.  What the
            queue held was true of the subspace before it moved, so it goes, and growth has to be earned again.
@@ -159,16 +161,15 @@ class Schedule:
 
     def refreshed(self, rule: Rule, similarity: float | None) -> Schedule:
         """After a refresh at ``clock``; ``similarity`` of the new subspace to the old, None at the first refresh."""
-        queue, gap = self.queue, max(self.gap, rule.min_gap)  # which may have been set anew since
+        most = math.inf if rule.max_gap is None else rule.max_gap
+        queue, gap = self.queue, int(min(max(self.gap, rule.min_gap), most))  # which may have been set anew since
         if similarity is not None:
             queue = (*queue[1:], similarity)
             if rule.shrink is not None and similarity < rule.shrink:
                 queue = (math.nan,) * (len(queue) - 1) + (similarity,)
                 gap = max(rule.min_gap, int(gap / rule.gamma))
             elif rule.energy is None and sum(queue) / len(queue) >= rule.threshold:  # NaN, where not full, is not
-                gap = int(gap * rule.gamma)
-                if rule.max_gap is not None:
-                    gap = max(self.gap, min(gap, rule.max_gap))
+                gap = int(min(int(gap * rule.gamma), most))
         now = replace(self, gap=gap, last=self.clock, refreshes=self.refreshes + 1, queue=queue, reference=math.nan)
         return replace(now, next=now._next_refresh(rule))
 

@@ -88,6 +88,29 @@ def test_a_longer_gap_that_is_set_is_that_of_the_refreshes_after_the_next() -> N
         assert opt.schedule()[0].last == max(each for each in (0, 2, 4, 8, 12) if each <= index)
 
 
+@pytest.mark.parametrize(
+    ("keys", "refreshes"),
+    [
+        (dict(update_proj_gap=2), (0, 8, 16, 24)),
+        (dict(update_proj_gap=2, max_gap=2), (0, 8, 16, 18, 20, 22, 24, 26)),
+    ],
+    ids=["alone", "with the cap"],
+)
+def test_a_shorter_gap_that_is_set_shortens_those_that_stand_by_the_cap_alone(
+    keys: dict[str, Any], refreshes: tuple[int, ...]
+) -> None:
+    """A gap that stands is what the parameter's own similarities have earned."""
+    p = nn.Parameter(torch.zeros(6, 4))
+    first = {"update_proj_gap": 8, "max_gap": 8, "shrink_threshold": -1.0}  # no similarity lets it shrink
+    opt = qg.QGaLoreAdamW([{"params": [p], "rank": 2, "stagger": False, **first}])
+    for index in range(27):
+        if index == 11:
+            opt.param_groups[0].update(keys)
+        p.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
+        opt.step()
+        assert opt.schedule()[0].last == max(each for each in refreshes if each <= index)
+
+
 NUMBERS: list[dict[str, Any]] = [
     {"betas": (0.8, 0.99), "weight_decay": 0.0, "eps": 1e-3, "scale": 0.25, "lr": 0.01},
     {"betas": (0.7, 0.95), "weight_decay": 0.3, "eps": 2e-3, "scale": 0.75, "lr": 0.02, "update_proj_gap": 3},

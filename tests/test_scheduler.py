@@ -103,9 +103,11 @@ def test_subspace_is_due_by_steps_since_the_last_refresh() -> None:
     assert due == [False, False, False, True, True, True]  # overdue: still due
 
 
-def test_a_cap_below_the_gap_does_not_shrink_it() -> None:
-    now = replace(Schedule.first(100, 1), last=0, refreshes=9, queue=(1.0,))
-    assert now.refreshed(SUBSPACE._replace(max_gap=50), 1.0).gap == 100
+@pytest.mark.parametrize("similarity", [0.0, 1.0])
+def test_a_cap_that_has_been_set_below_the_gap_holds_from_the_next_refresh_on(similarity: float) -> None:
+    now = replace(Schedule.first(100, 1), clock=100, last=0, refreshes=9, queue=(1.0,))
+    now = now.refreshed(SUBSPACE._replace(max_gap=50), similarity)
+    assert (now.gap, now.next) == (50, 150)
 
 
 def test_growth_waits_for_a_full_queue() -> None:
