@@ -54,6 +54,7 @@ class _Watched:
 
 _of_code: WeakKeyDictionary[CodeType, list[Broken]] = WeakKeyDictionary()
 _resets: list[None] = []
+"""One entry a reset of Dynamo that was noticed."""
 
 
 def resets() -> int:
@@ -191,6 +192,7 @@ def _first_sentence(message: str) -> str:
     """What Dynamo says, without its hints, which speak of Dynamo's own workings: the kind of break and the explanation
     of the first of several (a break that cannot be resumed from is followed by another that says so)."""
     first = message.split("\n\n***")[0].strip()
-    kind = first.splitlines()[0].rstrip(".") if first else "an error without a message"
+    lines = first.splitlines() or ["an error without a message"]
+    kind = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
     explanation = re.search(r"^  Explanation: (.*?)(?=^  Hint|\n\n|\Z)", first, re.DOTALL | re.MULTILINE)
     return f"{kind}: {' '.join(explanation[1].split()).rstrip('.')}" if explanation else kind

@@ -253,6 +253,18 @@ def test_a_step_that_runs_out_of_recompilations_is_told_and_refused() -> None:
             strict(batch(0), 2)
 
 
+def test_an_error_that_dynamo_is_told_to_suppress_is_reported() -> None:
+    net, opt = parts()
+    step = torch.compile(zero_first(net, opt), backend=step_backend(lambda gm, inputs: gm.no_such_thing))
+    before = net[0].weight.detach().clone()
+    with torch._dynamo.config.patch(suppress_errors=True):
+        step(batch(0))
+    assert not torch.equal(net[0].weight, before)
+    report = qg.report(step)
+    assert any("raised: AttributeError" in each for each in report.skipped_frames)
+    assert str(report).startswith("nothing was compiled")
+
+
 def test_what_broke_is_forgotten_when_dynamo_is_reset() -> None:
     loud = [True]
 
