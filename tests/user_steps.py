@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from user_steps_text import BACKWARD, BREAKS, HOOKS
+
 
 def choice(*values: str) -> Any:
     """What a step may be in one respect, the usual first."""
@@ -26,6 +28,7 @@ class UserStep:
         form: what is compiled, and where it finds its net and optimizer.
         zero: where gradients are cleared, and how.
         micro_batches: how many gradients are accumulated before an update.
+        backward: how gradients come about.
         before, after, end: what breaks the graph before and after ``backward()``, and behind the update.
         clip: of gradients.
         hook: on a parameter, an activation, a module, the optimizer or all optimizers.
@@ -35,12 +38,13 @@ class UserStep:
         net: what is special about the parameters.
         precision: of the net.
         moments: of the optimizer.
+        between: what happens to net and optimizer before the second step.
         evaluate: whether the step also runs the net without gradients.
         batches: their sizes.
         setting: a number of all groups that is set before each step, or in it.
         returns: what the step returns.
         nets: how many nets of one factory are trained in turns.
-        fullgraph: of ``torch.compile``.
+        fullgraph, dynamic: of ``torch.compile``.
     """
 
     form: str = choice(
@@ -52,12 +56,17 @@ class UserStep:
         "outside", "never",
     )  # fmt: skip
     micro_batches: str = choice("one", "two", "every second")
+    backward: str = choice(
+        "plain", "retain", "of torch", "two losses", "grad", "inputs", "gradient", "checkpoint", "penalty", "chunks",
+    )  # fmt: skip
     before: str = choice(
-        "nothing", "print", "item", "append", "float", "isnan", "disabled", "logging", "graph_break", "inner", "try",
+        "nothing", "print", "item", "float", "isnan", "disabled", "logging", "graph_break", "inner", "try",
         "with", "inner with",
     )  # fmt: skip
-    after: str = choice("nothing", "print", "item", "if gradient", "disabled", "logging", "graph_break", "inner", "try")
-    end: str = choice("nothing", "print", "item", "append", "disabled")
+    after: str = choice(
+        "nothing", "print", "item", "if gradient", "loop", "disabled", "logging", "graph_break", "inner", "try"
+    )
+    end: str = choice("nothing", "print", "item", "append", "disabled", "average")
     clip: str = choice("none", "norm", "value", "max_grad_norm", "norm read")
     hook: str = choice(
         "none", "parameter", "post accumulate", "activation", "forward", "forward pre", "backward", "step pre",
@@ -66,15 +75,17 @@ class UserStep:
     step: str = choice("plain", "with closure", "zero in closure", "scaler", "unscaled", "skip_parameter")
     other: str = choice("none", "SGD", "AdamW", "ours", "two rounds")
     schedule: str = choice("none", "outside", "inside")
-    net: str = choice("plain", "deep", "shared", "frozen", "frozen weight", "unused", "dropout", "int8")
+    net: str = choice("plain", "deep", "shared", "frozen", "frozen weight", "unused", "dropout", "norm", "int8")
     precision: str = choice("float32", "bfloat16", "float16", "autocast")
     moments: str = choice("32bit", "8bit")
+    between: str = choice("nothing", "freeze", "unfreeze", "hook", "load", "eval mode", "gradient", "new weights")
     evaluate: str = choice("never", "inside", "inside train")
     batches: str = choice("equal", "last short", "growing")
-    setting: str = choice("none", "lr", "lr fill", "lr inside", "weight_decay", "betas", "scale")
+    setting: str = choice("none", "lr", "lr fill", "lr inside", "weight_decay", "betas", "scale", "max_grad_norm")
     returns: str = choice("detached", "item", "nothing", "loss", "dict")
     nets: str = choice("one", "two widths", "three widths")
     fullgraph: str = choice("no", "yes")
+    dynamic: str = choice("where it differs", "yes", "no")
 
     def unusual(self) -> dict[str, str]:
         """The choices that are not the usual ones."""
@@ -180,14 +191,20 @@ class UserStep:
     def _micro(self) -> list[str]:
         """One micro-batch: forward, and backward."""
         forward = "forward" if self.form == "model" else "net"
-        lines = [f"out = {forward}({'x, hooked=True' if self.hook == 'activation' else 'x'})"]
+        hooked = ", hooked=True" if self.hook == "activation" else ""
+        lines = [f"out = {forward}(x{hooked})"]
+        if self.backward == "checkpoint":
+            lines = [f"out = checkpoint({forward}, x{hooked}, use_reentrant=False)"]
         if self.precision == "autocast":
             lines = ["with torch.autocast('cpu', torch.bfloat16):", f"    {lines[0]}"]
         lines.append("loss = (out.float() - y).square().mean()")
         if self.micro_batches == "two":
             lines.append("loss = loss / 2")
         lines += [*self._zero_at("forward"), *BREAKS[self.before]]
-        return [*lines, f"{'scaler.scale(loss)' if self.step in ('scaler', 'unscaled') else 'loss'}.backward()"]
+        return [*lines, *self._backward("scaler.scale(loss)" if self.step in ("scaler", "unscaled") else "loss")]
+
+    def _backward(self, loss: str) -> list[str]:
+        return [line.replace("LOSS", loss) for line in BACKWARD[self.backward]]
 
     def _up_to_backward(self) -> list[str]:
         if self.micro_batches == "two":
@@ -237,36 +254,6 @@ CHOICES: dict[str, tuple[str, ...]] = {each.name: each.metadata["values"] for ea
 
 ALL = "net, opt, other, schedule, scaler"
 
-BREAKS = {
-    "nothing": [],
-    "print": ["print('loss', loss.shape)"],
-    "item": ["value = loss.item()"],
-    "append": ["LOSSES.append(loss.item())"],
-    "float": ["if float(loss) > 1e6:", "    raise SystemExit"],
-    "isnan": ["if torch.isnan(loss):", "    raise FloatingPointError('the loss is NaN')"],
-    "if gradient": ["if net.c.weight.grad.abs().max() > 1e6:", "    raise FloatingPointError('a gradient')"],
-    "disabled": ["note(loss)"],
-    "logging": ["logging.getLogger('steps').warning('loss %s', loss.detach())"],
-    "graph_break": ["torch._dynamo.graph_break()"],
-    "inner": ["inner(loss)"],
-    "try": ["try:", "    note(loss)", "except ValueError:", "    pass"],
-    "with": ["with Timer():", "    note(loss)"],
-    "inner with": ["inner_with(loss)"],
-}
-
-HOOKS = {
-    "none": [],
-    "parameter": ["net.a.weight.register_hook(lambda g: g * 0)"],
-    "post accumulate": ["net.c.weight.register_post_accumulate_grad_hook(zero)"],
-    "activation": [],
-    "forward": ["net.c.register_forward_hook(lambda module, given, out: out * 2)"],
-    "forward pre": ["net.c.register_forward_pre_hook(lambda module, given: (given[0] * 2,))"],
-    "backward": ["net.c.register_full_backward_hook(lambda module, grad, out: (grad[0] * 0,))"],
-    "step pre": ["opt.register_step_pre_hook(halve)"],
-    "step post": ["opt.register_step_post_hook(shrink)"],
-    "global step post": ["register_optimizer_step_post_hook(shrink)"],
-}
-
 REFUSED = {
     **{(place, kind): words for place in ("before", "after", "end") for kind, words in {
         "print": "builtin operator `print`", "inner": "builtin operator `print`",
@@ -280,6 +267,7 @@ REFUSED = {
     ("other", "SGD"): r"graph_break\(\)",
     ("other", "AdamW"): r"graph_break\(\)",
     ("schedule", "inside"): r"LRScheduler\.step",
+    ("backward", "of torch"): r"function `backward` in file .*torch/autograd",
     ("returns", "loss"): r"loss\.detach\(\)",
 }  # fmt: skip
 """What breaks the graph, and so may be refused with ``fullgraph=True``, and what the error must say of it.  There is

@@ -6,6 +6,7 @@ passes is another here: graphs are run as Dynamo traced them, or as the passes l
 
 from __future__ import annotations
 
+import copy
 import io
 import linecache
 import logging
@@ -24,86 +25,15 @@ import torch.optim.optimizer as of_torch
 from kernels_support import evaluated_kernels
 from torch import Tensor, fx
 from user_steps import UserStep
+from user_steps_text import HEAD
 
 import qgalore_compile as qg
 from qgalore_compile import backend as entry
 from qgalore_compile.dry_run import dry, without_cache
 from qgalore_compile.moments import decode, stored_moments
 
-HEAD = """
-import functools, logging
-import torch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-import qgalore_compile as qg
-
-LOSSES, NORMS, NOTES = [], [], []
-
-
-class Net(nn.Module):
-    def __init__(self, width, kind):
-        super().__init__()
-        self.a = nn.Linear(width, width, bias=False)
-        self.b = nn.Linear(width, width, bias=False) if kind in ("deep", "shared") else None
-        if kind == "shared":
-            self.b.weight = self.a.weight
-        if kind == "unused":
-            self.unused = nn.Linear(width, 2)
-        self.c = nn.Linear(width, 3, bias=False)
-        self.dropout = nn.Dropout(0.5) if kind == "dropout" else nn.Identity()
-
-    def forward(self, x, hooked=False):
-        hidden = torch.tanh(self.a(x))
-        if hooked and hidden.requires_grad:
-            hidden.register_hook(lambda g: g * 0)
-        if self.b is not None:
-            hidden = torch.tanh(self.b(hidden))
-        return self.c(self.dropout(hidden))
-
-
-@torch._dynamo.disable
-def note(loss):
-    NOTES.append(float(loss.detach()))
-
-
-def inner(loss):
-    print("inner", loss.shape)
-    return loss
-
-
-def inner_with(loss):
-    with Timer():
-        note(loss)
-
-
-class Timer:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-
-def zero(parameter):
-    parameter.grad.zero_()
-
-
-def halve(optimizer, *_):
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                p.grad.mul_(0.5)
-                p.grad[0].zero_()
-
-
-@torch.no_grad()
-def shrink(optimizer, *_):
-    optimizer.param_groups[-1]["params"][-1].mul_(0.5)
-
-"""
-
 WIDTHS = {"one": (6,), "two widths": (6, 8), "three widths": (6, 8, 10)}
-SIZES = {"equal": (5, 5, 5), "last short": (5, 5, 3), "growing": (4, 5, 6)}
+SIZES = {"equal": (5, 5, 5), "last short": (5, 5, 3), "growing": (4, 5, 6)}  # of one net; the last two of several
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,8 +57,26 @@ SETTINGS: dict[str, Callable[[Any, int], None]] = {
     "weight_decay": _set("weight_decay", lambda index: 0.1 * (index + 1)),
     "betas": _set("betas", lambda index: (0.9 - 0.1 * index, 0.99)),
     "scale": _set("scale", lambda index: 0.25 + index),
+    "max_grad_norm": lambda opt, index: setattr(opt, "max_grad_norm", 0.05 * (index + 1)),
 }
 """What is set between steps, before that of a number."""
+
+
+def _reload(net: Any, opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    net.load_state_dict({name: value.detach().clone() for name, value in net.state_dict().items()})
+
+
+BETWEEN: dict[str, Callable[[Any, Any], Any]] = {
+    "freeze": lambda net, opt: net.c.weight.requires_grad_(False),
+    "hook": lambda net, opt: net.c.weight.register_hook(lambda g: g * 0),
+    "load": _reload,
+    "unfreeze": lambda net, opt: net.requires_grad_(True),
+    "eval mode": lambda net, opt: net.eval(),
+    "gradient": lambda net, opt: setattr(net.c.weight, "grad", torch.ones_like(net.c.weight)),
+    "new weights": lambda net, opt: net.c.weight.data.mul_(0.5),
+}
+"""What happens before the second step."""
 
 
 @dataclass
@@ -173,9 +121,11 @@ def run(step: UserStep, how: str, steps: int = 3) -> Outcome:
     def compiler(function: Callable[..., Any]) -> Any:
         if how == "eager":
             return function
-        return torch.compile(function, backend="qgalore", fullgraph=step.fullgraph == "yes")
+        dynamic = {"yes": True, "no": False}.get(step.dynamic)
+        return torch.compile(function, backend="qgalore", fullgraph=step.fullgraph == "yes", dynamic=dynamic)
 
     scope["COMPILE"] = compiler
+    steps = 2 if step.nets != "one" else steps
     torch._dynamo.reset()
     try:
         with _as_in_a_program(module), _without_code_generation(how):
@@ -207,6 +157,8 @@ def _one_step(step: UserStep, made: Any, index: int, size: int) -> Any:
     x = torch.randn(size, net.a.in_features).to(DTYPES.get(step.precision, torch.float32))
     if step.setting in SETTINGS:
         SETTINGS[step.setting](opt, index)
+    if index == 1 and step.between in BETWEEN:
+        BETWEEN[step.between](net, opt)
     result = take(x, torch.randn(size, 3), *([index % 2 == 0] if step.micro_batches == "every second" else []))
     if step.zero == "outside":
         for each in (opt, other):
@@ -222,6 +174,7 @@ def _state(made: Sequence[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for index, (net, *optimizers, _, _, _) in enumerate(made):
         names = {p: f"{index}.{name}" for name, p in net.named_parameters()}
+        found |= {f"{index}.{name}": buffer for name, buffer in net.named_buffers()}
         for p, name in names.items():
             found[name] = p.dequantize() if isinstance(p, qg.Int8Weight) else p
         for opt in optimizers:
@@ -244,7 +197,8 @@ def _without_code_generation(how: str) -> Iterator[None]:
             return compile_fx(gm, inputs, **{**settings, "inner_compile": dry(lambda graph: graph.forward)})
 
     # dropout's own random numbers, which an interpreter draws as eager does
-    with mock.patch.object(entry, "compile_fx", instead), evaluated_kernels(), \
+    guards = mock.patch.object(torch._dynamo.guards, "profile_guard_manager", return_value=0.0)  # which takes a while
+    with mock.patch.object(entry, "compile_fx", instead), evaluated_kernels(), guards, \
             torch._inductor.config.patch(fallback_random=True):  # fmt: skip
         yield
 
