@@ -82,7 +82,7 @@ class UserStep:
     evaluate: str = choice("never", "inside", "inside train")
     batches: str = choice("equal", "last short", "growing")
     setting: str = choice("none", "lr", "lr fill", "lr inside", "weight_decay", "betas", "scale", "max_grad_norm")
-    returns: str = choice("detached", "item", "nothing", "loss", "dict")
+    returns: str = choice("detached", "item", "nothing", "loss", "dict", "counted")
     nets: str = choice("one", "two widths", "three widths")
     fullgraph: str = choice("no", "yes")
     dynamic: str = choice("where it differs", "yes", "no")
@@ -106,7 +106,8 @@ class UserStep:
         to ``COMPILE``."""
         returns = {
             "detached": "return loss.detach()", "item": "return loss.item()", "nothing": "return None",
-            "loss": "return loss", "dict": "return {'loss': loss.detach()}",
+            "loss": "return loss", "counted": "return sum(p.grad is not None for p in net.parameters())",
+            "dict": "return {'loss': loss.detach()}",
         }[self.returns]  # fmt: skip
         lines, result = [*self._body(), returns], f"return {ALL}, run"
         step, classes = _function(f"step({self.given})", lines), []
