@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import ref
@@ -28,6 +29,7 @@ _MUTABLE = (list, dict, set, bytearray, deque)
 ATOMIC = (type(None), bool, int, float, complex, str, bytes, range, slice, type, type(...), CodeType, ModuleType,
            BuiltinFunctionType, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)  # fmt: skip
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+_INSTALLED = {"site-packages", "dist-packages"}  # of the user, of another environment on the path, of the system
 
 
 def unwrapped(x: Any) -> Any:
@@ -48,7 +50,8 @@ def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _users_own(function: FunctionType) -> bool:
-    return not function.__code__.co_filename.startswith(_LIBRARIES)
+    file = function.__code__.co_filename
+    return not file.startswith(_LIBRARIES) and _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def globals_of(function: FunctionType) -> tuple[dict[str, Any], bool]:
@@ -196,6 +199,18 @@ class Entry(NamedTuple):
         if x.is_complex():
             x = torch.view_as_real(x.resolve_conj())
         return x.to(torch.float64) if x.is_floating_point() else x
+
+    def code_step(self) -> Tensor | None:
+        """How far the next code is from each element's, float64; None where there are no codes, or of a projector."""
+        x = self.tensor.detach()
+        if isinstance(x, Int8Weight):
+            step = x.scale.repeat_interleave(x.group_size, -1)[..., : x.codes.shape[-1]]
+            return (step.t() if x.transposed else step).to(torch.float64)
+        if f"{self.key}_absmax" not in self.state:
+            return None
+        value = self.value()
+        sides = [self._replace(tensor=(x.to(torch.int16) + by).clamp(0, 255).to(torch.uint8)) for by in (-1, 1)]
+        return torch.maximum(*((side.value() - value).abs() for side in sides))
 
     def codes(self) -> Tensor | None:
         """Its integer codes, one an element."""

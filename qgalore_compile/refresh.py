@@ -8,7 +8,8 @@ its subspace, the similarity, requantisation, and the moments' change of basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +50,22 @@ class ProjectorFormat(NamedTuple):
         if self.bits == 8:
             return formats.dequantize_int8(codes, scale, offset, self.group_size, dtype=dtype)
         return formats.dequantize_int4(codes, scale, offset, columns, self.group_size, dtype=dtype)
+
+
+Observer = Callable[[Tensor, Sequence[Tensor], Gradient], Sequence[Tensor]]
+"""From the first of the tensors that store a projector, what is to be stored in them, and the gradient: what is."""
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Ask ``observer`` at every new projector, before R and the moments follow it: for comparing two runs of a step."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 class _Settings(NamedTuple):
@@ -177,7 +194,10 @@ def _compute_anew(
     if old is not None and now.refreshes:
         measure = official_similarity if settings.rule.official else subspace_similarity
         similarity = measure(old, new, side)
-    for stored, value in zip(projector, form.encode(new), strict=True):
+    encoded: Sequence[Tensor] = form.encode(new)
+    for observer in _observers:
+        encoded = observer(projector[0], encoded, gradient)
+    for stored, value in zip(projector, encoded, strict=True):
         stored.copy_(value)
     if old is not None and step is not None:
         assert betas is not None

@@ -80,7 +80,7 @@ def test_gradients_that_the_step_leaves_are_compared() -> None:
     assert "model.0.weight.grad" in by_name(result)
 
 
-def test_gemms_under_autocast_choose_the_tolerance_of_bfloat16() -> None:
+def test_gemms_under_autocast_widen_the_tolerance() -> None:
     model, opt = small()
 
     def forward(batch: Tensor) -> Tensor:
@@ -89,7 +89,10 @@ def test_gemms_under_autocast_choose_the_tolerance_of_bfloat16() -> None:
 
     result = quick(step_of(forward, opt), data())
     assert (result.ok, result.precision) == (True, "bfloat16")
-    assert by_name(result)["model.0.weight"].tolerance == 0.5
+    assert (
+        by_name(result)["model.0.weight"].tolerance
+        > by_name(quick(step_of(model, opt), data()))["model.0.weight"].tolerance
+    )
 
 
 def test_random_numbers_are_the_same_in_both_and_the_generator_goes_on_as_if_nothing_had_been() -> None:
