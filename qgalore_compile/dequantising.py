@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._torch import disabled_torch_function, is_fake, skip_frames_of, tree_map_only
+from qgalore_compile.callers import refuse_lists, refuse_shards
 from qgalore_compile.collectives import collective, is_collective
 
 REMEDY = (
@@ -32,6 +33,15 @@ class Dequantising(Tensor):
     def value(self) -> Tensor:
         """The floats that this stands for, as a plain tensor, below autograd."""
         raise NotImplementedError
+
+    def is_complex(self) -> bool:
+        """No; c10d asks this of every tensor in a list before it takes the list to where there are no floats.
+
+        Raises:
+            NotImplementedError: it is c10d that asks, and it would read the floats or write into a view.
+        """
+        refuse_lists(self, writable=not isinstance(self, DequantisedView))
+        return False
 
     def numpy(self, *, force: bool = False) -> Any:
         """The floats as an array of NumPy, in memory of its own."""
@@ -92,6 +102,8 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.is_inference_mode_enabled() and func._can_decompose():  # composite operations arrive whole there
         return func.decompose(*args, **kwargs)
     viewed = _refuse_writes(func, args, kwargs)
+    if viewed is not None:
+        refuse_shards(viewed)
     args, kwargs = tree_map_only(Dequantising, lambda each: each.value(), (args, kwargs))
     result = func(*args, **kwargs)
     if viewed is None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from two_processes import COLLECTIVES, layers, parts, work
+from two_processes import COLLECTIVES, LISTS, SHARDS, layers, parts, work
 
 import qgalore_compile as qg
 
@@ -28,6 +28,22 @@ def test_every_other_collective_is_refused_in_words_before_anything_is_sent(
         assert "collective" in found[name]
         assert "torch.distributed.broadcast" in found[name]
         assert found["kept"]
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_what_would_shard_a_weight_is_refused_and_named(processes: list[dict[str, Any]], name: str) -> None:
+    for found in processes:
+        assert "would cut Int8Weight('0.weight'" in found[name]
+        assert "DistributedDataParallel" in found[name]
+        assert "qgalore_compile.dequantize_(model)" in found[name]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_that_c10d_takes_past_the_dispatch_is_refused_in_place_of_crashing(
+    processes: list[dict[str, Any]], name: str
+) -> None:
+    assert f"the collective {name.split()[0]} is not supported with " in processes[0][name]
+    assert "torch.distributed.broadcast" in processes[0][name]
 
 
 @pytest.mark.parametrize(("name", "source"), [("broadcast", 1), ("async", 0), ("replicated", 0)])

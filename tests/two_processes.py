@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 from int8 import INNER
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import qgalore_compile as qg
 
@@ -39,6 +43,33 @@ COLLECTIVES: dict[str, Any] = {
     "functional all_reduce": lambda w: torch.distributed._functional_collectives.all_reduce(w, "sum", dist.group.WORLD),
 }
 
+SHARDS: dict[str, Any] = {
+    "fully_shard": lambda net: fsdp.fully_shard(net),
+    "fully_shard of a mesh of one": lambda net: fsdp.fully_shard(net, mesh=alone()),
+    "FullyShardedDataParallel": lambda net: fsdp.FullyShardedDataParallel(net, device_id=torch.device("cpu")),
+    "FullyShardedDataParallel, parameters as they were": lambda net: fsdp.FullyShardedDataParallel(
+        net, device_id=torch.device("cpu"), use_orig_params=True
+    ),
+    "tensor parallel": lambda net: parallelize_module(net, mesh(), {"0": ColwiseParallel()}),
+    "tensor parallel by rows": lambda net: parallelize_module(net, mesh(), {"0": RowwiseParallel()}),
+    "a DTensor's shard": lambda net: distribute_tensor(net[0].weight.detach(), mesh(), [Shard(0)]),
+}
+
+LISTS: dict[str, Any] = {
+    "scatter": lambda w: dist.scatter(torch.zeros(8, 13), [w, w] if dist.get_rank() == 0 else None),
+    "scatter of views": lambda w: dist.scatter(torch.zeros(13), [w[0], w[1]] if dist.get_rank() == 0 else None),
+    "all_gather into views": lambda w: dist.all_gather([w[0], w[1]], torch.ones(13)),
+}
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (2,))
+
+
+def alone() -> DeviceMesh:
+    """A mesh whose second dimension, the one that is returned, has this process alone."""
+    return init_device_mesh("cpu", (2, 1), mesh_dim_names=("all", "one"))["one"]
+
 
 def work(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
@@ -51,6 +82,15 @@ def work(rank: int, folder: str) -> None:
             call(weight)
         found[name] = str(error.value)
     found["kept"] = all(map(torch.equal, before, parts(weight)))
+    for name, call in SHARDS.items():
+        with pytest.raises(NotImplementedError) as error:
+            call(layers(rank))
+        found[name] = str(error.value)
+    for name, call in LISTS.items():
+        if rank == 0 or name == "all_gather into views":
+            with pytest.raises(NotImplementedError) as error:
+                call(weight)
+            found[name] = str(error.value)
     dist.broadcast(weight, 1)
     found["broadcast"] = parts(weight)
     own = layers(rank)[0].weight.detach()
@@ -67,9 +107,7 @@ def work(rank: int, folder: str) -> None:
     ]
     found["gradients"] = [p.grad.clone() for p in wrapped.parameters()]
     found["int8"] = [type(p).__name__ for p in wrapped.parameters()]
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
-
-    replicated = distribute_tensor(layers(rank)[0].weight.detach(), init_device_mesh("cpu", (2,)), [Replicate()])
+    replicated = distribute_tensor(layers(rank)[0].weight.detach(), mesh(), [Replicate()])
     assert isinstance(replicated, DTensor)
     found["replicated"] = parts(replicated.to_local())
     torch.save(found, f"{folder}/{rank}.pt")
