@@ -34,8 +34,8 @@ def region_of(module: fx.GraphModule, spaces: list[Space] | None = None) -> Regi
     return from_graph(nodes, outputs, candidates(nodes, domain) if spaces is None else spaces)
 
 
-def check(function: Callable[..., Any], *inputs: Tensor, exact: bool = False) -> Region:
-    """Trace, read, evaluate, and compare with the graph itself; the region."""
+def check(function: Callable[..., Any], *inputs: Tensor, exact: bool = False, within: float = 1e-6) -> Region:
+    """Trace, read, evaluate, and compare with the graph itself, ``within`` this of the largest element; the region."""
     module = traced(function, *inputs)
     region = region_of(module)
     assert BlockProgram.parse(str(region.program)) == region.program
@@ -54,7 +54,7 @@ def check(function: Callable[..., Any], *inputs: Tensor, exact: bool = False) ->
         if exact or not other.is_floating_point():
             assert torch.equal(one, other)
         else:
-            assert (one - other).abs().max() <= 1e-6 * other.abs().max() + 1e-30
+            assert (one - other).abs().max() <= within * other.abs().max() + 1e-30
     return region
 
 
@@ -147,8 +147,10 @@ def test_lion_and_sgd_with_momentum_are_pointwise(size: tuple[int, ...], dtype: 
         aten.copy_.default(m, momentum)
 
     inputs = [torch.randn(size).to(dtype) for _ in range(3)]
+    short = dtype == torch.bfloat16
     for rule in (lion, sgd):
-        region = check(rule, *inputs, exact=dtype == torch.bfloat16)
+        # eager's lerp rounds once or, with ATen's default instructions, twice: to a neighbour in bfloat16
+        region = check(rule, *inputs, exact=short and rule is sgd, within=2**-8 if short else 1e-6)
         assert {buffer.memory for buffer in region.program.buffers} <= {"f32", "bf16"}
 
 

@@ -98,9 +98,9 @@ OF_FLOATS = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "si
              "as_i32")  # fmt: skip
 OF_INTEGERS = ("add", "sub", "mul", "minimum", "maximum", "neg", "abs", "sign", "lt", "le", "gt", "ge", "eq", "ne",
                "bitand", "bitor", "bitxor", "f32", "i32", "i64", "bool", "where")  # fmt: skip
-OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "sqrt", "floor", "ceil", "trunc",
+OF_DOUBLES = ("add", "sub", "mul", "div", "minimum", "maximum", "neg", "abs", "sign", "floor", "ceil", "trunc",
               "lt", "le", "gt", "ge", "eq", "ne", "f32", "f64", "bool", "where")  # fmt: skip
-DOUBLE_LIBRARY = ("rsqrt", "exp", "exp2", "expm1", "log", "log2", "log1p", "pow")
+DOUBLE_LIBRARY = ("sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log1p", "pow")
 OF_BOOLS = ("and", "or", "not", "eq", "ne", "f32", "i32", "i64", "bool", "where")
 OF_SMALL = ("shl", "shr")
 OF_BITS = ("as_f32",)
