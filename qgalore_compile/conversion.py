@@ -119,7 +119,7 @@ def _quantise_assigned(
     """Before ``load_state_dict(assign=True)`` puts a float tensor in the place of an INT8 weight: quantise it."""
     if not local_metadata.get("assign_to_params_buffers", False):
         return
-    for key, own in module._parameters.items():
+    for key, own in module.named_parameters(remove_duplicate=False):  # a parametrisation's original lies deeper
         given = state_dict.get(prefix + key)
         if isinstance(own, Int8Weight) and isinstance(given, Tensor) and not isinstance(given, Int8Weight):
             if given.shape != own.shape or not given.is_floating_point():

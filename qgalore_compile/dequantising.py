@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile._torch import disabled_torch_function, is_fake, skip_frames_of, tree_map_only
-from qgalore_compile.callers import refuse_lists, refuse_shards
+from qgalore_compile._torch import disabled_torch_function, is_fake, skip_frames_of, tree_leaves, tree_map_only
+from qgalore_compile.callers import refuse_lists, refuse_removal, refuse_shards
 from qgalore_compile.collectives import collective, is_collective
 
 REMEDY = (
@@ -104,6 +104,7 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     viewed = _refuse_writes(func, args, kwargs)
     if viewed is not None:
         refuse_shards(viewed)
+    refuse_removal(lambda: next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Dequantising)))
     args, kwargs = tree_map_only(Dequantising, lambda each: each.value(), (args, kwargs))
     result = func(*args, **kwargs)
     if viewed is None:

@@ -24,6 +24,7 @@ from qgalore_compile import formats
 from qgalore_compile._ops import define
 from qgalore_compile._torch import is_fake, skip_frames_of
 from qgalore_compile.assigning import requantised
+from qgalore_compile.callers import refuse_swap
 from qgalore_compile.dequantising import Dequantising, fall_back
 
 aten = torch.ops.aten
@@ -189,6 +190,11 @@ class Int8Weight(Dequantising):
         raise NotImplementedError(
             f"{self!r} cannot move into shared memory; share weight.codes, weight.scale and weight.offset instead"
         )
+
+    def _use_count(self) -> int:
+        """PyTorch's own count; ``torch.utils.swap_tensors`` asks for it, and is refused what would end INT8 storage."""
+        refuse_swap(self)
+        return super()._use_count()  # type: ignore[no-any-return, misc]
 
     # -- dispatch -----------------------------------------------------------------------------------------------
 
