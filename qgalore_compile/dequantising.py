@@ -49,6 +49,14 @@ class Dequantising(Tensor):
             raise RuntimeError("numpy() was called on a tensor that requires grad; use tensor.detach().numpy()")
         return self.detach().value().cpu().numpy()  # type: ignore[attr-defined]  # dispatch returns one of these
 
+    def __dlpack__(self, **_: Any) -> Any:
+        """Refused: the protocol hands out memory, and there is none of floats."""
+        raise BufferError(f"{self!r} has no floats in memory to hand out by DLPack; take weight.dequantize()")
+
+    def apply_(self, _: Any) -> Any:
+        """Refused: PyTorch would write to floats that are not there."""
+        raise NotImplementedError(f"apply_ would change {self!r} in place, which INT8 storage cannot do; {REMEDY}")
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -351,3 +351,14 @@ def test_share_memory_raises_in_place_of_crashing() -> None:
         int8(linear()).share_memory_()
     with pytest.raises(NotImplementedError, match="shared memory"):
         linear().share_memory()
+
+
+@pytest.mark.parametrize("of", [lambda w: w, lambda w: w[0]], ids=["weight", "view"])
+def test_what_takes_memory_of_floats_raises_in_place_of_crashing(of: Callable[[Any], Tensor]) -> None:
+    weight = int8(linear()).detach()
+    before = storage(weight)
+    with pytest.raises(BufferError, match=r"Int8Weight\('0\.weight'.*take weight\.dequantize\(\)"):
+        torch.from_dlpack(of(weight))
+    with pytest.raises(NotImplementedError, match=r"apply_ would change .*weight\.copy_"):
+        of(weight).apply_(lambda _: 0.0)
+    assert_same(weight, before)
