@@ -69,10 +69,11 @@ class Int8Weight(Dequantising):
         requires_grad: bool = False,
     ) -> Int8Weight:
         """Wrap inner tensors as they are; :meth:`from_float` quantises."""
-        shape = codes.shape[::-1] if transposed else codes.shape
+        m, n = codes.shape
+        shape, strides = ((n, m), (1, n)) if transposed else ((m, n), (n, 1))  # a tangent's layout must be the same
         with torch.inference_mode(False):  # an inference tensor has no version counter for its views to share
             self: Int8Weight = Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
+                cls, shape, strides=strides, dtype=dtype, device=codes.device, requires_grad=requires_grad
             )
         self.codes, self.scale, self.offset = codes, scale, offset
         self.group_size, self.transposed, self.label = group_size, transposed, None

@@ -185,6 +185,19 @@ def test_functional_calls_and_their_gradients_are_those_of_the_float_model() -> 
     assert quantised(layer) == ["weight"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by jvp itself
+def test_directional_derivatives_are_those_of_the_float_model() -> None:
+    layer = linear()
+    twin = float_twin(layer)
+    results = []
+    for each in (layer, twin):
+        parameters = {key: p.detach() for key, p in each.named_parameters()}
+        tangents = {key: torch.linspace(0, 1, p.numel()).reshape(p.shape) for key, p in parameters.items()}
+        call = lambda given, each=each: torch.func.functional_call(each, given, (X,))  # noqa: E731
+        results.append(torch.func.jvp(call, (parameters,), (tangents,)))
+    torch.testing.assert_close(*results)
+
+
 def test_stacked_models_are_floats_of_their_own() -> None:
     layers = [linear(), linear()]
     stacked, _ = torch.func.stack_module_state(layers)
