@@ -29,6 +29,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -195,6 +196,10 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], *, only_ours: bool
     setattr(wrapped, MARK, True)
     static = isinstance(owner, type) and isinstance(vars(owner)[name], staticmethod)
     setattr(owner, name, staticmethod(wrapped) if static else wrapped)
+    table = getattr(owner, "tp_methods", {})  # from torch 2.14 on, what a method is called through
+    for key, entry in table.items():
+        if entry.handler is original:
+            table[key] = replace(entry, handler=wrapped)
 
 
 def _compile(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
