@@ -19,6 +19,7 @@ from qgalore_compile import compilation, strict, tracing
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
+    functorch_config,
     get_custom_graph_passes,
     inductor_config,
     list_mode_options,
@@ -192,10 +193,14 @@ def qgalore(
     ]
     record = compilation.begin(gm, into)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
-    if chosen.strict and compilation.is_damaged(name):
-        # code from a cache would be refused for want of a record: let the passes run, and write it anew
-        manager.salt = secrets.token_hex()
-    compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    # Two graphs of Dynamo's can be one of Inductor's (detach() elsewhere), whose code has one record: not shared. Where
+    # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
+    damaged = chosen.strict and compilation.is_damaged(name)
+    manager.salt = f"/{secrets.token_hex() if damaged else name}"
+    # Inductor 2.13 takes the places of a backward's donated buffers for those of its outlined functions too, and one of
+    # them then writes over what the next one reads: gradients 10 to 40 % off, where the backward is a graph of its own.
+    with functorch_config.patch(donated_buffer=False):
+        compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)

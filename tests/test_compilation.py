@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support import Interpreted, data, small, step_of
+from torch import Tensor
 
 from qgalore_compile import compilation, files
-from qgalore_compile.backend import Options
 from qgalore_compile.compilation import Compilation
 from qgalore_compile.passes import PassManager
 from qgalore_compile.passes.context import PassRecord
@@ -110,19 +110,45 @@ def test_what_is_no_file_is_not_waited_for_and_does_not_break_the_step(
     assert record.recorded  # of this process
 
 
+def uuids(monkeypatch: pytest.MonkeyPatch, *steps: Callable[..., Any], **options: Any) -> list[str]:
+    """What Inductor's cache tells each step's code by."""
+    finish, found = compilation.finish, []
+
+    def seen(record: Compilation, manager: PassManager, key: str) -> None:
+        found.append(manager.uuid())
+        finish(record, manager, key)
+
+    monkeypatch.setattr(compilation, "finish", seen)
+    for step in steps:
+        torch._dynamo.reset()
+        torch.compile(step, backend=Interpreted(**options), fullgraph=True)(data())
+    return found
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_strict_lets_the_passes_run_where_a_record_is_damaged(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
     """What a cache holds would be refused: nothing could be said about its layers."""
-    finish, managers = compilation.finish, []
-
-    def seen(record: Compilation, manager: PassManager, key: str) -> None:
-        managers.append(manager)
-        finish(record, manager, key)
-
     monkeypatch.setattr(compilation, "is_damaged", lambda key: True)
-    monkeypatch.setattr(compilation, "finish", seen)
-    torch.compile(step_of(*small()), backend=Interpreted(strict=strict), fullgraph=True)(data())
-    assert (managers[0].uuid() != Options.parse({"strict": strict}).passes().uuid()) == strict
+    first, second = uuids(monkeypatch, step_of(*small()), step_of(*small()), strict=strict)
+    assert (first != second) == strict
+
+
+def test_two_ways_to_write_a_step_share_no_code_since_they_share_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind AOTAutograd they are one graph: code from the cache would have the other one's record, and none here."""
+
+    def other_of(model: Callable[..., Tensor], opt: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        def step(batch: Tensor) -> Tensor:
+            loss = model(batch).float().square().mean()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            return torch.zeros(()) + loss.detach()
+
+        return step
+
+    one, other, again = uuids(monkeypatch, step_of(*small()), other_of(*small()), step_of(*small()))
+    assert one == again
+    assert one != other
 
 
 def test_no_record_is_no_damaged_one(folder: Path) -> None:

@@ -332,6 +332,19 @@ def test_a_product_of_floating_point_matrices_is_left() -> None:
     assert calls(module) == []
 
 
+@pytest.mark.parametrize("targets", [torch.int64, torch.int32, torch.bool])
+def test_the_targets_of_a_loss_are_not_codes(targets: torch.dtype) -> None:
+    """The gradient by the logits, in a backward that is a graph of its own: it follows from inputs alone."""
+
+    def step(logits: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
+        return (torch.softmax(logits, -1) - chosen.float()) @ w
+
+    chosen = torch.randint(0, 2, (T, M if targets == torch.bool else 1)).to(targets)
+    module, record = check(step, torch.randn(T, M), chosen, torch.randn(M, N))
+    assert record.matches == []
+    assert calls(module) == []
+
+
 @pytest.mark.parametrize("look_up", ["embedding", "index"])
 def test_an_embeddings_tokens_are_not_codes(look_up: str) -> None:
     def step(tokens: Tensor, table: Tensor, w: Tensor) -> Tensor:
