@@ -38,7 +38,7 @@ from rich.text import Text
 from torch import Tensor
 
 from qgalore_compile import groups
-from qgalore_compile.compared import Compared, TensorError, compare
+from qgalore_compile.compared import Compared, TensorError, compare, wrong
 from qgalore_compile.copies import Copier, CopyError, alone
 from qgalore_compile.judgement import Rates
 from qgalore_compile.perturbed import Perturbed, Products
@@ -134,10 +134,12 @@ def check(
     try:
         watch = Products()
         plain = eager(roots, call, watch, {})
-        drew = not all(map(torch.equal, states, generators()))
+        drawn = generators()
+        drew = not all(map(torch.equal, states, drawn))
         generators(states)
         with config.patch(fallback_random=drew or config.fallback_random):
             compiled = _compiled(roots, call, backend, options)
+        draws_alike = all(map(torch.equal, drawn, generators()))
         follow = _to_follow(plain, compiled)
         products = _lowest({_OF_SETTING.get(torch.get_float32_matmul_precision()), _gemm(options)} - {None})
 
@@ -150,6 +152,8 @@ def check(
         errors = judged(before, compiled, run)
     finally:
         generators(states)
+    if not draws_alike:
+        errors.insert(0, wrong("torch's generator", "it goes on elsewhere than behind the eager step").error)
     precision = _lowest({products, *watch.dtypes})
     return CheckResult(tuple(errors), str(precision).removeprefix("torch."))
 

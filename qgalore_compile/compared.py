@@ -87,11 +87,11 @@ def compare(name: str, before: Entry | None, compiled: Run, runs: Sequence[Run])
     found, others = compiled.entries.get(name), [run.entries.get(name) for run in runs]
     expected = others[0]
     if found is None or expected is None:
-        return _wrong(name, "only in the eager step" if found is None else "only in the compiled step")
+        return wrong(name, "only in the eager step" if found is None else "only in the compiled step")
     for what in ("shape", "dtype"):
         mine, theirs = getattr(found.tensor, what), getattr(expected.tensor, what)
         if mine != theirs:
-            return _wrong(name, f"{what} {mine}, in eager {theirs}")
+            return wrong(name, f"{what} {mine}, in eager {theirs}")
     if name in runs[0].renewed and expected.projector:
         return _compare_subspace(name, found, expected, [run.renewed[name] for run in runs if name in run.renewed])
     same = [x for x in others if x is not None and x.tensor.shape == found.tensor.shape]
@@ -133,7 +133,8 @@ def compare(name: str, before: Entry | None, compiled: Run, runs: Sequence[Run])
     return Compared(replace(error, tolerance=_over(_norm(sample.explained), scale)), samples)
 
 
-def _wrong(name: str, note: str) -> Compared:
+def wrong(name: str, note: str) -> Compared:
+    """Of what needs no comparison of numbers."""
     return Compared(TensorError(name, math.inf, 0.0, math.inf, 0.0, False, note=note), {})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
+import sys
 import sysconfig
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -50,7 +51,11 @@ def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _users_own(function: FunctionType) -> bool:
-    file = function.__code__.co_filename
+    return _is_users(function.__code__.co_filename)
+
+
+def _is_users(file: str) -> bool:
+    """Whether no library stands in a file."""
     return not file.startswith(_LIBRARIES) and _INSTALLED.isdisjoint(Path(file).parts)
 
 
@@ -145,17 +150,29 @@ def walk(roots: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def moves(x: Any) -> bool:
-    """Whether a global with this value is copied: state, mutable containers, and functions that have such."""
+    """Whether a global with this value is copied: state, mutable containers, objects of a user's own class, and
+    functions that have such."""
     if isinstance(x, FunctionType):
         return has_variables(x)
-    return isinstance(x, _MUTABLE) or any(isinstance(each, _STATE) for _, each in walk({"": x}))
+    return _is_mutable(x) or any(isinstance(each, _STATE) for _, each in walk({"": x}))
+
+
+def _is_mutable(x: Any) -> bool:
+    """Whether a step may count in it: a container, or an object of a class that no library has made."""
+    if isinstance(x, _MUTABLE):
+        return True
+    if isinstance(x, ATOMIC) or not hasattr(x, "__dict__"):
+        return False
+    module = type(x).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)  # none of what is built in, nor of a notebook
+    return module == "__main__" or (file is not None and _is_users(file))
 
 
 def has_variables(function: FunctionType) -> bool:
     """Whether its copy would be another function; torch's own stay themselves, for Dynamo knows them by identity."""
     own = _users_own(function)
     for _, x in walk({"": function}):
-        if isinstance(x, _STATE) or (own and isinstance(x, _MUTABLE)):
+        if isinstance(x, _STATE) or (own and _is_mutable(x)):
             return True
         if own and isinstance(x, FunctionType) and _users_own(x) and (x.__closure__ or globals_of(x)[1]):
             return True

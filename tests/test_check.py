@@ -105,6 +105,31 @@ def test_random_numbers_are_the_same_in_both_and_the_generator_goes_on_as_if_not
     assert result.ok, result
 
 
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+COUNTER = Counter()
+
+
+def test_an_object_among_the_globals_counts_in_each_copy_alone() -> None:
+    model, opt = small()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = model(batch).square().mean()
+        loss.backward()
+        COUNTER.count += 1
+        if COUNTER.count % 2 == 0:
+            opt.step()
+            opt.zero_grad()
+        return loss.detach()
+
+    result = quick(step, data())
+    assert result.ok, result
+    assert COUNTER.count == 0
+
+
 class Momentum(torch.optim.Optimizer):
     """Creates its state in the first step, as PyTorch's own do (those break the graph)."""
 

@@ -55,6 +55,11 @@ def test_a_backend_that_skips_an_update_is_found_and_named(int8: bool) -> None:
     assert (result.worst.codes_differing is not None) == int8
 
 
+def test_a_draw_too_many_is_found() -> None:
+    result = check(step_of(*small()), data(), backend=spoiling(lambda *_: torch.rand(1), shape=(5, 8)))
+    assert wrong(result) == {"torch's generator"}
+
+
 def test_a_small_error_in_one_element_is_found() -> None:
     def nudge(now: Tensor, before: Tensor) -> None:
         now[1, 2] += 3e-3
