@@ -124,7 +124,7 @@ def test_sharded_parameters_are_refused_by_quantize_param_groups_and_the_optimiz
 def test_fully_sharded_parameters_are_refused_too(one_process: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = qg.quantize_(wide())
+    model = wide()
     fully_shard(model, mesh=one_process)
     with pytest.raises(ValueError, match="a DTensor is sharded"):
         qg.param_groups(model, rank=4)
