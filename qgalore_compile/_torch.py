@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch._dynamo.config as dynamo_config
     import torch._dynamo.convert_frame as convert_frame
     import torch._dynamo.variables.builder as builder
+    import torch._functorch._aot_autograd.graph_compile as graph_compile
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
@@ -86,6 +87,7 @@ LATE = {
     "TensorVariable": "torch._dynamo.variables.tensor:TensorVariable",
     "dynamo_config": "torch._dynamo.config",
     "functorch_config": "torch._functorch.config",
+    "graph_compile": "torch._functorch._aot_autograd.graph_compile",
     "inductor_config": "torch._inductor.config",
     "ShortenTraceback": "torch._dynamo.exc:ShortenTraceback",
     "Unsupported": "torch._dynamo.exc:Unsupported",

@@ -208,7 +208,9 @@ def test_a_step_without_a_break_is_one_graph_and_strict_lets_it_be() -> None:
 
 def test_functions_that_a_step_calls_behind_a_break_are_reported_with_it() -> None:
     report = reported(in_a_try)
-    assert {"loss_of", "step"} <= {each.function for each in report.compilations}  # the model, the optimizer's step
+    functions = {each.function for each in report.compilations}
+    assert "loss_of" in functions
+    assert functions & {"step", "call"}  # the optimizer's, or what runs its hooks, where Dynamo has not skipped that
     assert len({each.region for each in report.compilations}) == 1
     assert sorted(layer.name for layer in report.layers if layer.matched) == ["0.weight", "2.weight"]
 

@@ -101,7 +101,7 @@ def test_every_single_choice_trains_as_eager_does(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "traced")
 
 
-@times(3)
+@times(2)
 @given(step=steps())
 def test_a_step_as_written_trains_as_eager_does(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "traced")
