@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from unittest import mock
 
 from torch import Tensor, fx
 
@@ -21,7 +20,6 @@ from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
     get_custom_graph_passes,
-    graph_compile,
     inductor_config,
     list_mode_options,
 )
@@ -198,11 +196,7 @@ def qgalore(
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    # Inductor 2.13 takes the places of a backward's donated buffers for those of its outlined functions too, and one of
-    # them then writes over what the next one reads: gradients 10 to 40 % off, where the backward is a graph of its own.
-    # None is donated: torch's setting for that makes an error of every retain_graph=True.
-    with mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", return_value=[]):
-        compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)

@@ -19,6 +19,9 @@ gives sizes that differ        keeps sizes of parameters, gradients and states, 
 between two calls a symbol     numbers; remembers what has varied for each ``torch.compile`` apart
 keeps what it compiled by      keeps it by ``torch.compile``: two steps of one factory share neither a recompile limit
 code object                    nor a report
+lets a backward that is a      donates none: functions outlined in it would write over each other's operands
+graph of its own write over
+what it is handed
 leaves a frame that it cannot  keeps what broke, where and why (:mod:`~qgalore_compile.frames`); under ``strict`` raises
 trace to Python, in silence    an error that says so
 =============================  ========================================================================================
@@ -54,6 +57,7 @@ from qgalore_compile._torch import (
     convert_frame,
     dynamo_config,
     get_eval_frame_isolate_recompiles_id,
+    graph_compile,
     is_from_optimizer_source,
     is_from_unspecialized_nn_module_source,
     lookup_backend,
@@ -178,6 +182,7 @@ def install() -> None:
         (ConstantVariable, "create", _fresh),
         (OutputGraph, "compile_subgraph", frames.cut),
         (InstructionTranslatorBase, "log_graph_break", frames.noted),
+        (graph_compile, "collect_bw_donated_buffer_idxs", _undonated),
     ):
         _wrap(owner, name, wrapper, only_ours=True)
 
@@ -277,6 +282,16 @@ def _gradient(original: Callable[..., Any], tensor: Any, tx: Any) -> Any:
     is ``tensor.grad``, and what is to be stored there would in the end be loaded from there, and nothing be cleared."""
     found = original(tensor, tx)
     return ConstantVariable(found.value) if isinstance(found, ConstantVariable) else found
+
+
+def _undonated(original: Callable[..., Any], *args: Any) -> list[int]:
+    """No buffer that a backward is handed may be written over.
+
+    Inductor 2.13 takes the places of a backward's donated buffers for places of each function outlined in it, too, and
+    one of them wrote over what the next one read: gradients 10 to 40 % off, where the backward is a graph of its own.
+    Torch's own setting, ``donated_buffer=False``, then makes an error of every ``retain_graph=True``.
+    """
+    return []
 
 
 # -- backward() -------------------------------------------------------------------------------------------------------
