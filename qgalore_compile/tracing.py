@@ -1,7 +1,7 @@
 """How Dynamo traces *our* steps, and nobody else's.
 
 Dynamo can make ``loss.backward()`` part of a graph, but only where it is told to (``trace_autograd_ops``), for a whole
-thread, and with four gaps that train nothing, or slowly, without a word.  :func:`install` puts wrappers around some of
+thread, and with gaps that train nothing, or slowly, without a word.  :func:`install` puts wrappers around some of
 its functions.  Each asks first whether the frame that is being traced was given to this backend; if not, torch's own
 function runs as it stands, with the configuration that it had.
 

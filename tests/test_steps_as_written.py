@@ -92,11 +92,6 @@ def assert_close(
         assert apart <= share * moved + rounding, f"{name}: {apart:.3g} apart, {moved:.3g} moved\n{where}"
 
 
-def is_known_to_work(step: UserStep) -> bool:
-    """A number of a group that is set inside a step that runs in pieces is an internal error of Dynamo's: to mend."""
-    return not step.setting.endswith("inside") or (step.before, step.after, step.end) == ("nothing",) * 3
-
-
 @pytest.mark.parametrize(
     "step",
     [UserStep(), *(UserStep(**{name: value}) for name, values in CHOICES.items() for value in values[1:])],
@@ -108,12 +103,12 @@ def test_every_single_choice_trains_as_eager_does(step: UserStep) -> None:
 
 @pytest.mark.more  # until a group's number set inside a step in pieces is mended
 @times(2)
-@given(step=steps().filter(is_known_to_work))
+@given(step=steps())
 def test_a_step_as_written_trains_as_eager_does(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "traced")
 
 
 @times(0.6)
-@given(step=steps().filter(is_known_to_work))
+@given(step=steps())
 def test_a_step_as_written_trains_through_all_passes(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "whole")
