@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from qgalore_compile import compilation, strict, tracing
+from qgalore_compile import compilation, spent, strict, tracing
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
@@ -191,6 +191,7 @@ def qgalore(
         manager,
     ]
     record = compilation.begin(gm, into)
+    spent.detach(gm)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
     # Two graphs of Dynamo's can be one of Inductor's (detach() elsewhere), whose code has one record: not shared. Where
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
