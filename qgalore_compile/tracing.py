@@ -46,6 +46,7 @@ from qgalore_compile._torch import (
     ConstantVariable,
     GradModeVariable,
     GradSource,
+    InstructionTranslator,
     InstructionTranslatorBase,
     OptimizeContext,
     OutputGraph,
@@ -63,6 +64,7 @@ from qgalore_compile._torch import (
     lookup_backend,
     unimplemented,
 )
+from qgalore_compile.hyper_parameters import Group
 
 MARK = "_traced_as_qgalore"
 
@@ -257,8 +259,16 @@ def _is_held(source: Any) -> bool:
 
 
 def _constant(original: Callable[..., bool], value: Any, source: Any) -> bool:
-    """An optimizer's integers (a rank, a shape's side) are constants, as a module's are to Dynamo."""
-    return original(value, source) or bool(is_from_optimizer_source(source))
+    """An optimizer's integers (a rank, a shape's side) are constants, as a module's are to Dynamo; a group's also where
+    a frame has met the group alone, as a function's argument or a loop's variable behind a graph break."""
+    return original(value, source) or is_from_optimizer_source(source) or _is_in_a_group(source)
+
+
+def _is_in_a_group(source: Any) -> bool:
+    holder = getattr(source, "base", None)
+    return holder is not None and isinstance(
+        InstructionTranslator.current_tx().output.resolve_source_value(holder), Group
+    )
 
 
 def _apart(original: Callable[..., Any], tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -319,7 +329,7 @@ def _backward(
     if not leaves:
         _break_before(loss)
     hooks = [_hooks_of(leaf, tx) for leaf in leaves]
-    if not any(before or after for before, after in hooks):
+    if inputs is None and not any(before or after for before, after in hooks):
         return original(loss, tx, *arguments)
     _differentiate(loss, tx, arguments, leaves, hooks)
     return ConstantVariable.create(None)
@@ -360,9 +370,10 @@ def _hooks_of(leaf: Any, tx: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _differentiate(loss: Any, tx: Any, arguments: Any, leaves: list[Any], hooks: list[Any]) -> None:
-    gradient, retain_graph, create_graph, inputs = arguments
+    gradient, retain_graph, create_graph, _ = arguments
     build = partial(VariableTracker.build, tx)
-    given = dict(allow_unused=build(inputs is None), retain_graph=retain_graph, create_graph=create_graph)
+    # True also where inputs are named: backward(), unlike autograd.grad, passes over those that the loss does not reach
+    given = dict(allow_unused=build(True), retain_graph=retain_graph, create_graph=create_graph)
     outputs = [loss, build(leaves), *([] if gradient is None else [gradient])]
     gradients = build(torch.autograd.grad).call_function(
         tx, outputs, {name: value for name, value in given.items() if value is not None}

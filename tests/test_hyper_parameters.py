@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile.hyper_parameters import FIXED, Group
+from qgalore_compile.tracing import traced_as_step
 
 SETTERS: dict[str, Callable[[Any, str, Any], Any]] = {
     "item": lambda group, key, value: group.__setitem__(key, value),
@@ -195,6 +196,28 @@ def test_users_own_loops_over_the_groups_are_traced_and_bind_no_number() -> None
         ways.append(p.detach())
     assert backend.count == 1
     torch.testing.assert_close(*ways)
+
+
+def test_a_group_that_is_met_alone_takes_a_number_and_is_compiled_once_a_group() -> None:
+    net = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+    opt = qg.QGaLoreAdamW([{"params": [layer.weight], "seed": seed} for seed, layer in enumerate(net)], lr=0.1)
+    graphs: list[Any] = []
+
+    @traced_as_step
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    @torch.compile(backend=backend, dynamic=None)
+    def set_lr(group: Group, value: Tensor) -> Tensor:
+        group["lr"] = 0.5  # which checks all of them: seeds are numbers, not symbols
+        return value * group["seed"]
+
+    torch._dynamo.reset()
+    found = [float(set_lr(group, torch.ones(()))) for _ in range(2) for group in opt.param_groups]
+    assert found == [0.0, 1.0, 2.0] * 2
+    assert [float(group["lr"]) for group in opt.param_groups] == [0.5] * 3
+    assert len(graphs) == 3
 
 
 def test_numbers_are_computed_in_double_precision_and_rounded_once() -> None:

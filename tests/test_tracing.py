@@ -76,6 +76,22 @@ def test_a_step_trains_whatever_it_begins_with(make: Make, fullgraph: bool) -> N
     assert_as_eager(make, fullgraph=fullgraph)
 
 
+def test_backward_passes_over_named_inputs_that_the_loss_does_not_reach() -> None:
+    def make(net: nn.Module, opt: qg.QGaLoreAdamW) -> Callable[[Tensor], Any]:
+        apart = nn.Parameter(torch.ones(2))
+
+        def step(x: Tensor) -> Tensor:
+            loss = loss_of(net, x)
+            loss.backward(inputs=[apart, *net.parameters()])
+            opt.step()
+            opt.zero_grad()
+            return loss.detach()
+
+        return step
+
+    assert_as_eager(make)
+
+
 def test_a_whole_step_trains_after_the_update_alone_was_compiled() -> None:
     """Dynamo has marked the parameters then as an optimizer's."""
     net, opt = parts()
