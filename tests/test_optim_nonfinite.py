@@ -104,9 +104,10 @@ def test_under_skip_parameter_the_others_step_as_if_it_had_no_gradient(before: i
     twin, twin_opt = setting_up(before, nonfinite="skip_parameter")
     twin.get_parameter(PROJECTED).grad = None
     twin_opt.step()
-    differ = changed(snapshot(model, opt), snapshot(twin, twin_opt))
+    differ = changed(snapshot(model, opt), snapshot(twin, twin_opt)) - {"global/grad_norm"}
     assert differ == {"global/skipped_steps", f"{PROJECTED}/schedule"}
-    assert torch.equal(opt.last_grad_norm, twin_opt.last_grad_norm)
+    # norms of one parameter fewer are added up in another order
+    torch.testing.assert_close(opt.last_grad_norm, twin_opt.last_grad_norm, rtol=1e-6, atol=0)
 
 
 @policies

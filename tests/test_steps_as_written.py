@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from user_steps import CHOICES, REFUSED, UserStep
@@ -31,10 +31,15 @@ def old_objects_are_not_searched() -> Iterator[None]:
 
 
 @st.composite
-def steps(draw: Any) -> UserStep:
-    """Steps with two to four unusual choices, so that no strange one hides what others do."""
-    names = draw(st.lists(st.sampled_from(list(CHOICES)), min_size=2, max_size=4, unique=True))
-    return UserStep(**{name: draw(st.sampled_from(CHOICES[name][1:])) for name in names})
+def steps(draw: Any, first: str | None = None) -> UserStep:
+    """Steps with two to four unusual choices, ``first`` among them, so that no strange one hides what others do."""
+    given = [] if first is None else [first]
+    others = st.sampled_from([name for name in CHOICES if name != first])
+    names = given + draw(st.lists(others, min_size=2 - len(given), max_size=4 - len(given), unique=True))
+    step = UserStep(**{name: draw(st.sampled_from(CHOICES[name][1:])) for name in names})
+    # A batch norm under checkpoint counts each batch twice in eager mode and once in any graph of AOTAutograd's.
+    assume(not (step.net == "norm" and step.backward == "checkpoint"))
+    return step
 
 
 def times(share: float) -> settings:
@@ -101,14 +106,20 @@ def test_every_single_choice_trains_as_eager_does(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "traced")
 
 
-@pytest.mark.more  # until a group's number set inside a step in pieces is mended
-@times(2)
-@given(step=steps())
-def test_a_step_as_written_trains_as_eager_does(step: UserStep) -> None:
+@pytest.mark.parametrize("respect", CHOICES)
+@times(0.3)
+@given(data=st.data())
+def test_a_step_as_written_trains_as_eager_does(respect: str, data: st.DataObject) -> None:
+    assert_as_eager_or_refused(data.draw(steps(respect)), "traced")
+
+
+def test_a_number_set_in_a_step_in_pieces_trains_as_eager_does() -> None:
+    step = UserStep(zero="forward", micro_batches="two", before="inner", setting="lr inside")
     assert_as_eager_or_refused(step, "traced")
 
 
 @times(0.6)
+@example(step=UserStep(backward="retain", end="disabled", net="deep"))
 @given(step=steps())
 def test_a_step_as_written_trains_through_all_passes(step: UserStep) -> None:
     assert_as_eager_or_refused(step, "whole")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import linecache
 import logging
 import sys
@@ -78,6 +79,8 @@ BETWEEN: dict[str, Callable[[Any, Any], Any]] = {
 }
 """What happens before the second step."""
 
+_runs = itertools.count()
+
 
 @dataclass
 class Outcome:
@@ -115,7 +118,7 @@ def run(step: UserStep, how: str, steps: int = 3) -> Outcome:
     text, outcome, made = program(step), Outcome(), []
     name = f"<user step {how} {hash(step)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    module = ModuleType("user_step")  # Dynamo imports what holds the globals of a code
+    module = ModuleType(f"user_step_{next(_runs)}")  # Dynamo imports what holds a code's globals, and keeps it by name
     scope = vars(module)
 
     def compiler(function: Callable[..., Any]) -> Any:
