@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch._inductor.utils import fresh_cache
 
-from qgalore_compile.data import load_corpus
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run, compiled_graphs
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.run import Run, compiled_graphs
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.projection import side_of
+from qgalore_compile.subspace.projection import side_of
 
 GROUP = BLOCK = 256
 BETAS, EPS, ALPHA = (0.9, 0.999), 1e-8, 0.25

@@ -279,7 +279,7 @@ def one(name: str, precision: str, compiled: bool) -> dict[str, Any]:
 
     backend: Any = "qgalore"
     if not compiled:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
         from support import Interpreted
 
         backend = Interpreted()

@@ -60,9 +60,9 @@ from torch._inductor.utils import clear_caches
 from train_step import SIDES, Settings, Step, build, compile_step, set_due, timed
 from update_step import SHAPES, sides_of
 
-from qgalore_compile.ahead_of_time import floor, name_of, what
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.training.ahead_of_time import floor, name_of, what
 
 OTHERS = ["inductor", "baseline", "bitsandbytes", "torchao", "galore-torch"]
 QUICK_SHAPES = ((48, 256, 16),)

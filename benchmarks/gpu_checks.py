@@ -17,7 +17,7 @@ from update_step import projected
 import qgalore_compile as qg
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.program import BlockProgram, Buffer, Space
+from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
 
 GROUP = 256
 

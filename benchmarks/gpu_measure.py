@@ -24,10 +24,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import spread
 
-from qgalore_compile.kernels import triton_kernels
-from qgalore_compile.kernels.gemm_triton import Product
-from qgalore_compile.kernels.targets import Target, UnknownTargetError
-from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.gemm import Product
+from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.targets import Target, UnknownTargetError
 
 WARM_UP = 3
 _CLOCK_HZ = 2e9  # no GPU's is much higher: waits of so many cycles are not shorter than was asked for

@@ -27,11 +27,11 @@ from backends import RESULTS
 from gpu_measure import device_name, facts, slug
 from rich.console import Console
 
-from qgalore_compile.data import load_corpus
-from qgalore_compile.llama import PRESETS, find_preset
-from qgalore_compile.telemetry import StepRecord
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.llama import PRESETS, find_preset
+from qgalore_compile.training.run import Run
+from qgalore_compile.training.telemetry import StepRecord
 
 VOCABULARY = 32_000
 UNTIMED = 2  # steps: the first compiles, the second may still warm something up

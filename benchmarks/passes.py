@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import qgalore_compile as qg
-from qgalore_compile.llama import Llama, find_preset
+from qgalore_compile.training.llama import Llama, find_preset
 
 
 def build(layers: int) -> Any:

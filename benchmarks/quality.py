@@ -38,8 +38,8 @@ from quality_run import FOLDER, WORK
 from rich.console import Console
 from rich.table import Table
 
-from qgalore_compile.data import load_corpus
-from qgalore_compile.llama import PRESETS
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.llama import PRESETS
 
 HERE = Path(__file__).parent
 INTERRUPTED = 130

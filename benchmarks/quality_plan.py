@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 import qgalore_compile as qg
-from qgalore_compile.groups import PROJECTION_DEFAULTS
-from qgalore_compile.llama import LlamaConfig, Preset, find_preset
+from qgalore_compile.optim.groups import PROJECTION_DEFAULTS
+from qgalore_compile.training.llama import LlamaConfig, Preset, find_preset
 
 FACTOR = 2.0
 EXTENSIONS = 2

@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import qgalore_compile as qg
-from qgalore_compile.checkpoint_file import save_checkpoint
-from qgalore_compile.data import Corpus, load_corpus
-from qgalore_compile.llama import PRESETS, Llama
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.telemetry import finite, resident_bytes
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run, evaluate, make_model
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.training.checkpoint_file import save_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import Corpus, load_corpus
+from qgalore_compile.training.llama import PRESETS, Llama
+from qgalore_compile.training.run import Run, evaluate, make_model
+from qgalore_compile.training.telemetry import finite, resident_bytes
 from qgalore_compile.weights import select_linears
 
 FOLDER = RESULTS / "quality"

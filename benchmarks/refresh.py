@@ -35,15 +35,15 @@ from rich.table import Table
 from torch import Tensor
 from train_step import spread
 
-from qgalore_compile.data import load_corpus, training_batch
-from qgalore_compile.moments import encode
-from qgalore_compile.projection import project, projector_shape, side_of
-from qgalore_compile.refresh import Moments, ProjectorFormat, refresh_
-from qgalore_compile.refresh_cost import described
-from qgalore_compile.scheduler import Rule, Schedule
-from qgalore_compile.subspace import leading_subspace
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import make_model, make_optimizer
+from qgalore_compile.subspace.cost import described
+from qgalore_compile.subspace.finder import leading_subspace
+from qgalore_compile.subspace.moments import encode
+from qgalore_compile.subspace.projection import project, projector_shape, side_of
+from qgalore_compile.subspace.refresh import Moments, ProjectorFormat, refresh_
+from qgalore_compile.subspace.scheduler import Rule, Schedule
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus, training_batch
+from qgalore_compile.training.run import make_model, make_optimizer
 
 SHAPES = ((512, 1376, 128, 1024), (2048, 2048, 512, 2048), (4096, 11008, 1024, 2048))
 RULE = Rule(official=False, threshold=math.inf, gamma=1.0, max_gap=None)

@@ -32,9 +32,9 @@ import torch
 from run_attacks_corruptions import corruptions
 from run_attacks_runs import STEPS, arguments_of, command, config_of, ended, outcome, start
 
-from qgalore_compile.checkpoint_file import load_checkpoint
-from qgalore_compile.telemetry import read_metrics
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training.checkpoint_file import load_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.telemetry import read_metrics
 
 FAILURES = {
     "kills": ("LINES LOST", "METRICS DIFFER", "STATE DIFFERS", "DOES NOT GO ON", "ANOTHER STATUS", "LEFT BEHIND"),

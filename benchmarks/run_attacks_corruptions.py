@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from run_attacks_runs import command, config_of, digest, without_config
 
-from qgalore_compile.checkpoint_file import load_checkpoint, save_checkpoint
-from qgalore_compile.data import load_corpus
-from qgalore_compile.pretrain import pretrain
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run
+from qgalore_compile.training.checkpoint_file import load_checkpoint, save_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.pretrain import pretrain
+from qgalore_compile.training.run import Run
 
 Trial = Callable[[bytes, random.Random], bytes]
 FAILURES = (

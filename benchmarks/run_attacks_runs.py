@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from qgalore_compile import cli
-from qgalore_compile.checkpoint_file import load_checkpoint
-from qgalore_compile.llama import PRESETS, LlamaConfig, Preset
-from qgalore_compile.telemetry import read_metrics
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training.checkpoint_file import load_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.llama import PRESETS, LlamaConfig, Preset
+from qgalore_compile.training.telemetry import read_metrics
 
 STEPS, EVERY = 60, 4
 

@@ -41,9 +41,9 @@ from torch._inductor.utils import fresh_cache
 from torch.optim.adamw import adamw
 
 import qgalore_compile as qg
-from qgalore_compile.llama import Llama, LlamaConfig, find_preset, move_
-from qgalore_compile.scheduler import Schedule
-from qgalore_compile.training import compiled_graphs
+from qgalore_compile.subspace.scheduler import Schedule
+from qgalore_compile.training.llama import Llama, LlamaConfig, find_preset, move_
+from qgalore_compile.training.run import compiled_graphs
 
 WARM_UP = 3
 NEVER = 10**9  # as update_proj_gap: no refresh but the one that is asked for

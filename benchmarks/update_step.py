@@ -43,7 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import set_due, spread
 
 import qgalore_compile as qg
-from qgalore_compile.kernels import gemm_cpu
+from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 
 SHAPES = ((512, 1376, 128), (2048, 2048, 512), (4096, 4096, 1024), (4096, 11008, 1024))
 TARGETS = {(512, 1376): 2.0, (2048, 2048): 1.25, (4096, 4096): 1.1, (4096, 11008): 1.1}

@@ -5,8 +5,9 @@
     python examples/pretrain.py --optimizer adamw --backend eager  # the full-rank baseline
     python examples/pretrain.py --help
 
-The pieces, for a program of your own: `qgalore_compile.pretrain` (the loop, checkpoints, Ctrl-C), `.training` (model,
-optimizer and the compiled step), `.data`, `.llama`, `.telemetry`; `own_step.py` beside this file is the shortest form.
+The pieces, for a program of your own, are in `qgalore_compile.training`: `.pretrain` (the loop, checkpoints, Ctrl-C),
+`.run` (model, optimizer and the compiled step), `.data`, `.llama`, `.telemetry`; `own_step.py` beside this file is the
+shortest form.
 """
 
 import typer

@@ -12,9 +12,10 @@ from functools import cache
 from torch import Tensor
 
 from qgalore_compile._ops import define
-from qgalore_compile.kernels import cpu, gemm_cpu
-from qgalore_compile.kernels.gemm import GemmProgram, named, parsed
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.cpp import gemm as gemm_cpu
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.ir.gemm import GemmProgram, named, parsed
+from qgalore_compile.kernels.ir.program import BlockProgram
 
 DEVICES = ("cpu", "cuda")
 """Kinds of devices that programs run on; "cuda" is PyTorch's name for AMD's GPUs too."""
@@ -29,7 +30,8 @@ def _on_gpu(tensors: Sequence[Tensor]) -> bool:
 
 def _run(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     if _on_gpu(written):
-        from qgalore_compile.kernels import triton_kernels  # which a machine without a GPU need not have
+        # here: a machine without a GPU need not have Triton
+        from qgalore_compile.kernels.triton import kernels as triton_kernels
 
         triton_kernels.run_region(program, written, read, numbers)
         return
@@ -39,7 +41,7 @@ def _run(program: str, written: Sequence[Tensor], read: Sequence[Tensor], number
 
 def _run_gemm(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     if _on_gpu(written):
-        from qgalore_compile.kernels import triton_kernels
+        from qgalore_compile.kernels.triton import kernels as triton_kernels
 
         triton_kernels.run_product(program, written, read, numbers)
         return
@@ -63,7 +65,7 @@ run_gemm = define(
 
 def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
     if _on_gpu(read):
-        from qgalore_compile.kernels import triton_kernels
+        from qgalore_compile.kernels.triton import kernels as triton_kernels
 
         return triton_kernels.product(program, read)
     return gemm_cpu.product(program, read)

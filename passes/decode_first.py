@@ -8,7 +8,7 @@
     After     the same with a program that takes P as it is, and read=[%n, getitem(%d, 1), …]
 
 Requires  a product with a quantised operand, on a GPU; rows of a multiple of 8 elements; that the model of
-          :mod:`qgalore_compile.kernels.decode_first` finds it faster.
+          :mod:`qgalore_compile.kernels.triton.decode_first` finds it faster.
 Tier      rounding: a library may add up a product in another order.  What is decoded is the same bit for bit.
 
 What has been decoded lives from its own kernel to the product behind it, and the products of a step share that memory.
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops, triton_kernels
-from qgalore_compile.kernels.decode_first import decoded_program, decodes_first, value_of
-from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import Operand, parsed
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
+from qgalore_compile.kernels.ir.gemm import Operand, parsed
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.decode_first import decoded_program, decodes_first, value_of
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.launch import functionalized, replace
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, arguments_changed, aten, make, transpose, value

@@ -10,7 +10,7 @@
     After     run_program("…", [%embedding!, %codes!, …], [%g, …])
 
 Requires  updates found by :mod:`qgalore_compile.passes.update`, on a device that a lowering exists for; regions of
-          operations that :mod:`qgalore_compile.kernels.from_graph` reads.  What is left is left as it was.
+          operations that :mod:`qgalore_compile.kernels.read.from_graph` reads.  What is left is left as it was.
 Tier      rounding: the same operations in float32, in another order within a group's sums; bf16 GEMMs in blocks.
 
 Both programs of a layer change states and weight in their own storage.  The product and the decoded projector exist in
@@ -26,10 +26,10 @@ import operator
 import torch
 from torch import fx
 
-from qgalore_compile.kernels.from_graph import from_graph
-from qgalore_compile.kernels.gemm import GemmProgram, Operand
-from qgalore_compile.kernels.region import Output, Refusal, RefusedError, candidates
-from qgalore_compile.kernels.spelling import POINTWISE, VIEWS
+from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.read.from_graph import from_graph
+from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, candidates
+from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.launch import (

@@ -21,8 +21,8 @@ from __future__ import annotations
 from torch import fx
 
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.gemm import GemmProgram
-from qgalore_compile.kernels.region import RefusedError
+from qgalore_compile.kernels.ir.gemm import GemmProgram
+from qgalore_compile.kernels.read.region import RefusedError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops, triton_kernels
-from qgalore_compile.kernels.from_graph import from_graph
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.region import Output, Refusal, RefusedError, Region, candidates
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.read.from_graph import from_graph
+from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, Region, candidates
+from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRANSPOSES,

@@ -28,7 +28,8 @@ from qgalore_compile._torch import (
     trace_structured,
     tree_leaves,
 )
-from qgalore_compile.kernels import cpu, ops
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes.context import Context, PassRecord, Tier
 from qgalore_compile.passes.nodes import value
 from qgalore_compile.passes.printing import layer_text, program_text
@@ -173,14 +174,14 @@ def _operators(graph: fx.Graph) -> Counter[str]:
 
 @lru_cache(maxsize=1)
 def _source_hash() -> str:
-    """Of every source file that shapes a rewrite or what an op in the rewritten graph means."""
+    """Of every source file, in subfolders too, that shapes a rewrite or what an op in the rewritten graph means."""
     import qgalore_compile
     import qgalore_compile.kernels
     import qgalore_compile.passes
 
     folders = [folder for package in (qgalore_compile, qgalore_compile.passes, qgalore_compile.kernels)
                for folder in package.__path__]  # fmt: skip
-    files = sorted({str(path) for folder in folders for path in Path(folder).glob("*.py")})
+    files = sorted({str(path) for folder in folders for kind in ("*.py", "*.inc") for path in Path(folder).rglob(kind)})
     return get_hash_for_files(tuple(files)).hex()
 
 

@@ -12,13 +12,13 @@ from torch import fx
 
 from qgalore_compile._torch import FakeTensor, tree_leaves, triton_kernel_wrapper_functional
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.fx_values import arguments as arguments
-from qgalore_compile.kernels.fx_values import aten as aten
-from qgalore_compile.kernels.fx_values import dtype as dtype
-from qgalore_compile.kernels.fx_values import is_tensor as is_tensor
-from qgalore_compile.kernels.fx_values import prims as prims
-from qgalore_compile.kernels.fx_values import shape as shape
-from qgalore_compile.kernels.fx_values import value as value
+from qgalore_compile.kernels.read.fx_values import arguments as arguments
+from qgalore_compile.kernels.read.fx_values import aten as aten
+from qgalore_compile.kernels.read.fx_values import dtype as dtype
+from qgalore_compile.kernels.read.fx_values import is_tensor as is_tensor
+from qgalore_compile.kernels.read.fx_values import prims as prims
+from qgalore_compile.kernels.read.fx_values import shape as shape
+from qgalore_compile.kernels.read.fx_values import value as value
 
 GEMMS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 """What a matrix product is after Inductor's own passes: ``add(mm, x)`` has become ``addmm`` by then."""

@@ -10,7 +10,7 @@
               refresh_(%r, projector, schedule, [%c2])
 
 With one product the op takes the factors themselves, which die right behind it; it forms G only where that is cheaper
-(:mod:`qgalore_compile.refresh_cost`).
+(:mod:`qgalore_compile.subspace.cost`).
 With several, one op a micro-batch adds to a buffer that exists for due parameters in due steps alone, so that no
 micro-batch's factors wait for the last one.
 
@@ -31,8 +31,8 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import arguments_changed, erase_dead, hint, is_tensor, make, transpose, value
 from qgalore_compile.passes.reassociate import obstacle, wanted
 from qgalore_compile.passes.update import LayerUpdate
-from qgalore_compile.refresh import REFRESHES
-from qgalore_compile.refresh_cost import described
+from qgalore_compile.subspace.cost import described
+from qgalore_compile.subspace.refresh import REFRESHES
 
 
 def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:

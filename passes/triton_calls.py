@@ -24,10 +24,11 @@ import torch
 from torch import fx
 
 from qgalore_compile._torch import kernel_side_table
-from qgalore_compile.kernels import ops, triton_kernels
-from qgalore_compile.kernels.gemm import GemmProgram, parsed
-from qgalore_compile.kernels.tiling import NoTilingError
-from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.tiling import NoTilingError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, make, prims, value
 

@@ -38,7 +38,7 @@ from qgalore_compile.passes.nodes import (
     operands,
     shape,
 )
-from qgalore_compile.refresh import REFRESHES
+from qgalore_compile.subspace.refresh import REFRESHES
 
 _PAD, _SLICE = aten.constant_pad_nd.default, aten.slice.Tensor
 

@@ -7,12 +7,12 @@ eager step.
 """
 
 from qgalore_compile import _startup as _startup
-from qgalore_compile.check import CheckResult, check
-from qgalore_compile.coverage import CoverageWarning
-from qgalore_compile.groups import param_groups
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.report import Report, explain, report
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.groups import param_groups
+from qgalore_compile.reports.check import CheckResult, check
+from qgalore_compile.reports.report import Report, explain, report
 from qgalore_compile.weights import Int8Weight, dequantize_, quantize_
+from qgalore_compile.weights.coverage import CoverageWarning
 
 __all__ = [
     "CheckResult",

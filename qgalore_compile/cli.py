@@ -272,9 +272,9 @@ def train(
     options = dict(locals())  # first statement: exactly the parameters above, which are the fields of TrainConfig
     with user_errors():
         # Here, not at the top: Dynamo and matplotlib take seconds to import, and --help needs neither.
-        from qgalore_compile.pretrain import pretrain, resumed_config
-        from qgalore_compile.stopping import at_once, handled, ignore_broken_pipe
-        from qgalore_compile.train_config import TrainConfig
+        from qgalore_compile.training.config import TrainConfig
+        from qgalore_compile.training.pretrain import pretrain, resumed_config
+        from qgalore_compile.training.stopping import at_once, handled, ignore_broken_pipe
 
         _print_what_the_encoding_has()
         ignore_broken_pipe()
@@ -300,9 +300,9 @@ def compile_(
     that does not compile, 70 a bug, 130 stopped by Ctrl-C.
     """
     with user_errors():
-        from qgalore_compile.ahead_of_time import compile_ahead, table
-        from qgalore_compile.kernels.ahead import CompileError
-        from qgalore_compile.stopping import at_once, handled
+        from qgalore_compile.kernels.triton.ahead import CompileError
+        from qgalore_compile.training.ahead_of_time import compile_ahead, table
+        from qgalore_compile.training.stopping import at_once, handled
 
         console = Console()
         if not console.is_terminal:

@@ -17,10 +17,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 from typer.testing import CliRunner, Result
 
 from qgalore_compile import cli
-from qgalore_compile import pretrain as job
 from qgalore_compile.cli import app
-from qgalore_compile.stopping import Stopped
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training import pretrain as job
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.stopping import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,7 +154,7 @@ def test_a_named_pipe_as_data_is_not_waited_for(tmp_path: Path) -> None:
 class NoCompilerError(ShortenTraceback, RuntimeError):
     """As the backend raises it, Dynamo's advice appended."""
 
-    __module__ = "qgalore_compile.kernels.cpu"
+    __module__ = "qgalore_compile.kernels.cpp.launch"
 
 
 def wrapped(cause: Exception) -> Exception:

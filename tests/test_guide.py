@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qgalore_compile as qg
-from qgalore_compile.llama import Llama, LlamaConfig
+from qgalore_compile.training.llama import Llama, LlamaConfig
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
 HEADINGS = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)

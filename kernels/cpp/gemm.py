@@ -15,9 +15,9 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from qgalore_compile.kernels import cpu
-from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand, parsed
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, parsed
 
 PRODUCT_BYTES = 1 << 21
 """A block of the product at most: it has to stay in the second-level caches until the epilogue has read it."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qgalore_compile._torch import CppCodeCache, InvalidCxxCompiler, ShortenTraceback, get_cpp_compiler
 from qgalore_compile._torch import inductor_config as config
-from qgalore_compile.kernels.cpp_printer import print_cpp
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.cpp.printer import print_cpp
+from qgalore_compile.kernels.ir.program import BlockProgram
 
 # Inductor's flags switch loop vectorisation off for GCC, since it vectorises itself; they keep errno, for which no
 # square root vectorises, and with GCC end up with trapping arithmetic, for which no floor does.

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgalore_compile.kernels.program import DYNAMIC8, REDUCTIONS, TYPES, BlockProgram, Instruction, number_of
+from qgalore_compile.kernels.ir.program import DYNAMIC8, REDUCTIONS, TYPES, BlockProgram, Instruction, number_of
 
 _TYPES = {"f32": "float", "f64": "double", "i32": "int32_t", "i64": "int64_t", "bool": "bool"}
 _MEMORY = {

@@ -11,7 +11,7 @@ edge of a decade the code does not depend on which side the element is taken for
 
 from __future__ import annotations
 
-from qgalore_compile.kernels.program import DYNAMIC8, BlockProgram
+from qgalore_compile.kernels.ir.program import DYNAMIC8, BlockProgram
 
 _DECADES = 6
 

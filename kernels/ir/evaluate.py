@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qgalore_compile.kernels.dynamic8 import expanded
-from qgalore_compile.kernels.program import MEMORY, REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
+from qgalore_compile.kernels.ir.dynamic8 import expanded
+from qgalore_compile.kernels.ir.program import MEMORY, REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
 from qgalore_compile.rng import random_bits
 
 _DTYPES = {

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 and float16 in a program, as :mod:`qgalore_compile.rounding` defines it."""
+"""Stochastic rounding to bfloat16 and float16 in a program, as :mod:`qgalore_compile.formats.rounding` defines it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from qgalore_compile import rounding
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.formats import rounding
+from qgalore_compile.kernels.ir.program import BlockProgram
 
 
 def spell(program: BlockProgram, number: int, noise: int, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from qgalore_compile.kernels.program import BlockProgram, ProgramError
+from qgalore_compile.kernels.ir.program import BlockProgram, ProgramError
 
 T = TypeVar("T")
 

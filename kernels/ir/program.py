@@ -87,7 +87,7 @@ POINTWISE: dict[str, int] = {
 }  # fmt: skip
 REDUCTIONS = {"group_min", "group_max", "group_sum"}
 DYNAMIC8 = {"dynamic8_value", "dynamic8_code"}
-"""bitsandbytes' map, from a code (i32, 0 to 255) and to it; :mod:`~qgalore_compile.kernels.dynamic8` defines them."""
+"""bitsandbytes' map, from a code (i32, 0 to 255) and to it; ``dynamic8.py`` defines them."""
 OPERATIONS: dict[str, tuple[int, int]] = {
     **{name: (count, 0) for name, count in POINTWISE.items()},
     **dict.fromkeys(REDUCTIONS, (1, 0)),

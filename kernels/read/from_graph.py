@@ -23,12 +23,12 @@ import torch
 from torch import fx
 
 from qgalore_compile import formats
-from qgalore_compile.kernels import dynamic8, float_rounding
-from qgalore_compile.kernels.fx_values import arguments, aten, dtype, is_tensor, shape, value
-from qgalore_compile.kernels.patterns import filled, is_slice, nibbles
-from qgalore_compile.kernels.program import BlockProgram, Buffer, ProgramError, Space
-from qgalore_compile.kernels.region import NARROW, Output, Refusal, RefusedError, Region, memory_of, type_of
-from qgalore_compile.kernels.spelling import CAST, POINTWISE, REDUCTIONS, VIEWS
+from qgalore_compile.kernels.ir import dynamic8, float_rounding
+from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, ProgramError, Space
+from qgalore_compile.kernels.read.fx_values import arguments, aten, dtype, is_tensor, shape, value
+from qgalore_compile.kernels.read.patterns import filled, is_slice, nibbles
+from qgalore_compile.kernels.read.region import NARROW, Output, Refusal, RefusedError, Region, memory_of, type_of
+from qgalore_compile.kernels.read.spelling import CAST, POINTWISE, REDUCTIONS, VIEWS
 
 qgalore = torch.ops.qgalore
 MOST_READINGS = 32
@@ -48,7 +48,7 @@ def from_graph(nodes: Sequence[fx.Node], outputs: Sequence[Output], spaces: Sequ
     Args:
         nodes: the region, in the order of the graph.
         outputs: what it writes.
-        spaces: spaces to try, in order (:func:`~qgalore_compile.kernels.region.candidates`).
+        spaces: spaces to try, in order (:func:`~qgalore_compile.kernels.read.region.candidates`).
 
     Raises:
         RefusedError: the region is no program over any of them; the reason is that of the space where reading went

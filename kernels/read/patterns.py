@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgalore_compile.kernels.fx_values import arguments, aten, dtype, shape
-from qgalore_compile.kernels.program import Space
-from qgalore_compile.kernels.spelling import VIEWS
+from qgalore_compile.kernels.ir.program import Space
+from qgalore_compile.kernels.read.fx_values import arguments, aten, dtype, shape
+from qgalore_compile.kernels.read.spelling import VIEWS
 
 
 def nibbles(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from qgalore_compile import _ops, formats, rng, rounding  # noqa: F401  # they define torch.ops.qgalore
-from qgalore_compile.kernels.fx_values import dtype, shape
-from qgalore_compile.kernels.program import MEMORY, BlockProgram, Space
+from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
+from qgalore_compile.kernels.ir.program import MEMORY, BlockProgram, Space
+from qgalore_compile.kernels.read.fx_values import dtype, shape
 
 qgalore = torch.ops.qgalore
 

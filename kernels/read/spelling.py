@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qgalore_compile.kernels.fx_values import aten, prims
-from qgalore_compile.kernels.program import BlockProgram, ProgramError, number_of
+from qgalore_compile.kernels.ir.program import BlockProgram, ProgramError, number_of
+from qgalore_compile.kernels.read.fx_values import aten, prims
 
 
 class Spelling(NamedTuple):

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qgalore_compile.kernels.targets import Occupancy, Target
+from qgalore_compile.kernels.triton.targets import Occupancy, Target
 
 _TENSOR_MEMORY = 512
 """Columns of tensor memory that a block can have, where there is any (PTX ISA, "Tensor Memory")."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix, Product
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import (
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.triton.gemm import Matrix, Product
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.kernels.triton.tiling import (
     NoTilingError,
     grid_sizes,
     operand_bytes,
@@ -37,7 +37,7 @@ _ALIGNED = 8
 
 
 def decodes_first(product: Product, target: Target) -> bool:
-    """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.tiling`."""
+    """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.triton.tiling`."""
     plain = decoded(product)
     if plain == product or not (_aligned(plain.left) and _aligned(plain.right)):
         return False

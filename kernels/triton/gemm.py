@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram
-from qgalore_compile.kernels.triton_printer import POINTER, Body, Tile, module, power_of_two, signature
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram
+from qgalore_compile.kernels.triton.printer import POINTER, Body, Tile, module, power_of_two, signature
 
 
 class Matrix(NamedTuple):

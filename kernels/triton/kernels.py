@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._torch import PyCodeCache
-from qgalore_compile.kernels import looked_at
-from qgalore_compile.kernels.decode_first import decodes_first
-from qgalore_compile.kernels.dynamic8 import expanded
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, named, parsed
-from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, print_gemm
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import NoTilingError, in_bands, region_blocks, tiling, tilings
-from qgalore_compile.kernels.triton_printer import params, print_region, signature
+from qgalore_compile.kernels.ir.dynamic8 import expanded
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, named, parsed
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.triton import looked_at
+from qgalore_compile.kernels.triton.decode_first import decodes_first
+from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling, print_gemm
+from qgalore_compile.kernels.triton.printer import params, print_region, signature
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.kernels.triton.tiling import NoTilingError, in_bands, region_blocks, tiling, tilings
 
 FP_FUSION = True
 """Whether a product and a sum become one rounding: Triton's default for NVIDIA's GPUs, which is also what Inductor

@@ -1,6 +1,6 @@
 """Of several tiles for a kernel, the first whose machine code keeps every value in registers.
 
-A model chooses tiles (:mod:`qgalore_compile.kernels.tiling`), but what a thread's values come to is the compiler's to
+A model chooses tiles (``tiling.py``), but what a thread's values come to is the compiler's to
 say, and differs from version to version: with Triton 3.7 the write-back of a 2048 × 2048 weight in tiles of 128 × 256
 needs 128 registers on sm_90, with 3.9 it spills 168 bytes.  So what came out is looked at, and the next tile is taken
 where something was spilled or did not compile.  That needs the compiler and no GPU.
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qgalore_compile.files import replacing
-from qgalore_compile.kernels.targets import Target
+from qgalore_compile.kernels.triton.targets import Target
 
 if TYPE_CHECKING:
-    from qgalore_compile.kernels.ahead import Binary
-    from qgalore_compile.kernels.triton_kernels import Kernel
+    from qgalore_compile.kernels.triton.ahead import Binary
+    from qgalore_compile.kernels.triton.kernels import Kernel
 
 MOST_TILES = 4
 """Tiles that are compiled to be looked at, at most; of those that all spill, the one that spills least is taken."""
@@ -72,7 +72,7 @@ def look(kernel: Kernel, target: Target) -> Seen:
 
 
 def _looked(kernel: Kernel, target: Target) -> Seen:
-    from qgalore_compile.kernels.ahead import CompileError
+    from qgalore_compile.kernels.triton.ahead import CompileError
 
     try:
         binary = compiled(kernel, target)
@@ -84,8 +84,8 @@ def _looked(kernel: Kernel, target: Target) -> Seen:
 
 def compiled(kernel: Kernel, target: Target) -> Binary:
     """A kernel's machine code for a target; CompileError where it has none."""
-    from qgalore_compile.kernels.ahead import compile_kernel
-    from qgalore_compile.kernels.triton_kernels import FP_FUSION, load
+    from qgalore_compile.kernels.triton.ahead import compile_kernel
+    from qgalore_compile.kernels.triton.kernels import FP_FUSION, load
 
     # sizes that are not known before the step are multiples of 16 or Triton compiles another variant then
     sizes = tuple(name for name in ("m", "n") if name in kernel.signature)

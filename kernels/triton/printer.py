@@ -29,8 +29,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qgalore_compile.kernels.dynamic8 import expanded
-from qgalore_compile.kernels.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
+from qgalore_compile.kernels.ir.dynamic8 import expanded
+from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
 
 POINTER = {
     "f32": "fp32", "f64": "fp64", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16",

@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from itertools import product as combinations
 from typing import NamedTuple
 
-from qgalore_compile.kernels.gemm import Operand
-from qgalore_compile.kernels.gemm_triton import Product, Tiling, layout_of
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.triton_printer import power_of_two
+from qgalore_compile.kernels.ir.gemm import Operand
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.triton.gemm import Product, Tiling, layout_of
+from qgalore_compile.kernels.triton.printer import power_of_two
+from qgalore_compile.kernels.triton.targets import Target
 
 TOKENS = 4096
 """Rows of a batch that a product's tiles are chosen for where the number is known only when the step runs."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from qgalore_compile import groups
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.records import Record, layer_record
+from qgalore_compile.backend.records import Record, layer_record
+from qgalore_compile.optim import groups
+from qgalore_compile.optim.adamw import QGaLoreAdamW
 
 
 @dataclass(frozen=True)

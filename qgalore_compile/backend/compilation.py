@@ -23,11 +23,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from qgalore_compile import frames
 from qgalore_compile._torch import CompileContext
-from qgalore_compile.asked import Asked, asked, hold_against
+from qgalore_compile.backend import frames
+from qgalore_compile.backend.asked import Asked, asked, hold_against
+from qgalore_compile.backend.records import Record, layer_record
 from qgalore_compile.files import replacing
-from qgalore_compile.records import Record, layer_record
 
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
     from qgalore_compile.passes import PassManager
@@ -47,7 +47,7 @@ class Compilation:
         identity: Dynamo's number, "frame/recompile".
         resets: how often Dynamo had been reset before.
         region: the number of the ``torch.compile`` call that it belongs to.
-        owner: which of the functions, or objects, with this code it was: :func:`~qgalore_compile.frames.owner_of`.
+        owner: which of the functions, or objects, with this code it was: ``owner_of``.
         function, file, line: whose code it is.
         broken_by: why the graph ends before the function does, and where; None where it does not.
         recorded: whether a record of the passes exists: they ran, or their record was found beside the cache.
@@ -59,7 +59,7 @@ class Compilation:
         program: facts about the whole: functions and their calls, live bytes before and after ordering.
         graph: one layer's name, and its part of the graph before and after the passes.
         symbolic: inputs with a symbolic size, as text.
-        asked: the parameters that the optimizers in the graph project (:mod:`qgalore_compile.asked`).
+        asked: the parameters that the optimizers in the graph project (:mod:`qgalore_compile.backend.asked`).
     """
 
     number: int = field(default_factory=itertools.count().__next__)
@@ -96,7 +96,7 @@ def begin(gm: fx.GraphModule, into: list[Compilation] | None = None) -> Compilat
         if isinstance(example, Tensor) and any(not isinstance(size, int) for size in example.shape):
             found.symbolic.append(f"{name} ({', '.join(map(str, example.shape))})")
     from qgalore_compile._torch import InstructionTranslator
-    from qgalore_compile.tracing import current_region
+    from qgalore_compile.backend.tracing import current_region
 
     try:
         tracer = InstructionTranslator.current_tx()
@@ -136,7 +136,7 @@ def _frame(compilation: Compilation) -> str:
 
 
 def owner_of(step: Any) -> tuple[int, ...]:
-    """:func:`~qgalore_compile.frames.owner_of` of a function or bound method."""
+    """:func:`~qgalore_compile.backend.frames.owner_of` of a function or bound method."""
     return frames.owner_of(
         getattr(step, "__self__", None), getattr(getattr(step, "__func__", step), "__closure__", None)
     )

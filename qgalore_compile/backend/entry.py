@@ -1,7 +1,7 @@
 """``torch.compile(step, backend="qgalore")``: options, the passes, and the hand-over to Inductor.
 
 Loading this module, which ``torch.compile`` does when it looks the backend's name up, teaches Dynamo how to trace our
-steps (:mod:`qgalore_compile.tracing`); those of other backends are traced as before.  No configuration of the process
+steps (``tracing.py``); those of other backends are traced as before.  No configuration of the process
 changes: Dynamo's is patched while one frame is traced, Inductor's for one compilation, and a pass of the user's own
 stays in place.
 """
@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from qgalore_compile import compilation, spent, strict, tracing
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
@@ -23,9 +22,10 @@ from qgalore_compile._torch import (
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.kernels import cpu
+from qgalore_compile.backend import compilation, spent, strict, tracing
+from qgalore_compile.backend.strict import UnfusedError as UnfusedError
+from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes import PASSES, PassManager
-from qgalore_compile.strict import UnfusedError as UnfusedError
 
 tracing.install()
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qgalore_compile._torch import ShortenTraceback
-from qgalore_compile.compilation import Compilation
-from qgalore_compile.frames import Broken
-from qgalore_compile.records import Record
+from qgalore_compile.backend.compilation import Compilation
+from qgalore_compile.backend.frames import Broken
+from qgalore_compile.backend.records import Record
 
 NEEDED = ("update", "fuse")
 """Passes without which nothing can be fused, or nothing is known of what is."""
@@ -93,7 +93,7 @@ def of_layer(layer: Record) -> str | None:
     where = "between the projections or behind them" if layer["matched"] else "in its update at full rank"
     return (
         f"{layer['name']}: no generated kernel takes its update: {unfused}; write what stands {where} with operations "
-        "that programs know (kernels/spelling.py lists them), or leave 'strict' out"
+        "that programs know (kernels/read/spelling.py lists them), or leave 'strict' out"
     )
 
 

@@ -22,7 +22,7 @@ code object                    nor a report
 lets a backward that is a      donates none: functions outlined in it would write over each other's operands
 graph of its own write over
 what it is handed
-leaves a frame that it cannot  keeps what broke, where and why (:mod:`~qgalore_compile.frames`); under ``strict`` raises
+leaves a frame that it cannot  keeps what broke, where and why (``frames.py``); under ``strict`` raises
 trace to Python, in silence    an error that says so
 =============================  ========================================================================================
 """
@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile import frames, strict
 from qgalore_compile._torch import (
     AttrSource,
     BaseListVariable,
@@ -50,7 +49,6 @@ from qgalore_compile._torch import (
     InstructionTranslatorBase,
     OptimizeContext,
     OutputGraph,
-    ShortenTraceback,
     TensorStaticReason,
     TensorVariable,
     VariableTracker,
@@ -64,16 +62,10 @@ from qgalore_compile._torch import (
     lookup_backend,
     unimplemented,
 )
-from qgalore_compile.hyper_parameters import Group
+from qgalore_compile.backend import frames, strict
+from qgalore_compile.optim.hyper_parameters import Group
 
 MARK = "_traced_as_qgalore"
-
-
-class NoGradientError(ShortenTraceback, RuntimeError):
-    """``opt.step()`` is part of a compiled step in which no parameter of ``opt`` has a gradient."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
 
 
 ACCUMULATED_LIMIT = 1 << 16
@@ -84,7 +76,7 @@ _now = threading.local()
 
 
 def step_backend(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a backend of one's own that hands its graphs to :func:`qgalore_compile.backend.qgalore`, so that Dynamo
+    """Mark a backend of one's own that hands its graphs to ``qgalore``, so that Dynamo
     traces its steps as those of "qgalore".  Returns it.
 
     What ``strict`` says of frames that no graph tells of, it says where the backend is asked: of one's own, by an

@@ -29,14 +29,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile import checkpoint, groups, hooks, moments, rounding
-from qgalore_compile.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
-from qgalore_compile.placement import check_placement
-from qgalore_compile.projection import project, project_back, side_of
-from qgalore_compile.refresh import refresh_
+from qgalore_compile.formats import rounding
+from qgalore_compile.optim import checkpoint, groups, hooks
+from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
+from qgalore_compile.optim.placement import check_placement
 from qgalore_compile.rng import random_bits
-from qgalore_compile.scheduler import Schedule, ScheduleRecord, record_of
-from qgalore_compile.timing import seconds_of
+from qgalore_compile.subspace import moments
+from qgalore_compile.subspace.projection import project, project_back, side_of
+from qgalore_compile.subspace.refresh import refresh_
+from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
+from qgalore_compile.subspace.timing import seconds_of
 from qgalore_compile.weights import Int8Weight, write_back_
 
 
@@ -60,7 +62,7 @@ class QGaLoreAdamW(Optimizer):
             is that of ``Int8Weight``, bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.  All numbers of a group may be set between steps; they are checked there, and
-            a compiled step follows them (:class:`~qgalore_compile.hyper_parameters.Group`).
+            a compiled step follows them (:class:`~qgalore_compile.optim.hyper_parameters.Group`).
         moments: "8bit" (parameters that are not projected and have fewer than 4096 elements keep 32) or "32bit".
         max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.  May be set, too.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
@@ -79,7 +81,7 @@ class QGaLoreAdamW(Optimizer):
     ``exp_avg_sq``                              v, shaped like R: float32; 32-bit moments only
     ``projector``                               packed INT4, INT8 codes or float32
     ``projector_scale``, ``projector_offset``   float32, one per group; quantised projectors only
-    ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.scheduler`)
+    ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.subspace.scheduler`)
     ``grad_norm``, ``skipped_steps``            float32 and int64, 0-d: of all parameters, beside the first one's alone
     ==========================================  =======================================================================
 
@@ -291,7 +293,7 @@ class QGaLoreAdamW(Optimizer):
 
 
 def _refuse_to_trace_nothing() -> None:
-    from qgalore_compile.tracing import NoGradientError
+    from qgalore_compile.optim.no_gradient import NoGradientError
 
     raise NoGradientError(
         "opt.step() finds no gradient in the step that is being compiled, so the compiled step would train nothing. "

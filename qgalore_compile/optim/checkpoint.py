@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile.groups import names_of
-from qgalore_compile.hyper_parameters import Group
-from qgalore_compile.moments import IN_8_BITS
-from qgalore_compile.saved_state import check_group, check_state
+from qgalore_compile.optim.groups import names_of
+from qgalore_compile.optim.hyper_parameters import Group
+from qgalore_compile.optim.saved_state import check_group, check_state
+from qgalore_compile.subspace.moments import IN_8_BITS
 
 OLD_SECOND_MOMENT = "exp_avg_sq_absmax"
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile.coverage import tell_projected
-from qgalore_compile.moments import ON_REFRESH, stored_moments
-from qgalore_compile.moments import zeros as zero_moments
-from qgalore_compile.projection import projector_shape, side_of
-from qgalore_compile.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
 from qgalore_compile.rng import SEEDS
-from qgalore_compile.scheduler import Rule, Schedule
-from qgalore_compile.subspace import METHODS
-from qgalore_compile.targets import Targets, foreign, obstacle, other_layers, select_linears
+from qgalore_compile.subspace.finder import METHODS
+from qgalore_compile.subspace.moments import ON_REFRESH, stored_moments
+from qgalore_compile.subspace.moments import zeros as zero_moments
+from qgalore_compile.subspace.projection import projector_shape, side_of
+from qgalore_compile.subspace.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
+from qgalore_compile.subspace.scheduler import Rule, Schedule
+from qgalore_compile.weights.coverage import tell_projected
+from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_layers, select_linears
 
 PROJECTION_DEFAULTS: dict[str, Any] = {
     # GaLore's and Q-GaLore's own names

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from qgalore_compile import groups
-from qgalore_compile.moments import least_root
+from qgalore_compile.optim import groups
+from qgalore_compile.subspace.moments import least_root
 
 FIXED = (
     "rank", "proj_type", "quant", "quant_n_bit", "quant_group_size", "queue_size", "moments", "similarity", "stagger",
@@ -31,10 +31,10 @@ class Numbers(NamedTuple):
 
     Attributes:
         beta1, rest1, log1: β1, 1 - β1, ln β1; likewise of β2.
-        least_root: κ of :mod:`qgalore_compile.moments`.
+        least_root: κ of :mod:`qgalore_compile.subspace.moments`.
         eps, scale, weight_decay: as the keys.
         betas: float64 (2,).
-        rule: float64 (7,), a :class:`~qgalore_compile.scheduler.Rule`; of a group that is not projected, zeros.
+        rule: float64 (7,), a ``Rule``; of a group that is not projected, zeros.
     """
 
     beta1: Tensor

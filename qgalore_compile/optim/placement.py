@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile.groups import PARAMETER_DTYPES, names_of
-from qgalore_compile.hyper_parameters import Group
+from qgalore_compile.optim.groups import PARAMETER_DTYPES, names_of
+from qgalore_compile.optim.hyper_parameters import Group
 
 _CPU = torch.device("cpu")
 _BUILD_ANEW = (

@@ -1,7 +1,7 @@
 """Whether what a file says of an optimizer can be true: its settings, its schedules and its numbers.
 
 Shapes and dtypes that fit say nothing of values.  A scale of NaN, a gap of -3 or a beta of 2 would be loaded without a
-word and spoil the next update, so :mod:`qgalore_compile.checkpoint` asks here before it copies anything.
+word and spoil the next update, so :mod:`qgalore_compile.optim.checkpoint` asks here before it copies anything.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile import groups
-from qgalore_compile.scheduler import EXACT, FIXED
+from qgalore_compile.optim import groups
+from qgalore_compile.subspace.scheduler import EXACT, FIXED
 
 REMEDY = "it is damaged, or was changed by hand: load one that is whole"
 
@@ -91,7 +91,7 @@ def _values(key: str, tensor: Tensor) -> str | None:
 
 
 def _schedule(tensor: Tensor) -> str | None:
-    """What cannot be in a schedule, of the layout that :mod:`qgalore_compile.scheduler` describes; None if all can."""
+    """What cannot be in a schedule, of the layout that ``scheduler.py`` describes; None if all can."""
     numbers: list[float] = tensor.tolist()
     counts = numbers[:EXACT]
     if not all(math.isfinite(count) and count.is_integer() for count in counts):

@@ -4,8 +4,8 @@ Two whole steps differ by rounding, and what becomes of a rounding error no dtyp
 that is zero but for rounding (the bias of a key projection), a subspace has arbitrary directions where the gradient's
 rank is below r, a code at a boundary flips.  A tolerance wide enough for these would find no wrong kernel, so the
 tolerance is measured: the step runs in eager again, a few times, its results off by their rounding
-(:mod:`qgalore_compile.perturbed`).  A compiled tensor is right if it could be one more of these runs, told element by
-element (:mod:`qgalore_compile.judgement`), so that an element which rounding decides excuses no other.  Where a tensor
+(``perturbed.py``).  A compiled tensor is right if it could be one more of these runs, told element by
+element (``judgement.py``), so that an element which rounding decides excuses no other.  Where a tensor
 fails, more such runs are made before it is called wrong: a wrong kernel stays outside however many there are.
 
 Three things are looked at in coordinates of their own:
@@ -37,14 +37,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qgalore_compile import groups
-from qgalore_compile.compared import Compared, TensorError, compare, wrong
-from qgalore_compile.copies import Copier, CopyError, alone
-from qgalore_compile.judgement import Rates
-from qgalore_compile.perturbed import Perturbed, Products
-from qgalore_compile.plain_text import plain_text
-from qgalore_compile.reach import Entry, bound, entries
-from qgalore_compile.runs import Run, eager, generators
+from qgalore_compile.optim import groups
+from qgalore_compile.reports.compared import Compared, TensorError, compare, wrong
+from qgalore_compile.reports.copies import Copier, CopyError, alone
+from qgalore_compile.reports.judgement import Rates
+from qgalore_compile.reports.perturbed import Perturbed, Products
+from qgalore_compile.reports.plain_text import plain_text
+from qgalore_compile.reports.reach import Entry, bound, entries
+from qgalore_compile.reports.runs import Run, eager, generators
 
 __all__ = ["CheckResult", "CopyError", "TensorError", "check"]
 
@@ -119,7 +119,7 @@ def check(
         ValueError: the step reaches no tensor.
         CopyError: it reaches something that has no copy.
     """
-    import qgalore_compile.backend  # noqa: F401  # here: it loads Inductor, and lets Dynamo trace backward()
+    import qgalore_compile.backend.entry  # noqa: F401  # here: it loads Inductor, and lets Dynamo trace backward()
     from qgalore_compile._torch import inductor_config as config
 
     roots = {"": step, **bound(step, args, kwargs)}
@@ -178,7 +178,7 @@ def _compiled(
     backend: str | Callable[..., Any],
     options: dict[str, Any] | None,
 ) -> Run:
-    from qgalore_compile.tracing import traced_as_step  # loads Dynamo
+    from qgalore_compile.backend.tracing import traced_as_step  # loads Dynamo
 
     with closing(Copier(roots)) as copier:
         step, args, kwargs = map(copier.copy, call)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qgalore_compile import groups
-from qgalore_compile.judgement import Rates, Sample, judge
-from qgalore_compile.projection import Side
-from qgalore_compile.reach import Entry
-from qgalore_compile.runs import Renewed, Run
-from qgalore_compile.scheduler import EXACT
+from qgalore_compile.optim import groups
+from qgalore_compile.reports.judgement import Rates, Sample, judge
+from qgalore_compile.reports.reach import Entry
+from qgalore_compile.reports.runs import Renewed, Run
+from qgalore_compile.subspace.projection import Side
+from qgalore_compile.subspace.scheduler import EXACT
 
 _SHORT_FLOATS = (torch.float16, torch.bfloat16)
 _SPARE = 0.002

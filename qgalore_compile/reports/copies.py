@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qgalore_compile._torch import has_storage
-from qgalore_compile.reach import ATOMIC, globals_of, has_variables, moves, unwrapped, walk
+from qgalore_compile.reports.reach import ATOMIC, globals_of, has_variables, moves, unwrapped, walk
 from qgalore_compile.weights import Int8Weight
 
 _KEPT = ("torch._library", "torch._ops", "torch.library", "triton")  # classes whose objects Dynamo knows by identity

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qgalore_compile import formats, groups, moments
-from qgalore_compile.projection import Side, side_of
-from qgalore_compile.scheduler import Schedule
+from qgalore_compile import formats
+from qgalore_compile.optim import groups
+from qgalore_compile.subspace import moments
+from qgalore_compile.subspace.projection import Side, side_of
+from qgalore_compile.subspace.scheduler import Schedule
 from qgalore_compile.weights import Int8Weight
 
 _STATE = (Tensor, nn.Module, Optimizer)

@@ -13,11 +13,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from qgalore_compile import compilation, frames
-from qgalore_compile.compilation import Compilation
-from qgalore_compile.plain_text import plain_text
-from qgalore_compile.reach import unwrapped
-from qgalore_compile.records import Record
+from qgalore_compile.backend import compilation, frames
+from qgalore_compile.backend.compilation import Compilation
+from qgalore_compile.backend.records import Record
+from qgalore_compile.reports.plain_text import plain_text
+from qgalore_compile.reports.reach import unwrapped
 
 WIDTH = 140
 """Columns of the text: a layer's sentence fits into two lines."""
@@ -240,7 +240,7 @@ def _frames(compilations: Iterable[Compilation]) -> set[str]:
 
 def _regions(step: Any, code: CodeType) -> set[int] | None:
     """The ``torch.compile`` calls that are meant: the one that returned ``step``, or those of that very function."""
-    from qgalore_compile.tracing import region_of  # here: it loads Dynamo
+    from qgalore_compile.backend.tracing import region_of  # here: it loads Dynamo
 
     region = region_of(step)
     if region is not None:
@@ -259,9 +259,9 @@ def explain(step: Callable[..., Any], *args: Any, options: dict[str, Any] | None
         options: of the backend, as for ``torch.compile``.
     """
     from qgalore_compile._torch import Unsupported
-    from qgalore_compile.backend import qgalore
-    from qgalore_compile.dry_run import dry, without_cache
-    from qgalore_compile.tracing import step_backend
+    from qgalore_compile.backend.dry_run import dry, without_cache
+    from qgalore_compile.backend.entry import qgalore
+    from qgalore_compile.backend.tracing import step_backend
 
     seen: list[Compilation] = []
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore_compile.copies import Copier
-from qgalore_compile.reach import Entry, entries
-from qgalore_compile.refresh import observed
-from qgalore_compile.subspace import Gradient
+from qgalore_compile.reports.copies import Copier
+from qgalore_compile.reports.reach import Entry, entries
+from qgalore_compile.subspace.finder import Gradient
+from qgalore_compile.subspace.refresh import observed
 
 
 class Renewed(NamedTuple):

@@ -2,7 +2,7 @@
 
 A is G on the left side and Gᵀ on the right, (d, k) with d <= k: its column space is looked for.  G comes as itself or
 as factors ``[dY1, X1, dY2, X2, …]``, G = Σ dYᵢᵀ Xᵢ with dY (tokens, m) and X (tokens, n), and is formed only where that
-is cheaper than going through the factors (:mod:`qgalore_compile.refresh_cost`).
+is cheaper than going through the factors (:mod:`qgalore_compile.subspace.cost`).
 
 ============  ======================================================================================================
 method        what it does
@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from qgalore_compile import rng
-from qgalore_compile.projection import Side, project
-from qgalore_compile.refresh_cost import OVERSAMPLING, factors_are_cheaper
+from qgalore_compile.subspace.cost import OVERSAMPLING, factors_are_cheaper
+from qgalore_compile.subspace.projection import Side, project
 
 METHODS = ("svd", "randomized", "power")
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
-from qgalore_compile.scheduler import is_due
-from qgalore_compile.timing import timed
+from qgalore_compile.subspace.scheduler import is_due
+from qgalore_compile.subspace.timing import timed
 
 
 def is_carrier(factor: Tensor) -> bool:

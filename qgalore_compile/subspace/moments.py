@@ -16,7 +16,7 @@ Two things keep √v from falling behind m, where blocks have their own absolute
     t, which at the default betas never exceeds 1 / κ = 7.27 (:func:`least_root`).  Where β1² ≥ β2 there is no such
     bound, not in float32 either: κ = 0, and the least code alone remains.
 
-Largest |N| of 200 steps on gradients spread over nine decades in a block (``tests/test_moments_bounded.py``), betas
+Largest |N| of 200 steps on gradients spread over nine decades in a block (``test_moments_bounded.py``), betas
 0.9 and 0.999, gradients in every, every second and every third step, and 10⁶ times as large in every fiftieth:
 
 ==================  =======  =======  =======  =======
@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.projection import Side
+from qgalore_compile.subspace.projection import Side
 
 ON_REFRESH = ("keep", "reset", "rotate")
 IN_8_BITS = ("exp_avg", "exp_avg_absmax", "exp_avg_sq_root", "exp_avg_sq_root_absmax")

@@ -9,7 +9,7 @@ right  m >= n  (r, n), rows of Vh              G P^T  (m, r)            N P   (m
 left   m < n   (m, r), columns of U            P^T G  (r, n)            P N   (m, n)
 =====  ======  ==============================  =======================  =====================
 
-How a projector is found: :mod:`qgalore_compile.subspace`.  Source: GaLore (arXiv 2403.03507), section 3.
+How a projector is found: :mod:`qgalore_compile.subspace.finder`.  Source: GaLore (arXiv 2403.03507), section 3.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from qgalore_compile import formats, rng
 from qgalore_compile._ops import define
-from qgalore_compile.gather import gathered, is_carrier
-from qgalore_compile.moments import follow_
-from qgalore_compile.projection import Side, official_similarity, projector_shape, side_of, subspace_similarity
-from qgalore_compile.scheduler import Rule, Schedule, ticked_unless_due
-from qgalore_compile.subspace import Gradient, captured_energy, leading_subspace, sketched_subspace
-from qgalore_compile.timing import timed
+from qgalore_compile.subspace.finder import Gradient, captured_energy, leading_subspace, sketched_subspace
+from qgalore_compile.subspace.gather import gathered, is_carrier
+from qgalore_compile.subspace.moments import follow_
+from qgalore_compile.subspace.projection import Side, official_similarity, projector_shape, side_of, subspace_similarity
+from qgalore_compile.subspace.scheduler import Rule, Schedule, ticked_unless_due
+from qgalore_compile.subspace.timing import timed
 
 SIMILARITIES = ("subspace", "official")
 TRIGGERS = ("similarity", "energy")
@@ -260,7 +260,7 @@ REFRESHES = (_refresh_op, _refresh_with_moments_op)
 
 
 class Moments(NamedTuple):
-    """What follows a projector: :func:`~qgalore_compile.moments.stored_moments`, the 0-d count of the updates that they
+    """What follows a projector: ``stored_moments``, the 0-d count of the updates that they
     hold, ``on_refresh`` ("reset" or "rotate") and the betas, float64 (2,) on the CPU."""
 
     stored: Sequence[Tensor]
@@ -290,8 +290,8 @@ def refresh_(
     Args:
         low: R, in the gradient's dtype, of this gradient and the projector as it was; overwritten in a refresh.
         projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
-        schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.scheduler`); overwritten.
-        factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what :mod:`qgalore_compile.gather` collected, and
+        schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.subspace.scheduler`); overwritten.
+        factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what ``gather.py`` collected, and
             0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
             and R becomes NaN, which the optimizer's non-finite check sees.  Where the gradient is exactly zero, nothing
             is refreshed or measured and the parameter stays due: no arbitrary subspace shall last for a gap.

@@ -14,7 +14,7 @@ last       the clock at the last refresh, -1 before the first
 refreshes  refreshes so far, the stand-in not among them
 slot       the parameter's place in a round of min_gap calls, -1 where refreshes are not staggered
 checks     energies that were compared with the reference so far
-failures   decompositions so far that did not converge or were not finite (:mod:`qgalore_compile.refresh`)
+failures   decompositions so far that did not converge or were not finite (:mod:`qgalore_compile.subspace.refresh`)
 energy     ‖R‖² / ‖G‖² as measured last, NaN before; the rounding of an INT4 projector can lift it above 1
 reference  the same as measured at the call after the last refresh, NaN until then
 10 …       the last ``queue_size`` similarities, oldest first, NaN where there is none yet
@@ -39,7 +39,7 @@ staggers   refreshes over parameters.  The i-th projected parameter of an optimi
            ceil(N / min_gap) refresh in one step, without a word between them.  A parameter that had no gradient in some
            steps is behind by as many: its turns meet other slots' from then on, one in each of its rounds.  So do,
            for once, turns that are made up for.  Until its slot comes, a projector from a sketch of the
-           first gradient stands in (:func:`~qgalore_compile.subspace.sketched_subspace`): no step has N
+           first gradient stands in (:func:`~qgalore_compile.subspace.finder.sketched_subspace`): no step has N
            decompositions, the first neither.  What the stand-in and the first refresh have in common is not counted as
            a similarity, for it tells about the sketch.
 energy     is, where a threshold is given, what decides at a turn, once in min_gap calls: refresh when the projector

@@ -2,7 +2,7 @@
 
 Wall time is no state: two runs of the same step differ in it, and a resumed run would start from another's.  So it is
 kept beside the schedules, not in them, by the identity of the schedule's tensor: ``state_dict``, ``deepcopy`` and
-:func:`qgalore_compile.check` do not see it.  An entry goes with its tensor.
+:func:`qgalore_compile.reports.check` do not see it.  An entry goes with its tensor.
 """
 
 from __future__ import annotations

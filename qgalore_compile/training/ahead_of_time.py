@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from rich.table import Table
 
-from qgalore_compile.groups import param_groups
-from qgalore_compile.llama import Llama, find_preset, move_
-from qgalore_compile.optim import QGaLoreAdamW
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.groups import param_groups
+from qgalore_compile.training.llama import Llama, find_preset, move_
 from qgalore_compile.weights import quantize_
 
 if TYPE_CHECKING:
-    from qgalore_compile.kernels.ahead import Binary
-    from qgalore_compile.kernels.gemm import Operand
-    from qgalore_compile.kernels.targets import Target
-    from qgalore_compile.kernels.triton_kernels import Kernel
+    from qgalore_compile.kernels.ir.gemm import Operand
+    from qgalore_compile.kernels.triton.ahead import Binary
+    from qgalore_compile.kernels.triton.kernels import Kernel
+    from qgalore_compile.kernels.triton.targets import Target
 
 LAYERS = 2
 """Layers that are traced: the first and the last call whatever those between them call."""
@@ -47,7 +47,7 @@ class Row:
         widest, narrowest: bytes of a thread's accesses to global memory.
         bytes: that must move, each buffer once in each direction that it is used in.
         issued: that loads and stores ask for.
-        dram: of those, what passes an L2 cache of the chip's size (``kernels/tiling.py`` has the model).
+        dram: of those, what passes an L2 cache of the chip's size (``kernels/triton/tiling.py`` has the model).
         operations: a multiply-add counts two.
         floor_us: the longer of those bytes at the chip's bandwidth and those operations at its peak, µs.
         limit: which of the two, "bytes" or "operations".
@@ -83,7 +83,7 @@ def compile_ahead(
 
     Args:
         preset: of the model, as for ``qgalore train``.
-        target: "sm_90", "gfx942", …: see :mod:`qgalore_compile.kernels.targets`.
+        target: "sm_90", "gfx942", …: see :mod:`qgalore_compile.kernels.triton.targets`.
         out: folder for each kernel's source, PTX (or AMD's counterpart) and machine code, and ``kernels.csv``.
         dtype: of weights and activations, "bfloat16" or "float32".
         tf32: let float32 products use tensor cores.
@@ -94,8 +94,8 @@ def compile_ahead(
         ValueError: an unknown preset, target or dtype.
         CompileError: a kernel does not compile; what was compiled before it is in ``out``.
     """
-    from qgalore_compile.kernels.looked_at import compiled
-    from qgalore_compile.kernels.targets import Target
+    from qgalore_compile.kernels.triton.looked_at import compiled
+    from qgalore_compile.kernels.triton.targets import Target
 
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is bfloat16 or float32, got {dtype!r}")
@@ -124,8 +124,8 @@ def traced(
     """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each; ``look``: their tiles are
     those that a GPU would take, without spills."""
     from qgalore_compile._torch import FakeTensorMode, dynamo_config
-    from qgalore_compile.kernels.triton_kernels import made_for
-    from qgalore_compile.report import explain
+    from qgalore_compile.kernels.triton.kernels import made_for
+    from qgalore_compile.reports.report import explain
 
     chosen = find_preset(preset)
     with FakeTensorMode():
@@ -154,7 +154,7 @@ def traced(
 
 def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
     """What there is to say of a compiled kernel."""
-    from qgalore_compile.kernels.looked_at import spills
+    from qgalore_compile.kernels.triton.looked_at import spills
 
     widths = {**binary.loads, **binary.stores}
     bound = floor(kernel, binary.target, max(1, binary.occupancy.blocks))
@@ -179,8 +179,8 @@ class Floor(NamedTuple):
 
 def floor(kernel: Kernel, chip: Target, held: int = 1) -> Floor:
     """The least time that a kernel can take; ``held`` blocks are on a multiprocessor at a time."""
-    from qgalore_compile.kernels.program import BlockProgram
-    from qgalore_compile.kernels.tiling import peak, traffic
+    from qgalore_compile.kernels.ir.program import BlockProgram
+    from qgalore_compile.kernels.triton.tiling import peak, traffic
 
     work = kernel.work
     if isinstance(work, BlockProgram):
@@ -210,7 +210,7 @@ def _work(program: Any) -> int:
 
 def name_of(kernel: Kernel) -> str:
     """What tells a kernel from most others: its sizes."""
-    from qgalore_compile.kernels.program import BlockProgram
+    from qgalore_compile.kernels.ir.program import BlockProgram
 
     if isinstance(kernel.work, BlockProgram):
         rows, columns, width = kernel.work.space
@@ -221,7 +221,7 @@ def name_of(kernel: Kernel) -> str:
 
 def what(kernel: Kernel) -> str:
     """Formats of a kernel's operands, and whether a program follows."""
-    from qgalore_compile.kernels.program import BlockProgram
+    from qgalore_compile.kernels.ir.program import BlockProgram
 
     if isinstance(kernel.work, BlockProgram):
         formats = dict.fromkeys(each.memory for each in kernel.work.buffers if each.extent == "element")

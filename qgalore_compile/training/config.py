@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qgalore_compile.llama import LlamaConfig, find_preset
+from qgalore_compile.training.llama import LlamaConfig, find_preset
 
 TRIGGERS = ("similarity", "energy")
 NONFINITE = ("skip_step", "skip_parameter")

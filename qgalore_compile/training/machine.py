@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from qgalore_compile.llama import Llama
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.llama import Llama
 
 
 def check_device(name: str) -> torch.device:

@@ -20,15 +20,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qgalore_compile.checkpoint_file import load_checkpoint, save_checkpoint
-from qgalore_compile.data import Corpus, bigram_loss, check_lengths, load_corpus
 from qgalore_compile.files import lock_folder, refuse_other_than_file, remove_left_behind, replacing
-from qgalore_compile.machine import check_device, check_memory
-from qgalore_compile.schedule_plot import plot_schedule
-from qgalore_compile.stopping import Output, Stop, tell
-from qgalore_compile.telemetry import Display, MetricsLog, StepRecord, finite, plot_curves
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run
+from qgalore_compile.training.checkpoint_file import load_checkpoint, save_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import Corpus, bigram_loss, check_lengths, load_corpus
+from qgalore_compile.training.machine import check_device, check_memory
+from qgalore_compile.training.run import Run
+from qgalore_compile.training.schedule_plot import plot_schedule
+from qgalore_compile.training.stopping import Output, Stop, tell
+from qgalore_compile.training.telemetry import Display, MetricsLog, StepRecord, finite, plot_curves
 
 CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
 CURVES, SCHEDULE = "curves.png", "schedule.png"

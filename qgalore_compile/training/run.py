@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from qgalore_compile._torch import counters, dynamo_config
-from qgalore_compile.data import Corpus, training_batch, validation_batches
-from qgalore_compile.groups import param_groups
-from qgalore_compile.llama import Llama
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.saved_run import check_saved
-from qgalore_compile.scheduler import ScheduleRecord
-from qgalore_compile.telemetry import StepRecord, Turn, resident_bytes
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.groups import param_groups
+from qgalore_compile.subspace.scheduler import ScheduleRecord
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import Corpus, training_batch, validation_batches
+from qgalore_compile.training.llama import Llama
+from qgalore_compile.training.saved_run import check_saved
+from qgalore_compile.training.telemetry import StepRecord, Turn, resident_bytes
 from qgalore_compile.weights import quantize_
 
 AnyOptimizer: TypeAlias = QGaLoreAdamW | torch.optim.AdamW

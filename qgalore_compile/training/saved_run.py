@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from qgalore_compile import checkpoint
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.saved_state import REMEDY
+from qgalore_compile.optim import checkpoint
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.saved_state import REMEDY
 from qgalore_compile.weights import Int8Weight
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from qgalore_compile.files import replacing
-from qgalore_compile.telemetry import read_metrics
+from qgalore_compile.training.telemetry import read_metrics
 
 _COLUMNS = 1500  # more than a panel has pixels
 _UNKNOWN = "0.92"  # grey, before the first refresh

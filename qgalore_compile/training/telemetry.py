@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qgalore_compile.files import replacing
-from qgalore_compile.stopping import Output, Stop
+from qgalore_compile.training.stopping import Output, Stop
 
 
 @dataclass(frozen=True)

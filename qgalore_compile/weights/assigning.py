@@ -23,8 +23,9 @@ from torch.autograd.graph import increment_version
 
 from qgalore_compile import formats
 from qgalore_compile._torch import is_fake
-from qgalore_compile.dequantising import REMEDY
+from qgalore_compile.formats.grouping import from_groups, to_groups
 from qgalore_compile.rng import random_bits
+from qgalore_compile.weights.dequantising import REMEDY
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -52,9 +53,9 @@ def requantised(
     old = formats.dequantize_int8(codes, scale, offset, group_size)
     # in the source's dtype: what was read in bfloat16 and comes back has not moved
     moved = source != old.to(source.dtype) if source.is_floating_point() else value != old
-    change = formats._to_groups(value - old, group_size)
+    change = to_groups(value - old, group_size)
     near = change.square().mean(-1) < (NEAR * nearest.scale) ** 2
-    near &= formats._to_groups(moved, group_size).any(-1)
+    near &= to_groups(moved, group_size).any(-1)
     tracing = is_fake(codes)
     if not tracing and not bool(near.any()):
         return nearest.codes, nearest.scale, nearest.offset
@@ -67,11 +68,11 @@ def requantised(
     noise = random_bits(value.shape, seed=0, step=seed, param=zlib.crc32((label or "").encode()) >> 1)
     drawn, close = (formats.quantize_int8(value, group_size, noise=each) for each in (noise, None))
     error = (formats.dequantize_int8(*close) - value).abs()
-    on_grid = formats._to_groups(error, group_size) <= _ON_THE_GRID * close.scale[..., None]
-    kept = torch.where(formats._from_groups(on_grid, value.shape[-1]), close.codes, drawn.codes)
+    on_grid = to_groups(error, group_size) <= _ON_THE_GRID * close.scale[..., None]
+    kept = torch.where(from_groups(on_grid, value.shape[-1]), close.codes, drawn.codes)
     if not tracing:
         _tell()
-    small = formats._from_groups(near[..., None].expand(change.shape), value.shape[-1])
+    small = from_groups(near[..., None].expand(change.shape), value.shape[-1])
     return (
         torch.where(small, kept, nearest.codes),
         torch.where(near, drawn.scale, nearest.scale),

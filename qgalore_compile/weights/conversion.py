@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore_compile.coverage import int8_line
-from qgalore_compile.int8_weight import NO_INT8_FORM, Int8Weight, has_int8_form
-from qgalore_compile.targets import Targets, obstacle, select_linears
+from qgalore_compile.weights.coverage import int8_line
+from qgalore_compile.weights.targets import Targets, obstacle, select_linears
+from qgalore_compile.weights.tensor import NO_INT8_FORM, Int8Weight, has_int8_form
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -23,7 +23,7 @@ def quantize_(model: nn.Module, *, group_size: int = 256, targets: Targets | Non
     Args:
         model: changed in place, one weight at a time, so that no second copy of the model is needed.
         group_size: elements of a row that share a scale and an offset.
-        targets: as for :func:`~qgalore_compile.targets.select_linears`.
+        targets: as for :func:`~qgalore_compile.weights.targets.select_linears`.
 
     Returns:
         The model.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from qgalore_compile.int8_weight import Int8Weight
+from qgalore_compile.weights.tensor import Int8Weight
 
 logger = logging.getLogger("qgalore_compile")
 

@@ -3,7 +3,7 @@
 Below autograd (``__torch_dispatch__``) an operation gets the dequantised values.  Three kinds of operation must not:
 one that writes, for it would change a temporary; one that returns a view, for what is written into the view later would
 be lost, so the view is a :class:`DequantisedView`, which refuses that; and a collective, whose schema tells neither
-(:mod:`qgalore_compile.collectives`).  In a traced graph a view is refused outright: nothing there could refuse a write.
+(``collectives.py``).  In a traced graph a view is refused outright: nothing there could refuse a write.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._torch import disabled_torch_function, is_fake, skip_frames_of, tree_leaves, tree_map_only
-from qgalore_compile.callers import refuse_lists, refuse_removal, refuse_shards
-from qgalore_compile.collectives import collective, is_collective
+from qgalore_compile.weights.callers import refuse_lists, refuse_removal, refuse_shards
+from qgalore_compile.weights.collectives import collective, is_collective
 
 REMEDY = (
     "to assign values use weight.copy_(float_tensor), which quantises; to train it use qgalore_compile.QGaLoreAdamW, "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from qgalore_compile._torch import is_traceable_wrapper_subclass
-from qgalore_compile.int8_weight import Int8Weight
+from qgalore_compile.weights.tensor import Int8Weight
 
 Targets = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Linear], bool]
 """What is turned into INT8 or projected: name endings, a regular expression, or ``predicate(name, linear)``."""

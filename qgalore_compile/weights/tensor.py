@@ -5,10 +5,10 @@ dequantised values, so ``F.linear`` and its backward dequantise on the fly and a
 No float copy of the weight outlives the operation that asked for it: what autograd saves for backward is the INT8
 weight itself, or its transpose, which is a flag.
 
-Writing is explicit.  ``copy_`` (hence ``load_state_dict``) quantises to nearest (:mod:`qgalore_compile.assigning` has
+Writing is explicit.  ``copy_`` (hence ``load_state_dict``) quantises to nearest (``assigning.py`` has
 the one exception), and :func:`write_back_` rounds stochastically for an optimizer.  Every other mutating operation
 raises: a dequantising fallback would change a temporary and lose the result silently
-(:mod:`qgalore_compile.dequantising`).
+(:mod:`qgalore_compile.weights.dequantising`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from qgalore_compile import formats
 from qgalore_compile._ops import define
 from qgalore_compile._torch import is_fake, skip_frames_of
-from qgalore_compile.assigning import requantised
-from qgalore_compile.callers import refuse_swap
-from qgalore_compile.dequantising import Dequantising, fall_back
+from qgalore_compile.weights.assigning import requantised
+from qgalore_compile.weights.callers import refuse_swap
+from qgalore_compile.weights.dequantising import Dequantising, fall_back
 
 aten = torch.ops.aten
 

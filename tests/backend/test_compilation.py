@@ -13,8 +13,9 @@ import torch
 from support import Interpreted, data, small, step_of
 from torch import Tensor
 
-from qgalore_compile import compilation, files
-from qgalore_compile.compilation import Compilation
+from qgalore_compile import files
+from qgalore_compile.backend import compilation
+from qgalore_compile.backend.compilation import Compilation
 from qgalore_compile.passes import PassManager
 from qgalore_compile.passes.context import PassRecord
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import qgalore_compile as qg
-from qgalore_compile.llama import move_
+from qgalore_compile.training.llama import move_
 
 pytestmark = [
     pytest.mark.triton,

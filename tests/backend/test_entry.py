@@ -32,8 +32,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 import qgalore_compile as qg
-from qgalore_compile.backend import OptionError, Options, qgalore
-from qgalore_compile.kernels import cpu
+from qgalore_compile.backend.entry import OptionError, Options, qgalore
+from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes import PASSES
 
 
@@ -418,7 +418,7 @@ def test_a_kernel_that_does_not_compile_is_an_error_before_anything_of_the_step_
 
 # -- the real thing: by the string alone, generated C++, and a warm cache in a second process -------------------------
 
-SCRIPT = Path(__file__).parent / "by_the_string_alone.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "by_the_string_alone.py"
 
 
 @pytest.mark.compiles

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tracing_support import assert_as_eager, batch, loss_of, parts, zero_first
 
 import qgalore_compile as qg
-from qgalore_compile.backend import UnfusedError, qgalore
-from qgalore_compile.tracing import is_strict, step_backend
+from qgalore_compile.backend.entry import UnfusedError, qgalore
+from qgalore_compile.backend.tracing import is_strict, step_backend
 
 # Dynamo looks at .grad of what is no leaf, and hides the warning by a filter that "error" comes before.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
 from qgalore_compile.kernels import ops
-from qgalore_compile.llama import Llama, LlamaConfig
 from qgalore_compile.passes.nodes import shape
+from qgalore_compile.training.llama import Llama, LlamaConfig
 
 VOCABULARY = 97
 TOKENS = (3, 5)  # 15 tokens: no size of a weight, so that an activation is not taken for a gradient

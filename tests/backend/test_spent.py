@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qgalore_compile import spent
+from qgalore_compile.backend import spent
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, fx.GraphModule]:

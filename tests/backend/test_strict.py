@@ -13,9 +13,9 @@ from support import tokens as batch
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile import compilation, strict
-from qgalore_compile.backend import OptionError, Options, UnfusedError
-from qgalore_compile.compilation import Compilation
+from qgalore_compile.backend import compilation, strict
+from qgalore_compile.backend.compilation import Compilation
+from qgalore_compile.backend.entry import OptionError, Options, UnfusedError
 from qgalore_compile.passes.fuse import fuse
 
 Step = Callable[..., Any]

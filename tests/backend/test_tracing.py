@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tracing_support import BREAKS, Make, Traced, assert_as_eager, batch, broken, loss_of, parts, trained, zero_first
 
 import qgalore_compile as qg
-from qgalore_compile.tracing import NoGradientError
+from qgalore_compile.optim.no_gradient import NoGradientError
 
 # Dynamo looks at .grad of what is no leaf, and hides the warning by a filter that "error" comes before.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -18,10 +18,10 @@ from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 from qgalore_compile import formats
-from qgalore_compile.ahead_of_time import floor
-from qgalore_compile.kernels.evaluate import evaluate
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.kernels.targets import Target
+from qgalore_compile.kernels.ir.evaluate import evaluate
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.training.ahead_of_time import floor
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from qgalore_compile.llama import PRESETS
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.llama import PRESETS
 
 
 @pytest.fixture

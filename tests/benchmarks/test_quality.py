@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qgalore_compile import training
-from qgalore_compile.data import Corpus, load_corpus
-from qgalore_compile.llama import PRESETS
+from qgalore_compile.training import run as training
+from qgalore_compile.training.data import Corpus, load_corpus
+from qgalore_compile.training.llama import PRESETS
 
 
 @pytest.fixture

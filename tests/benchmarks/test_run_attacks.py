@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qgalore_compile.pretrain import pretrain
+from qgalore_compile.training.pretrain import pretrain
 
 
 @pytest.fixture

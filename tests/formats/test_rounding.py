@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import qgalore_compile as qg
+from qgalore_compile.formats.rounding import round_to
 from qgalore_compile.rng import random_bits
-from qgalore_compile.rounding import round_to
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 DRAWS = torch.arange(1 << 16, dtype=torch.int32)

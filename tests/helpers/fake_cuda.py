@@ -48,8 +48,8 @@ from torch.utils.cpp_extension import include_paths
 from triton.backends.compiler import GPUTarget
 
 import qgalore_compile as qg
-from qgalore_compile.kernels import triton_kernels
-from qgalore_compile.llama import Llama, LlamaConfig, move_
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.training.llama import Llama, LlamaConfig, move_
 
 _RUNTIME = r"""
 #include <ATen/detail/CUDAHooksInterface.h>

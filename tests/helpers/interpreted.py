@@ -17,9 +17,9 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._inductor.codecache import PyCodeCache
 from triton.runtime import interpreter
 
-from qgalore_compile.kernels import triton_kernels
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.targets import Target
 
 _binary_op = interpreter.InterpreterBuilder.binary_op
 _dot = interpreter.InterpreterBuilder.create_dot

@@ -9,10 +9,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from qgalore_compile.kernels import cpu, gemm_cpu
-from qgalore_compile.kernels.evaluate import MEMORY_DTYPES, evaluate
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.program import BlockProgram, Buffer, Space
+from qgalore_compile.kernels.cpp import gemm as gemm_cpu
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES, evaluate
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
 
 Tensors = dict[str, Tensor]
 

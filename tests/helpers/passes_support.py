@@ -15,7 +15,7 @@ from qgalore_compile import formats
 from qgalore_compile.passes.manager import PassManager
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, is_gemm, shape
 from qgalore_compile.passes.update import LayerUpdate, Unmatched, Updates, find_updates
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 aten = torch.ops.aten
 

@@ -1,12 +1,11 @@
 """Faults planted in a step without a compiler: what ``qg.check`` must find.
 
-The compiled side of a check is an eager run off by its rounding (:class:`qgalore_compile.perturbed.Perturbed`), and a
+The compiled side of a check is an eager run off by its rounding (``Perturbed``), and a
 fault in it: in a gradient before the update reads it, or in what the step left.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.compared import TensorError
-from qgalore_compile.perturbed import Perturbed
-from qgalore_compile.reach import entries
-from qgalore_compile.runs import Run, eager
+from qgalore_compile.reports import check as _check
+from qgalore_compile.reports.compared import TensorError
+from qgalore_compile.reports.perturbed import Perturbed
+from qgalore_compile.reports.reach import entries
+from qgalore_compile.reports.runs import Run, eager
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: 0 * x,
@@ -33,8 +33,6 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Of a gradient, or of how far a step moved a tensor."""
 
 PRECISIONS = ("float32", "int8", "autocast", "bfloat16", "int8 bfloat16")
-
-_check: Any = importlib.import_module("qgalore_compile.check")  # the package's attribute of that name is the function
 
 
 class Planted:

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from qgalore_compile.llama import PRESETS, LlamaConfig, Preset
-from qgalore_compile.pretrain import TrainResult, pretrain
-from qgalore_compile.telemetry import StepRecord
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.llama import PRESETS, LlamaConfig, Preset
+from qgalore_compile.training.pretrain import TrainResult, pretrain
+from qgalore_compile.training.telemetry import StepRecord
 
 NANO = Preset(LlamaConfig(32, 56, 2, 2, max_seq_len=64), 8, 0.02, 0.005, 4, steps=12, batch=4, seq=16)
 

@@ -6,7 +6,7 @@ import random
 
 from kernels_support import load, program
 
-from qgalore_compile.kernels.program import MEMORY, BlockProgram, Space, join
+from qgalore_compile.kernels.ir.program import MEMORY, BlockProgram, Space, join
 
 STEPS = 25
 _INPUTS = (

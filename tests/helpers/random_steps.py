@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from qgalore_compile import formats
 from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 aten = torch.ops.aten
 

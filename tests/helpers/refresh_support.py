@@ -11,9 +11,9 @@ import torch
 from subspace_support import as_matrix
 from torch import Tensor
 
-from qgalore_compile.projection import project, projector_shape, side_of
-from qgalore_compile.refresh import Moments, ProjectorFormat, refresh_
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace.projection import project, projector_shape, side_of
+from qgalore_compile.subspace.refresh import Moments, ProjectorFormat, refresh_
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
 FLOAT = ProjectorFormat(0, 256)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qgalore_compile.projection import project, side_of
+from qgalore_compile.subspace.projection import project, side_of
 
 EDGES = [1, 2, 6, 7, 13, 42, 53, 123]
 side_lengths = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))

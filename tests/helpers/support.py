@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
-from qgalore_compile.backend import qgalore
-from qgalore_compile.dry_run import dry, without_cache
-from qgalore_compile.moments import decode, stored_moments
-from qgalore_compile.tracing import step_backend
+from qgalore_compile.backend.dry_run import dry, without_cache
+from qgalore_compile.backend.entry import qgalore
+from qgalore_compile.backend.tracing import step_backend
+from qgalore_compile.subspace.moments import decode, stored_moments
 
 
 @step_backend

@@ -10,8 +10,8 @@ import torch._dynamo
 from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
-import qgalore_compile.backend  # which teaches Dynamo
-from qgalore_compile.tracing import step_backend
+import qgalore_compile.backend.entry  # which teaches Dynamo
+from qgalore_compile.backend.tracing import step_backend
 
 
 @step_backend

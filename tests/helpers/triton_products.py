@@ -7,10 +7,10 @@ from kernels_support import evaluated, load, program
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix, Product
-from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton.gemm import Matrix, Product
 
 SURROUNDINGS = 70
 

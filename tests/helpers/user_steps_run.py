@@ -29,9 +29,9 @@ from user_steps import UserStep
 from user_steps_text import HEAD
 
 import qgalore_compile as qg
-from qgalore_compile import backend as entry
-from qgalore_compile.dry_run import dry, without_cache
-from qgalore_compile.moments import decode, stored_moments
+from qgalore_compile.backend import entry
+from qgalore_compile.backend.dry_run import dry, without_cache
+from qgalore_compile.subspace.moments import decode, stored_moments
 
 WIDTHS = {"one": (6,), "two widths": (6, 8), "three widths": (6, 8, 10)}
 SIZES = {"equal": (5, 5, 5), "last short": (5, 5, 3), "growing": (4, 5, 6)}  # of one net; the last two of several

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats, rng
-from qgalore_compile.placement import dtype_of
+from qgalore_compile.optim.placement import dtype_of
 
 defaults = pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 settings = pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from support import Toy, snapshot, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.groups import projector
-from qgalore_compile.moments import follow_, stored_moments
+from qgalore_compile.optim.groups import projector
+from qgalore_compile.subspace.moments import follow_, stored_moments
 
 PROJECTED, OTHER_PROJECTED = "blocks.0.weight", "blocks.1.weight"
 PLAIN = "embed.weight"

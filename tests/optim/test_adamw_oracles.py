@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats
-from qgalore_compile.moments import decode, stored_moments
+from qgalore_compile.subspace.moments import decode, stored_moments
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats
-from qgalore_compile.moments import LEAST_CODE
+from qgalore_compile.subspace.moments import LEAST_CODE
 
 
 def names(groups: list[dict[str, Any]]) -> list[list[str]]:

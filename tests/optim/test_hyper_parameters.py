@@ -14,8 +14,8 @@ from support import Interpreted, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.hyper_parameters import FIXED, Group
-from qgalore_compile.tracing import traced_as_step
+from qgalore_compile.backend.tracing import traced_as_step
+from qgalore_compile.optim.hyper_parameters import FIXED, Group
 
 SETTERS: dict[str, Callable[[Any, str, Any], Any]] = {
     "item": lambda group, key, value: group.__setitem__(key, value),

@@ -10,7 +10,7 @@ from support import snapshot, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.placement import PlacementError
+from qgalore_compile.optim.placement import PlacementError
 
 
 def cast_all(opt: qg.QGaLoreAdamW, change: Callable[[Tensor], Tensor]) -> None:

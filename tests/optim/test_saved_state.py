@@ -12,7 +12,7 @@ import torch
 from support import Toy, snapshot, tokens, toy, training_step
 
 import qgalore_compile as qg
-from qgalore_compile.scheduler import Schedule
+from qgalore_compile.subspace.scheduler import Schedule
 
 Saved = dict[str, Any]
 

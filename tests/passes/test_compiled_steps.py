@@ -15,7 +15,7 @@ from support import assert_within_contract
 from torch import Tensor
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import gemm_cpu
+from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 from qgalore_compile.passes.nodes import FUNCTIONALIZED
 
 aten = torch.ops.aten

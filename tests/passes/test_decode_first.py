@@ -20,9 +20,9 @@ pytest.importorskip("triton")
 from interpreted import Calls
 
 from qgalore_compile import formats
-from qgalore_compile.dry_run import final_graph
+from qgalore_compile.backend.dry_run import final_graph
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.program import BlockProgram
+from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.passes import PASSES, PassManager
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, value
 

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats, rng
-from qgalore_compile.backend import qgalore
-from qgalore_compile.dry_run import dry, without_cache
+from qgalore_compile.backend.dry_run import dry, without_cache
+from qgalore_compile.backend.entry import qgalore
+from qgalore_compile.formats.rounding import round_to
 from qgalore_compile.kernels import ops
-from qgalore_compile.rounding import round_to
 
 SHAPES = {"norm": (48,), "one": (), "stacked": (3, 5, 7), "conv": (8, 6, 3, 3), "embedding": (260, 257)}
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.gemm import GemmProgram
+from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, anchors, is_gemm, shape, value
 

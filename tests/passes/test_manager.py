@@ -119,7 +119,10 @@ def test_the_source_hash_covers_passes_kernels_and_the_package() -> None:
 
     root = Path(__file__).parents[2]
     files = sorted(
-        str(path) for folder in ("qgalore_compile", "passes", "kernels") for path in (root / folder).glob("*.py")
+        str(path)
+        for folder in ("qgalore_compile", "passes", "kernels")
+        for kind in ("*.py", "*.inc")
+        for path in (root / folder).rglob(kind)
     )
     if manager.__file__ != str(root / "passes" / "manager.py"):
         pytest.skip("the package is not installed from this tree")

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, shape
 from qgalore_compile.passes.products import parse
-from qgalore_compile.subspace import full_gradient
+from qgalore_compile.subspace.finder import full_gradient
 
 GATHER = torch.ops.qgalore.gather_gradient.default
 SHAPES = {"right": (20, 12), "left": (12, 20)}

@@ -16,7 +16,7 @@ from kernels_support import evaluated_kernels
 from random_steps import FLAWS, LINEAR, POINTWISE, REFUSED, Layer, Step, build
 from torch import Tensor
 
-from qgalore_compile.kernels import spelling
+from qgalore_compile.kernels.read import spelling
 from qgalore_compile.passes import PASSES
 
 SIZES = st.sampled_from([3, 1, 2, 4, 5, 6, 7, 9])

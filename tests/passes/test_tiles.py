@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import qgalore_compile as qg
 from qgalore_compile import formats
-from qgalore_compile.kernels.region import Refusal
+from qgalore_compile.kernels.read.region import Refusal
 from qgalore_compile.passes.nodes import FUNCTIONALIZED
 
 pytestmark = pytest.mark.triton

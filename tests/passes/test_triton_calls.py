@@ -23,9 +23,10 @@ from interpreted import Calls
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
 from qgalore_compile import formats, rng
-from qgalore_compile.dry_run import final_graph
-from qgalore_compile.kernels import ops, triton_kernels
-from qgalore_compile.kernels.tiling import NoTilingError
+from qgalore_compile.backend.dry_run import final_graph
+from qgalore_compile.kernels import ops
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.tiling import NoTilingError
 from qgalore_compile.passes import PASSES, PassManager
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, value
 

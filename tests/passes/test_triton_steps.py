@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 from interpreted import Calls
 
 import qgalore_compile as qg
-from qgalore_compile.backend import qgalore
-from qgalore_compile.dry_run import dry, without_cache
-from qgalore_compile.tracing import step_backend
+from qgalore_compile.backend.dry_run import dry, without_cache
+from qgalore_compile.backend.entry import qgalore
+from qgalore_compile.backend.tracing import step_backend
 
 pytestmark = pytest.mark.triton
 

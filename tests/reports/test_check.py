@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import qgalore_compile as qg
-from qgalore_compile.check import CheckResult, CopyError, check
-from qgalore_compile.tracing import step_backend
+from qgalore_compile.backend.tracing import step_backend
+from qgalore_compile.reports.check import CheckResult, CopyError, check
 
 # Dynamo alone, whose graph is then run as it is: what check itself does needs no more.
 quick = functools.partial(check, backend="eager")

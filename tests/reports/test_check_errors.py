@@ -13,8 +13,8 @@ import torch
 from support import Toy, data, small, step_of, tokens
 from torch import Tensor, nn
 
-from qgalore_compile.check import CheckResult, check
-from qgalore_compile.compared import _apart, _subspaces_apart
+from qgalore_compile.reports.check import CheckResult, check
+from qgalore_compile.reports.compared import _apart, _subspaces_apart
 
 # Dynamo alone, whose graph is then run as it is: what check itself does needs no more.
 quick = functools.partial(check, backend="eager")

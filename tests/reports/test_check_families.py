@@ -14,7 +14,7 @@ from support import Interpreted
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.check import check
+from qgalore_compile.reports.check import check
 
 WIDTH = 32
 

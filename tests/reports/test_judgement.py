@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore_compile.judgement import Rates, Sample, _quantile, judge
+from qgalore_compile.reports.judgement import Rates, Sample, _quantile, judge
 
 ROWS, COLUMNS, RUNS = 24, 32, 9
 

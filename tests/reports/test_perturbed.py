@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qgalore_compile.perturbed import AMPLITUDE, Perturbed, Products
+from qgalore_compile.reports.perturbed import AMPLITUDE, Perturbed, Products
 
 EPS = torch.finfo(torch.float32).eps
 

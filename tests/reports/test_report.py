@@ -11,8 +11,8 @@ from support import Interpreted, snapshot, step_of, tokens, toy, training_step
 from torch import Tensor
 
 import qgalore_compile as qg
-from qgalore_compile import compilation
-from qgalore_compile.backend import UnfusedError
+from qgalore_compile.backend import compilation
+from qgalore_compile.backend.entry import UnfusedError
 from qgalore_compile.passes import PASSES
 
 

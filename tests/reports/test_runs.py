@@ -11,8 +11,8 @@ import torch
 from support import data, small, snapshot, step_of
 from torch import Tensor
 
-from qgalore_compile.perturbed import Perturbed
-from qgalore_compile.runs import eager, generators
+from qgalore_compile.reports.perturbed import Perturbed
+from qgalore_compile.reports.runs import eager, generators
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 PROJECTOR = "model.0.weight/projector"

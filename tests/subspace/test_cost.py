@@ -7,8 +7,8 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qgalore_compile import refresh_cost
-from qgalore_compile.refresh_cost import OVERSAMPLING, cost, described, factors_are_cheaper, m, most_tokens, n, q, r
+from qgalore_compile.subspace import cost as refresh_cost
+from qgalore_compile.subspace.cost import OVERSAMPLING, cost, described, factors_are_cheaper, m, most_tokens, n, q, r
 
 sizes = st.integers(2, 3000)
 METHODS = ("svd", "randomized", "power")

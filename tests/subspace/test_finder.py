@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from subspace_support import as_matrix, assert_orthonormal, captured, seeds, shapes, with_spectrum
 from torch import Tensor
 
-from qgalore_compile import subspace as subspaces
-from qgalore_compile.projection import official_similarity, project, project_back, projector_shape, side_of
-from qgalore_compile.subspace import METHODS, Gradient, full_gradient, leading_subspace
+from qgalore_compile.subspace import finder as subspaces
+from qgalore_compile.subspace.finder import METHODS, Gradient, full_gradient, leading_subspace
+from qgalore_compile.subspace.projection import official_similarity, project, project_back, projector_shape, side_of
 
 few = settings(max_examples=settings().max_examples // 2)
 

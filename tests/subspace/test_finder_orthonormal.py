@@ -12,8 +12,8 @@ from subspace_support import assert_orthonormal, captured, seeds, shapes, with_s
 from torch import Tensor
 
 from qgalore_compile import rng
-from qgalore_compile.projection import project, side_of
-from qgalore_compile.subspace import METHODS, full_gradient, leading_subspace, sketched_subspace
+from qgalore_compile.subspace.finder import METHODS, full_gradient, leading_subspace, sketched_subspace
+from qgalore_compile.subspace.projection import project, side_of
 
 WAYS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},

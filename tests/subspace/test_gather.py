@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore_compile.gather import gathered, is_carrier
-from qgalore_compile.projection import project, side_of
-from qgalore_compile.scheduler import Rule, Schedule
+from qgalore_compile.subspace.gather import gathered, is_carrier
+from qgalore_compile.subspace.projection import project, side_of
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
 DUE = Schedule.first(10, 5)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.moments import LEAST_CODE, change_of_basis, follow_, rotated
-from qgalore_compile.projection import Side, project_back
+from qgalore_compile.subspace.moments import LEAST_CODE, change_of_basis, follow_, rotated
+from qgalore_compile.subspace.projection import Side, project_back
 
 BETAS = (0.9, 0.999)
 sides = st.sampled_from(["left", "right"])

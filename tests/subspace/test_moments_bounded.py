@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile.formats import BLOCK_SIZE
-from qgalore_compile.kernels import cpu
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.moments import decode, encode, follow_, least_root, stored_moments
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.subspace.moments import decode, encode, follow_, least_root, stored_moments
 
 NINE_DECADES = torch.logspace(-9, 0, BLOCK_SIZE)
 BETAS = (0.9, 0.999)
@@ -273,7 +273,7 @@ class InTriton:
     def __call__(self, tensors: dict[str, Tensor], numbers: Sequence[int]) -> None:
         import interpreted
 
-        from qgalore_compile.kernels.triton_kernels import region_kernel
+        from qgalore_compile.kernels.triton.kernels import region_kernel
 
         names = zip(self.program.numbers, numbers, strict=True)
         interpreted.launch(region_kernel(self.program), tensors, dict(names))

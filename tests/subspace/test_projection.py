@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from subspace_support import as_matrix, seeds, shapes
 from torch import Tensor
 
-from qgalore_compile.projection import (
+from qgalore_compile.subspace.finder import leading_subspace
+from qgalore_compile.subspace.projection import (
     official_similarity,
     project,
     project_back,
@@ -18,7 +19,6 @@ from qgalore_compile.projection import (
     side_of,
     subspace_similarity,
 )
-from qgalore_compile.subspace import leading_subspace
 
 # -- sides ------------------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from refresh_support import FLOAT, FORMATS, INT4, RULE, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
-from qgalore_compile.projection import project, subspace_similarity
-from qgalore_compile.refresh import ProjectorFormat, _Settings
-from qgalore_compile.scheduler import Rule
-from qgalore_compile.subspace import METHODS
+from qgalore_compile.subspace.finder import METHODS
+from qgalore_compile.subspace.projection import project, subspace_similarity
+from qgalore_compile.subspace.refresh import ProjectorFormat, _Settings
+from qgalore_compile.subspace.scheduler import Rule
 
 
 @both_sides
@@ -319,7 +319,7 @@ def test_a_check_and_the_refresh_it_asks_for_form_the_gradient_once(
         formed.append(len(given))
         return given[0].t() @ given[1]
 
-    monkeypatch.setattr("qgalore_compile.subspace.full_gradient", counted)
+    monkeypatch.setattr("qgalore_compile.subspace.finder.full_gradient", counted)
     layer.call(*factors)
     assert (layer.now.checks, layer.now.refreshes) == (1, 2)
     assert len(formed) == (tokens == 400)

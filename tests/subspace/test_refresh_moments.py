@@ -10,10 +10,10 @@ import torch
 from refresh_support import FLOAT, INT4, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
-from qgalore_compile.moments import change_of_basis, rotated
-from qgalore_compile.refresh import Moments, ProjectorFormat
-from qgalore_compile.scheduler import Schedule
-from qgalore_compile.subspace import METHODS
+from qgalore_compile.subspace.finder import METHODS
+from qgalore_compile.subspace.moments import change_of_basis, rotated
+from qgalore_compile.subspace.refresh import Moments, ProjectorFormat
+from qgalore_compile.subspace.scheduler import Schedule
 
 BETAS = (0.9, 0.999)
 

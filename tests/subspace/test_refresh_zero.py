@@ -13,10 +13,10 @@ from support import Interpreted, small
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.projection import project
-from qgalore_compile.refresh import Moments
-from qgalore_compile.scheduler import Schedule
-from qgalore_compile.subspace import METHODS, Gradient
+from qgalore_compile.subspace.finder import METHODS, Gradient
+from qgalore_compile.subspace.projection import project
+from qgalore_compile.subspace.refresh import Moments
+from qgalore_compile.subspace.scheduler import Schedule
 
 methods = pytest.mark.parametrize("method", METHODS)
 ROUNDS = RULE._replace(min_gap=10)

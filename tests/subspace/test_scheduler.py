@@ -13,8 +13,8 @@ from support import tokens, toy, training_step
 from torch import nn
 
 import qgalore_compile as qg
-from qgalore_compile.groups import refresh_rule
-from qgalore_compile.scheduler import Rule, Schedule, is_due, ticked_unless_due
+from qgalore_compile.optim.groups import refresh_rule
+from qgalore_compile.subspace.scheduler import Rule, Schedule, is_due, ticked_unless_due
 
 OFFICIAL = Rule(official=True, threshold=0.4, gamma=2.0, max_gap=None)
 SUBSPACE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=3200, min_gap=10)

@@ -13,9 +13,10 @@ from support import Interpreted, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.projection import project
-from qgalore_compile.scheduler import Rule, Schedule
-from qgalore_compile.subspace import captured_energy
+from qgalore_compile.optim import groups
+from qgalore_compile.subspace.finder import captured_energy
+from qgalore_compile.subspace.projection import project
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=80, min_gap=10, energy=0.8)
 
@@ -44,7 +45,7 @@ def test_the_product_of_few_tokens_is_not_formed(monkeypatch: pytest.MonkeyPatch
     def formed(factors: list[Tensor]) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr("qgalore_compile.subspace.full_gradient", formed)
+    monkeypatch.setattr("qgalore_compile.subspace.finder.full_gradient", formed)
     assert captured_energy(torch.ones(60, 3), factors) == pytest.approx(expected, rel=1e-5)
 
 
@@ -145,7 +146,7 @@ def test_the_energy_is_that_of_the_stored_projector() -> None:
         opt.step()
     (record,) = opt.schedule()
     group, state = opt.param_groups[0], opt.state[p]
-    low = project(p.grad, qg.groups.projector(p, group, state), "right")
+    low = project(p.grad, groups.projector(p, group, state), "right")
     expected = float(low.square().sum() / p.grad.square().sum())
     assert record.energy == record.reference == pytest.approx(expected, rel=1e-5)
 

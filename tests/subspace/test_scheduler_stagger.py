@@ -15,9 +15,9 @@ from support import tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.groups import refresh_rule, slot_of
-from qgalore_compile.scheduler import Rule, Schedule
-from qgalore_compile.subspace import leading_subspace, sketched_subspace
+from qgalore_compile.optim.groups import refresh_rule, slot_of
+from qgalore_compile.subspace.finder import leading_subspace, sketched_subspace
+from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 
 def steps_of(rule: Rule, slot: int, steps: int, similarities: list[float], queue_size: int = 3) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import Interpreted, tokens, toy, training_step
 
-from qgalore_compile.timing import _seconds, seconds_of, timed
+from qgalore_compile.subspace.timing import _seconds, seconds_of, timed
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qgalore_compile.ahead_of_time import LAYERS, Row, compile_ahead, row, table, traced
 from qgalore_compile.cli import app
-from qgalore_compile.kernels.ahead import CompileError
-from qgalore_compile.kernels.gemm_triton import Product
-from qgalore_compile.kernels.looked_at import compiled
-from qgalore_compile.kernels.program import BlockProgram
-from qgalore_compile.kernels.targets import Target, UnknownTargetError
-from qgalore_compile.kernels.tiling import REGION_ELEMENTS
-from qgalore_compile.kernels.triton_kernels import Kernel
+from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.triton.ahead import CompileError
+from qgalore_compile.kernels.triton.gemm import Product
+from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.looked_at import compiled
+from qgalore_compile.kernels.triton.targets import Target, UnknownTargetError
+from qgalore_compile.kernels.triton.tiling import REGION_ELEMENTS
+from qgalore_compile.training.ahead_of_time import LAYERS, Row, compile_ahead, row, table, traced
 
 pytestmark = pytest.mark.triton
 
@@ -134,7 +134,7 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path, monkeypatch: py
     def refuse(*_: object) -> None:
         raise CompileError("gemm", "sm_90", "no")
 
-    monkeypatch.setattr("qgalore_compile.kernels.looked_at.compiled", refuse)
+    monkeypatch.setattr("qgalore_compile.kernels.triton.looked_at.compiled", refuse)
     given = ["compile", "--target", "sm_90", "--preset", "tiny", "--batch", "1", "--seq", "16", "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, given)
     assert ran.exit_code == 2
@@ -151,7 +151,7 @@ def line(kernel: str, *, registers: int = 100, spills: int = 0) -> Row:
 
 def test_a_spilling_kernel_shows_in_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = line("00-gemm", registers=255, spills=8)
-    monkeypatch.setattr("qgalore_compile.ahead_of_time.compile_ahead", lambda *_, **__: [given])
+    monkeypatch.setattr("qgalore_compile.training.ahead_of_time.compile_ahead", lambda *_, **__: [given])
     ran = CliRunner().invoke(app, ["compile", "--target", "sm_90", "--preset", "tiny", "--out", str(tmp_path)])
     assert ran.exit_code == 1
     assert "00-gemm" in ran.output

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from qgalore_compile import checkpoint_file, files
-from qgalore_compile.checkpoint_file import load_checkpoint, save_checkpoint
+from qgalore_compile import files
+from qgalore_compile.training import checkpoint_file
+from qgalore_compile.training.checkpoint_file import load_checkpoint, save_checkpoint
 
 STATE: dict[str, Any] = {
     "step": 3,

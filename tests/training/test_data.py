@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from qgalore_compile import data
-from qgalore_compile.data import Corpus, bigram_loss, check_lengths, load_corpus, training_batch, validation_batches
+from qgalore_compile.training import data
+from qgalore_compile.training.data import (
+    Corpus,
+    bigram_loss,
+    check_lengths,
+    load_corpus,
+    training_batch,
+    validation_batches,
+)
 
 
 def _folder(root: Path, files: dict[str, bytes]) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qgalore_compile.llama import PRESETS, Llama, LlamaConfig, find_preset
+from qgalore_compile.training.llama import PRESETS, Llama, LlamaConfig, find_preset
 
 SMALL = LlamaConfig(hidden_size=24, intermediate_size=42, num_heads=3, num_layers=2, vocab_size=67, max_seq_len=20)
 
@@ -67,7 +67,7 @@ def test_a_position_does_not_see_those_after_it() -> None:
 
 def test_rotary_positions_are_relative() -> None:
     """The first layer's attention between two tokens depends on their distance: shifting a pair shifts nothing else."""
-    from qgalore_compile.llama import rotary_tables, rotate
+    from qgalore_compile.training.llama import rotary_tables, rotate
 
     cos, sin = rotary_tables(16, 8, 10_000.0)
     q, k = torch.randn(8), torch.randn(8)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qgalore_compile import machine
-from qgalore_compile.machine import check_device, check_memory, least_bytes, memory_of
-from qgalore_compile.train_config import TrainConfig
+from qgalore_compile.training import machine
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.machine import check_device, check_memory, least_bytes, memory_of
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "meta", "", "cpu:x", "-1"])

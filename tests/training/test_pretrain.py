@@ -15,13 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from qgalore_compile import training
-from qgalore_compile.data import load_corpus
-from qgalore_compile.llama import PRESETS, LlamaConfig, Preset
-from qgalore_compile.pretrain import TrainResult, load_checkpoint, pretrain, resumed_config, save_checkpoint
-from qgalore_compile.telemetry import Display, MetricsLog, StepRecord, plot_curves, read_metrics
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run, evaluate, make_model
+from qgalore_compile.training import run as training
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.llama import PRESETS, LlamaConfig, Preset
+from qgalore_compile.training.pretrain import TrainResult, load_checkpoint, pretrain, resumed_config, save_checkpoint
+from qgalore_compile.training.run import Run, evaluate, make_model
+from qgalore_compile.training.telemetry import Display, MetricsLog, StepRecord, plot_curves, read_metrics
 
 NANO = Preset(LlamaConfig(32, 56, 2, 2, max_seq_len=64), 8, 0.02, 0.005, 4, steps=12, batch=4, seq=16)
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["qgalore", "galore", "adamw"])

@@ -16,16 +16,18 @@ import torch
 from pretrain_support import NANO, nano_config, send_at, train
 from rich.console import Console
 
-from qgalore_compile import files, telemetry, training
-from qgalore_compile import pretrain as job
-from qgalore_compile.checkpoint_file import load_checkpoint, save_checkpoint
-from qgalore_compile.data import load_corpus
+from qgalore_compile import files
 from qgalore_compile.files import lock_folder
-from qgalore_compile.llama import PRESETS
-from qgalore_compile.pretrain import SavingError, pretrain, resumed_config
-from qgalore_compile.telemetry import read_metrics
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run
+from qgalore_compile.training import pretrain as job
+from qgalore_compile.training import run as training
+from qgalore_compile.training import telemetry
+from qgalore_compile.training.checkpoint_file import load_checkpoint, save_checkpoint
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.llama import PRESETS
+from qgalore_compile.training.pretrain import SavingError, pretrain, resumed_config
+from qgalore_compile.training.run import Run
+from qgalore_compile.training.telemetry import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qgalore_compile.data import load_corpus
-from qgalore_compile.optim import QGaLoreAdamW
-from qgalore_compile.train_config import TrainConfig
-from qgalore_compile.training import Run, make_model, make_optimizer
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.training.config import TrainConfig
+from qgalore_compile.training.data import load_corpus
+from qgalore_compile.training.run import Run, make_model, make_optimizer
 
 
 def test_a_seed_draws_the_same_model_in_every_dtype_on_a_cpu() -> None:

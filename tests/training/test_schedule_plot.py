@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from qgalore_compile.schedule_plot import _history, _kinds, plot_schedule
+from qgalore_compile.training.schedule_plot import _history, _kinds, plot_schedule
 
 
 def turn(step: int, name: str, **values: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from qgalore_compile.stopping import SIGNALS, Output, Stop, Stopped, at_once, handled
+from qgalore_compile.training.stopping import SIGNALS, Output, Stop, Stopped, at_once, handled
 
 
 @pytest.mark.parametrize("number", SIGNALS)

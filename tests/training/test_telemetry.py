@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qgalore_compile import telemetry
-from qgalore_compile.telemetry import MetricsLog, StepRecord, Turn, plot_curves, read_metrics
+from qgalore_compile.training import telemetry
+from qgalore_compile.training.telemetry import MetricsLog, StepRecord, Turn, plot_curves, read_metrics
 
 TURN = Turn("layers.0.q.weight", True, 4, None, None, 0.5)
 

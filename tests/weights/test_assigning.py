@@ -183,7 +183,7 @@ def test_a_compiled_average_is_right_too() -> None:
 
 
 def test_the_log_says_once_that_an_average_is_noisy_and_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
-    from qgalore_compile import assigning
+    from qgalore_compile.weights import assigning
 
     assigning._tell.cache_clear()
     average, net = nets()

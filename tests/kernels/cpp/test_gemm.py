@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgalore_compile import formats
-from qgalore_compile.kernels import gemm_cpu
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand
-from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.kernels.cpp import gemm as gemm_cpu
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
 
 M, N, K = 37, 45, 13
 GROUP = 8

@@ -13,8 +13,8 @@ from torch._inductor import cpp_builder
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.exc import CppCompileError
 
-from qgalore_compile.kernels import cpu
-from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
 
 
 def adding(number: float) -> BlockProgram:

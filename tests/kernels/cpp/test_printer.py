@@ -11,9 +11,9 @@ from kernels_support import assert_like, compiled, evaluated, every_format, fill
 from random_programs import random_program
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import cpu
-from qgalore_compile.kernels.cpp_printer import print_cpp
-from qgalore_compile.kernels.program import POINTWISE, BlockProgram, Buffer, Space
+from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.cpp.printer import print_cpp
+from qgalore_compile.kernels.ir.program import POINTWISE, BlockProgram, Buffer, Space
 
 ODD = Space(3, 21, 8)
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from qgalore_compile import formats
-from qgalore_compile.kernels import cpp_printer, dynamic8
-from qgalore_compile.kernels.program import DYNAMIC8, BlockProgram, Space
-from qgalore_compile.kernels.triton_printer import print_region
+from qgalore_compile.kernels.cpp import printer as cpp_printer
+from qgalore_compile.kernels.ir import dynamic8
+from qgalore_compile.kernels.ir.program import DYNAMIC8, BlockProgram, Space
+from qgalore_compile.kernels.triton.printer import print_region
 
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 SIZES = [1, 5, 255, 256, 257, 700, 4096]

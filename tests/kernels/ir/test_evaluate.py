@@ -9,8 +9,8 @@ from kernels_support import evaluated, filled, load, program
 from torch import Tensor
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels.evaluate import evaluate
-from qgalore_compile.kernels.program import POINTWISE, TYPES, BlockProgram, Space
+from qgalore_compile.kernels.ir.evaluate import evaluate
+from qgalore_compile.kernels.ir.program import POINTWISE, TYPES, BlockProgram, Space
 
 ODD = Space(3, 21, 8)
 SPACES = [ODD, Space(1, 5, 8), Space(4, 16, 8), Space(2, 7, 1)]

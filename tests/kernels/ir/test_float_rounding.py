@@ -7,9 +7,10 @@ import torch
 from kernels_support import Tensors, compiled, evaluated, filled, load, program
 from torch import Tensor
 
-from qgalore_compile import rng, rounding
-from qgalore_compile.kernels import float_rounding
-from qgalore_compile.kernels.program import BlockProgram, Space
+from qgalore_compile import rng
+from qgalore_compile.formats import rounding
+from qgalore_compile.kernels.ir import float_rounding
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
 
 SPACE = Space(8, 1001, 256)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -76,7 +77,7 @@ def test_triton_rounds_as_eager_does(memory: str, ok: bool) -> None:
     pytest.importorskip("triton")
     import interpreted
 
-    from qgalore_compile.kernels.triton_kernels import region_kernel
+    from qgalore_compile.kernels.triton.kernels import region_kernel
 
     made = rounding_program(memory)
     tensors = inputs(made, ok)
@@ -86,6 +87,6 @@ def test_triton_rounds_as_eager_does(memory: str, ok: bool) -> None:
 
 
 def test_what_is_cut_for_bfloat16_is_stored_without_rounding_it_again() -> None:
-    from qgalore_compile.kernels.cpp_printer import print_cpp
+    from qgalore_compile.kernels.cpp.printer import print_cpp
 
     assert "store_bf16(v" not in print_cpp(rounding_program("bf16")).split("at_w[")[-1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernels_support import load, program
 
-from qgalore_compile.kernels.gemm import VALUE, GemmProgram, Operand, named
-from qgalore_compile.kernels.program import BlockProgram, ProgramError, Space
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, named
+from qgalore_compile.kernels.ir.program import BlockProgram, ProgramError, Space
 
 
 def prologue(rows: int, columns: int) -> BlockProgram:

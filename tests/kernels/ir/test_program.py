@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from qgalore_compile.kernels import dynamic8
-from qgalore_compile.kernels.program import BlockProgram, Buffer, ProgramError, Space, join, number_of
+from qgalore_compile.kernels.ir import dynamic8
+from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, ProgramError, Space, join, number_of
 
 SPACE = Space(3, 21, 8)
 

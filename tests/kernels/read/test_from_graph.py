@@ -12,10 +12,11 @@ from graphs import results, traced
 from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels.evaluate import evaluate
-from qgalore_compile.kernels.from_graph import from_graph
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.region import Output, Refusal, RefusedError, Region, candidates
+from qgalore_compile.formats.grouping import to_groups
+from qgalore_compile.kernels.ir.evaluate import evaluate
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.read.from_graph import from_graph
+from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, Region, candidates
 from qgalore_compile.passes.nodes import anchors, shape, value, written
 
 aten = torch.ops.aten
@@ -302,7 +303,7 @@ REFUSED: dict[str, tuple[Refusal, object, Callable[..., Any], tuple[Tensor, ...]
     ),
     "a column's largest": (Refusal.REDUCTION, aten.amax.default, lambda x: x - x.amax(0), (X,)),
     "a sum over a group that is filled up": (
-        Refusal.PADDING, aten.sum.dim_IntList, lambda x: x * formats._to_groups(x, 8).sum(-1).amin(), (X,)
+        Refusal.PADDING, aten.sum.dim_IntList, lambda x: x * to_groups(x, 8).sum(-1).amin(), (X,)
     ),
 }  # fmt: skip
 

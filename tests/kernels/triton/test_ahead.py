@@ -18,9 +18,9 @@ import pytest
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from qgalore_compile.kernels import ahead  # noqa: E402
-from qgalore_compile.kernels.ahead import Binary, CompileError, compile_kernel  # noqa: E402
-from qgalore_compile.kernels.targets import Target  # noqa: E402
+from qgalore_compile.kernels.triton import ahead  # noqa: E402
+from qgalore_compile.kernels.triton.ahead import Binary, CompileError, compile_kernel  # noqa: E402
+from qgalore_compile.kernels.triton.targets import Target  # noqa: E402
 
 pytestmark = pytest.mark.triton
 

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 from triton_products import decoding, write_back
 
-from qgalore_compile.kernels.decode_first import decoded, decoded_program, decodes_first, value_of
-from qgalore_compile.kernels.gemm import GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix, Product
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.targets import TARGETS, Target
+from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton.decode_first import decoded, decoded_program, decodes_first, value_of
+from qgalore_compile.kernels.triton.gemm import Matrix, Product
+from qgalore_compile.kernels.triton.targets import TARGETS, Target
 
 pytestmark = pytest.mark.triton
 

@@ -21,14 +21,14 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import triton_kernels
-from qgalore_compile.kernels.evaluate import MEMORY_DTYPES
-from qgalore_compile.kernels.gemm import GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling, needs_groups, print_gemm
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import place
-from qgalore_compile.kernels.triton_kernels import Kernel, product_kernel
+from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
+from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling, needs_groups, print_gemm
+from qgalore_compile.kernels.triton.kernels import Kernel, product_kernel
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.kernels.triton.tiling import place
 
 pytestmark = pytest.mark.triton
 

@@ -19,13 +19,11 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import triton_kernels
-from qgalore_compile.kernels.gemm import GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import NoTilingError
-from qgalore_compile.kernels.triton_kernels import (
+from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton.gemm import Matrix
+from qgalore_compile.kernels.triton.kernels import (
     bind,
     called,
     kernel_of,
@@ -36,6 +34,8 @@ from qgalore_compile.kernels.triton_kernels import (
     region_of,
     target_of,
 )
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.kernels.triton.tiling import NoTilingError
 
 pytestmark = pytest.mark.triton
 

@@ -13,13 +13,11 @@ pytest.importorskip("triton")
 
 from triton_products import up
 
-from qgalore_compile.kernels import looked_at, triton_kernels
-from qgalore_compile.kernels.ahead import CompileError
-from qgalore_compile.kernels.looked_at import MOST_TILES, Seen, choose, look
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.tiling import tilings
-from qgalore_compile.kernels.triton_kernels import (
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.kernels.triton import looked_at
+from qgalore_compile.kernels.triton.ahead import CompileError
+from qgalore_compile.kernels.triton.kernels import (
     Kernel,
     choose_together,
     looking,
@@ -28,6 +26,9 @@ from qgalore_compile.kernels.triton_kernels import (
     region_kernel,
     region_of,
 )
+from qgalore_compile.kernels.triton.looked_at import MOST_TILES, Seen, choose, look
+from qgalore_compile.kernels.triton.targets import Target
+from qgalore_compile.kernels.triton.tiling import tilings
 
 pytestmark = pytest.mark.triton
 

@@ -20,12 +20,12 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels.ahead import compile_kernel
-from qgalore_compile.kernels.program import POINTWISE, BlockProgram, Buffer, Space
-from qgalore_compile.kernels.targets import Target
-from qgalore_compile.kernels.triton_kernels import Kernel, region_kernel
-from qgalore_compile.kernels.triton_kernels import load as load_kernel
-from qgalore_compile.kernels.triton_printer import print_region
+from qgalore_compile.kernels.ir.program import POINTWISE, BlockProgram, Buffer, Space
+from qgalore_compile.kernels.triton.ahead import compile_kernel
+from qgalore_compile.kernels.triton.kernels import Kernel, region_kernel
+from qgalore_compile.kernels.triton.kernels import load as load_kernel
+from qgalore_compile.kernels.triton.printer import print_region
+from qgalore_compile.kernels.triton.targets import Target
 
 pytestmark = pytest.mark.triton
 

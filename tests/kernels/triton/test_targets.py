@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qgalore_compile.kernels.targets import TARGETS, Target, UnknownTargetError
+from qgalore_compile.kernels.triton.targets import TARGETS, Target, UnknownTargetError
 
 ALL = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 

@@ -9,13 +9,21 @@ import pytest
 from kernels_support import load, program
 from triton_products import decoding, up
 
-from qgalore_compile.kernels import tiling as model
-from qgalore_compile.kernels.gemm import GemmProgram, Operand
-from qgalore_compile.kernels.gemm_triton import Matrix, Product, Tiling
-from qgalore_compile.kernels.program import BlockProgram, Space
-from qgalore_compile.kernels.targets import TARGETS, Target
-from qgalore_compile.kernels.tiling import NoTilingError, place, region_blocks, registers, shared, tiling, traffic
-from qgalore_compile.llama import PRESETS
+from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton import tiling as model
+from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling
+from qgalore_compile.kernels.triton.targets import TARGETS, Target
+from qgalore_compile.kernels.triton.tiling import (
+    NoTilingError,
+    place,
+    region_blocks,
+    registers,
+    shared,
+    tiling,
+    traffic,
+)
+from qgalore_compile.training.llama import PRESETS
 
 pytestmark = pytest.mark.triton
 

@@ -1,0 +1,10 @@
+"""Programs and products on CPUs.
+
+====================  =================================================================================================
+file                  what it does
+====================  =================================================================================================
+printer.py            program → C++; ``philox.inc`` holds the random bits, ``dynamic8.inc`` the dynamic 8-bit map
+launch.py             compiles, caches and launches what was printed
+gemm.py               runs a product in blocks around the library's GEMM
+====================  =================================================================================================
+"""

@@ -1,0 +1,20 @@
+"""The optimizer: the specification in plain PyTorch, its parameter groups, its state.
+
+====================  =================================================================================================
+file                  what it does
+====================  =================================================================================================
+adamw.py              ``QGaLoreAdamW``: the specification, to be read in one sitting
+groups.py             group keys, their defaults and checks; ``param_groups``
+hyper_parameters.py   a group whose numbers are checked when they are set, and read by a step as tensors
+placement.py          where state is and what it holds, asked before each step
+hooks.py              hooks of optimizers, as PyTorch runs them
+checkpoint.py         loading a state into the tensors that exist
+saved_state.py        whether a state's values can be true
+no_gradient.py        the error of a traced step without any gradient
+====================  =================================================================================================
+"""
+
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.groups import param_groups
+
+__all__ = ["QGaLoreAdamW", "param_groups"]
