@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.ir.gemm import Operand, parsed
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.decode_first import decoded_program, decodes_first, value_of
 from qgalore_compile.passes.context import Context, PassRecord
@@ -96,7 +96,7 @@ def _decoded(graph: fx.Graph, operand: Operand, tensors: list[fx.Node]) -> fx.No
     prologue = operand.prologue
     if prologue is None:
         return tensors[0]
-    dtype, device = MEMORY_DTYPES[value_of(prologue)], value(tensors[0]).device
+    dtype, device = MEMORY[value_of(prologue)].dtype, value(tensors[0]).device
     size = [prologue.space.rows, prologue.space.columns]
     out = make(graph, aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
     _, (result,) = functionalized(graph, ops.run_program, str(prologue), [out], tensors)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.kernels.cpp import launch as cpu
-from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, parsed
+from qgalore_compile.kernels.ir.memory import MEMORY
 
 PRODUCT_BYTES = 1 << 21
 """A block of the product at most: it has to stay in the second-level caches until the epilogue has read it."""
@@ -42,7 +42,7 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
     assert kernel is not None
     left_tensors, right_tensors, own = program.share(written, read)
     epilogue = kernel.arguments(own, numbers)
-    space, dtype = program.epilogue.space, MEMORY_DTYPES[program.epilogue.buffer(program.product).memory]
+    space, dtype = program.epilogue.space, MEMORY[program.epilogue.buffer(program.product).memory].dtype
     left = _Source(program.left, left_kernel, left_tensors, 0)
     right = _Source(program.right, right_kernel, right_tensors, 1)
     most = PRODUCT_BYTES // dtype.itemsize
@@ -91,7 +91,7 @@ class _Whole:
         assert operand.prologue is not None
         self.space, self.transposed = operand.prologue.space, operand.transposed
         self.plain_transposed = plain.transposed
-        self.dtype = MEMORY_DTYPES[operand.prologue.buffer(VALUE).memory]
+        self.dtype = MEMORY[operand.prologue.buffer(VALUE).memory].dtype
         self.bytes = self.space.rows * self.space.columns * self.dtype.itemsize
         self.first = 0 if decoded == 0 else 1  # of the operand's tensors among those that are read
         self.last = self.first + operand.tensors()
@@ -167,7 +167,7 @@ class _Source:
             self.dtype = self.whole.dtype
             return
         self.decode = kernel.arguments(operand.named(tensors), ())
-        self.dtype = MEMORY_DTYPES[self.prologue.buffer(VALUE).memory]
+        self.dtype = MEMORY[self.prologue.buffer(VALUE).memory].dtype
         rows, columns, width = self.prologue.space
         self.by_columns = (kept == 1) != operand.transposed  # of the value as it is stored
         self.inner = rows if self.by_columns else columns

@@ -19,13 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import DYNAMIC8, REDUCTIONS, TYPES, BlockProgram, Instruction, number_of
 
-_TYPES = {"f32": "float", "f64": "double", "i32": "int32_t", "i64": "int64_t", "bool": "bool"}
-_MEMORY = {
-    "f32": "float", "f64": "double", "bf16": "uint16_t", "f16": "c10::Half", "u4": "uint8_t", "u8": "uint8_t",
-    "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "bool": "bool",
-}  # fmt: skip
+_TYPES = {kind: MEMORY[kind].cpp for kind in TYPES}
 
 _SPELLING = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
@@ -186,7 +183,7 @@ class _Printer:
             "                    int64_t row_0, int64_t row_1, int64_t group_0, int64_t group_1) {"
         )
         for position, buffer in enumerate(self.program.buffers):
-            kind = _MEMORY[buffer.memory]
+            kind = MEMORY[buffer.memory].cpp
             const = "const " if buffer.access == "in" else ""
             yield f"    {const}{kind}* at_{buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
             if buffer.extent == "element":
@@ -402,7 +399,7 @@ class _Printer:
         """A value as memory holds it."""
         if memory == "bf16":
             return f"static_cast<uint16_t>(bits_of(v{value}) >> 16)" if value in self.exact else f"store_bf16(v{value})"
-        return f"v{value}" if memory in TYPES else f"static_cast<{_MEMORY[memory]}>(v{value})"
+        return f"v{value}" if memory in TYPES else f"static_cast<{MEMORY[memory].cpp}>(v{value})"
 
     def _load(self, each: Instruction) -> str:
         name = each.names[0]

@@ -3,6 +3,7 @@
 ====================  =================================================================================================
 file                  what it does
 ====================  =================================================================================================
+memory.py             what memory may hold, a line each, for every language
 program.py            ``BlockProgram``: what a region does to the groups of a matrix's rows; text in and out
 gemm.py               ``GemmProgram``: a product with prologues and an epilogue
 evaluate.py           runs a program with PyTorch operations: the oracle of every printer

@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.kernels.ir.dynamic8 import expanded
-from qgalore_compile.kernels.ir.program import MEMORY, REDUCTIONS, BlockProgram, Buffer, Instruction, Space, number_of
+from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.kernels.ir.program import REDUCTIONS, TYPES, BlockProgram, Buffer, Instruction, Space, number_of
 from qgalore_compile.rng import random_bits
 
-_DTYPES = {
-    "f32": torch.float32, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
-}  # fmt: skip
-MEMORY_DTYPES = {
-    "f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16, "u4": torch.uint8,
-    "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool,
-}  # fmt: skip
+_DTYPES = {kind: MEMORY[kind].dtype for kind in TYPES}
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "shl": torch.bitwise_left_shift,
@@ -99,7 +94,7 @@ def _load(buffer: Buffer, tensor: Tensor, space: Space) -> Tensor:
         "scalar": (), "row": (space.rows, 1), "column": (1, space.columns), "group": (space.rows, space.groups),
         "element": (space.rows, space.columns),
     }  # fmt: skip
-    return tensor.reshape(shapes[buffer.extent]).to(_DTYPES[MEMORY[buffer.memory]])
+    return tensor.reshape(shapes[buffer.extent]).to(_DTYPES[MEMORY[buffer.memory].widened])
 
 
 def _spread(value: Tensor, extent: str, to: str, space: Space) -> Tensor:

@@ -29,13 +29,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from qgalore_compile.kernels.ir.memory import MEMORY
+
 EXTENTS = ("scalar", "row", "column", "group", "element")
 TYPES = ("f32", "f64", "i32", "i64", "bool")
-MEMORY = {
-    "f32": "f32", "bf16": "f32", "f16": "f32", "f64": "f64",
-    "u4": "i32", "u8": "i32", "i8": "i32", "i16": "i32", "i32": "i32", "i64": "i64", "bool": "bool",
-}  # fmt: skip
-"""Type of the value that a load from memory of a format has."""
 
 
 class Space(NamedTuple):
@@ -187,7 +184,7 @@ class BlockProgram:
             raise ProgramError(f"only groups and elements are stored, but {buffer} is one for each {target.extent}")
         if target.memory == "u4":
             raise ProgramError(f"{buffer} holds u4, which is read only; store u8 codes")
-        if MEMORY[target.memory] != source.type:
+        if MEMORY[target.memory].widened != source.type:
             raise ProgramError(f"%{value} is {source.type}, but {buffer} holds {target.memory}; cast it first")
         if join((target.extent, source.extent)) != target.extent:
             raise ProgramError(f"%{value} is one for each {source.extent}, {buffer} one for each {target.extent}")
@@ -210,7 +207,7 @@ class BlockProgram:
             buffer = self.buffer(names[0])
             if buffer.access == "out":
                 raise ProgramError(f"buffer {buffer.name} is written only; make it 'inout'")
-            return MEMORY[buffer.memory], buffer.extent
+            return MEMORY[buffer.memory].widened, buffer.extent
         if operation == "constant":
             return _type_of_constant(names[0]), "scalar"
         if operation == "lookup":
@@ -297,11 +294,11 @@ class BlockProgram:
 
     def bytes_of(self, buffer: Buffer) -> int:
         """Size of a buffer."""
-        bits = {"f32": 32, "f64": 64, "bf16": 16, "f16": 16, "i16": 16, "i32": 32, "i64": 64}.get(buffer.memory, 8)
         rows, columns, _ = self.space
         places = {"scalar": 1, "row": rows, "column": columns, "group": rows * self.space.groups}
-        if buffer.memory == "u4":
-            return rows * -(-columns // 2)
+        bits = MEMORY[buffer.memory].bits
+        if bits < 8:  # of the elements of a row, which ends with a byte
+            return rows * -(-columns * bits // 8)
         return places.get(buffer.extent, rows * columns) * bits // 8
 
     # -- text -------------------------------------------------------------------------------------------------------

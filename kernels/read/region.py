@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
-from qgalore_compile.kernels.ir.program import MEMORY, BlockProgram, Space
+from qgalore_compile.kernels.ir.memory import OF_DTYPE
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.read.fx_values import dtype, shape
 
 qgalore = torch.ops.qgalore
@@ -90,10 +91,6 @@ def candidates(nodes: Sequence[fx.Node], domain: Sequence[int]) -> list[Space]:
     return list(dict.fromkeys([*found, *plain]))
 
 
-_MEMORY = {
-    torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16", torch.uint8: "u8",
-    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool",
-}  # fmt: skip
 NARROW = {torch.uint8, torch.int8, torch.int16}
 """Integers whose arithmetic wraps around below 32 bits."""
 
@@ -101,12 +98,12 @@ NARROW = {torch.uint8, torch.int8, torch.int16}
 def memory_of(node: fx.Node) -> str:
     """The format of a node's tensor in memory, as a program names it; RefusedError where it has no name."""
     type_of(dtype(node), node)
-    return _MEMORY[dtype(node)]
+    return OF_DTYPE[dtype(node)].name
 
 
 def type_of(kind: torch.dtype, node: fx.Node) -> str:
     """The type that a program computes in for a dtype; RefusedError, naming the node, where there is none.  In float64
     only what is one number is computed: bias corrections, not matrices."""
-    if kind not in _MEMORY or (kind == torch.float64 and shape(node)):
+    if kind not in OF_DTYPE or (kind == torch.float64 and shape(node)):
         raise RefusedError(Refusal.DTYPE, node)
-    return MEMORY[_MEMORY[kind]]
+    return OF_DTYPE[kind].widened

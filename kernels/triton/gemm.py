@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram
-from qgalore_compile.kernels.triton.printer import POINTER, Body, Tile, module, power_of_two, signature
+from qgalore_compile.kernels.triton.printer import Body, Tile, module, power_of_two, signature
 
 
 class Matrix(NamedTuple):
@@ -75,7 +76,7 @@ class Product(NamedTuple):
 
     def signature(self) -> dict[str, str]:
         """The kernel's arguments in order and Triton's types of them."""
-        program, pointer, found = self.program, f"*{POINTER[self.memory]}", dict[str, str]()
+        program, pointer, found = self.program, f"*{MEMORY[self.memory].pointer}", dict[str, str]()
         for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
             found |= {name: pointer} if operand.prologue is None else signature(operand.prologue, prefix, VALUE)
         found |= signature(program.epilogue, "e_", program.product) if program.epilogue else {"product": pointer}
@@ -110,7 +111,7 @@ class _Kernel:
     def __init__(self, product: Product, tiling: Tiling) -> None:
         self.product, self.program, self.tiling = product, product.program, tiling
         self.k = product.sizes[2]
-        self.kind = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}[product.memory]
+        self.kind = MEMORY[product.memory].triton
 
     def lines(self, name: str) -> Iterator[str]:
         tiling = self.tiling

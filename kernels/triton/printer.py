@@ -30,20 +30,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.dynamic8 import expanded
-from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
+from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.kernels.ir.program import REDUCTIONS, TYPES, BlockProgram, Buffer, Instruction, number_of
 
-POINTER = {
-    "f32": "fp32", "f64": "fp64", "bf16": "bf16", "f16": "fp16", "u4": "u8", "u8": "u8", "i8": "i8", "i16": "i16",
-    "i32": "i32", "i64": "i64", "bool": "i1",
-}  # fmt: skip
-"""Triton's name for what a buffer's pointer points to."""
-
-_TYPES = {
-    "f32": "tl.float32", "f64": "tl.float64", "i32": "tl.int32", "i64": "tl.int64", "bool": "tl.int1",
-}  # fmt: skip
-_MEMORY = {
-    **_TYPES, "bf16": "tl.bfloat16", "f16": "tl.float16", "u8": "tl.uint8", "i8": "tl.int8", "i16": "tl.int16",
-}  # fmt: skip
+_TYPES = {kind: MEMORY[kind].triton for kind in TYPES}
 
 _SPELLING = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "{0} * -1",
@@ -191,7 +181,7 @@ class Body:
             value, changes = self._changed(buffer, value)
             stored = self._spread(value, buffer.extent)
             if buffer.memory not in ("f32", "i32", "bool"):
-                stored = f"({stored}).to({_MEMORY[buffer.memory]})"
+                stored = f"({stored}).to({MEMORY[buffer.memory].triton})"
             mask = " & ".join(filter(None, [changes, self._mask(buffer.extent)]))
             yield f"tl.store({self._pointer(name)}, {stored}{mask and f', mask={mask}'})"
 
@@ -379,7 +369,9 @@ def params(program: BlockProgram, prefix: str = "") -> frozenset[str]:
 def signature(program: BlockProgram, prefix: str = "", leave: str = "") -> dict[str, str]:
     """A kernel's arguments in order and Triton's types of them: buffers without ``leave``, then numbers."""
     pointers = params(program, prefix)
-    buffers = {f"{prefix}{each.name}": f"*{POINTER[each.memory]}" for each in program.buffers if each.name != leave}
+    buffers = {
+        f"{prefix}{each.name}": f"*{MEMORY[each.memory].pointer}" for each in program.buffers if each.name != leave
+    }
     names = (f"{prefix}{name}" for name in program.numbers)
     return buffers | {name: "*i32" if name in pointers else "i64" for name in names}
 

@@ -28,6 +28,7 @@ from itertools import product as combinations
 from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.gemm import Operand
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.triton.gemm import Product, Tiling, layout_of
 from qgalore_compile.kernels.triton.printer import power_of_two
@@ -61,7 +62,6 @@ _LONG = {"div": 15, "random_bits": 30}
 _BARRIER = {1: 1650, 2: 1100, 3: 650, 4: 550}
 """Cycles."""
 _OVERLAP = 0.34
-_SIZES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
 
 
 class NoTilingError(ValueError):
@@ -177,7 +177,7 @@ def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
 
 def registers(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a thread's registers."""
-    size = _SIZES[product.memory]
+    size = MEMORY[product.memory].bytes
     own = tiling.m * tiling.n / (tiling.warps * target.warp_size)
     if product.exact:  # no tensor cores: a thread holds k of each operand
         return 24 + own * (3.3 if product.program.epilogue else 1) + 2 * math.sqrt(own) * tiling.k
@@ -218,7 +218,7 @@ def _warps(tiling: Tiling, target: Target) -> tuple[int, int]:
 def shared(product: Product, tiling: Tiling) -> float:
     """Estimate of a block's shared memory in bytes: operands of each stage as they are loaded, decoded ones once, and a
     tile that changes its layout."""
-    size = _SIZES[product.memory]
+    size = MEMORY[product.memory].bytes
     loaded = decoded = 0.0
     for side, operand, kept in zip((tiling.m, tiling.n), _operands(product), (0, 1), strict=True):
         loaded += tiling.k * side * element_bytes(product, operand, loaded=True)
@@ -236,7 +236,7 @@ def shared(product: Product, tiling: Tiling) -> float:
 def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a kernel's time."""
     k = -(-product.sizes[2] // tiling.k) * tiling.k
-    size = _SIZES[product.memory]
+    size = MEMORY[product.memory].bytes
     bytes_in = sum(k * side * element_bytes(product, operand, loaded=True)
                    for side, operand in zip((tiling.m, tiling.n), _operands(product), strict=True))  # fmt: skip
     products = max(
@@ -295,7 +295,7 @@ def element_bytes(product: Product, operand: Operand, *, loaded: bool = False) -
     """Bytes in memory of an operand's element, scales and offsets included; ``loaded``: those that a tile asks for,
     which of two nibbles in a byte is the byte for each."""
     if operand.prologue is None:
-        return _SIZES[product.memory]
+        return MEMORY[product.memory].bytes
     found = operand_bytes(product, operand, 0, 0) / math.prod(operand.prologue.space[:2])
     return found + 0.5 * (loaded and any(each.memory == "u4" for each in operand.prologue.buffers))
 
@@ -303,7 +303,7 @@ def element_bytes(product: Product, operand: Operand, *, loaded: bool = False) -
 def operand_bytes(product: Product, operand: Operand, rows: int, columns: int) -> float:
     """Bytes in memory of an operand; one that is decoded has a size of its own."""
     if operand.prologue is None:
-        return rows * columns * _SIZES[product.memory]
+        return rows * columns * MEMORY[product.memory].bytes
     return sum(operand.prologue.bytes_of(each) for each in operand.prologue.buffers if each.access == "in")
 
 
@@ -311,7 +311,7 @@ def _epilogue_bytes(product: Product, tiling: Tiling) -> float:
     """Bytes that a tile's epilogue reads and writes."""
     epilogue = product.program.epilogue
     if epilogue is None:
-        return tiling.m * tiling.n * _SIZES[product.memory]
+        return tiling.m * tiling.n * MEMORY[product.memory].bytes
     own = epilogue.bytes() - epilogue.bytes_of(epilogue.buffer(product.program.product))
     return own * tiling.m * tiling.n / math.prod(epilogue.space[:2])
 

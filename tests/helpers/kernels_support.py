@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 from qgalore_compile.kernels.cpp import launch as cpu
-from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES, evaluate
+from qgalore_compile.kernels.ir.evaluate import evaluate
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
 
 Tensors = dict[str, Tensor]
@@ -70,7 +71,7 @@ def filled(made: BlockProgram, **given: Tensor) -> Tensors:
     """A tensor for each buffer: those that are given, the others random and of sizes around 1."""
     tensors = {}
     for buffer in made.buffers:
-        size, dtype = shape_of(buffer, made.space), MEMORY_DTYPES[buffer.memory]
+        size, dtype = shape_of(buffer, made.space), MEMORY[buffer.memory].dtype
         if buffer.name in given:
             tensors[buffer.name] = given[buffer.name].to(dtype).reshape(size).contiguous()
         elif dtype.is_floating_point:
@@ -125,7 +126,7 @@ def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
     found = tensors[0]
     if how.prologue is not None:
         names = [buffer.name for buffer in how.prologue.buffers if buffer.name != VALUE]
-        found = torch.empty(how.prologue.space[:2], dtype=MEMORY_DTYPES[how.prologue.buffer(VALUE).memory])
+        found = torch.empty(how.prologue.space[:2], dtype=MEMORY[how.prologue.buffer(VALUE).memory].dtype)
         Evaluated(str(how.prologue))({**dict(zip(names, tensors, strict=True)), VALUE: found}, ())
     return found.t() if how.transposed else found
 

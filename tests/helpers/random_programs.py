@@ -6,7 +6,8 @@ import random
 
 from kernels_support import load, program
 
-from qgalore_compile.kernels.ir.program import MEMORY, BlockProgram, Space, join
+from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.kernels.ir.program import BlockProgram, Space, join
 
 STEPS = 25
 _INPUTS = (
@@ -137,7 +138,7 @@ class _Maker:
     def store(self) -> None:
         instructions, chance = self.made.instructions, self.chance
         for buffer in self.made.written():
-            wanted = MEMORY[buffer.memory]
+            wanted = MEMORY[buffer.memory].widened
             # what is inexact rounds to a neighbour in narrow formats
             pool = self.values + (self.inexact if buffer.memory == "f32" else [])
             fitting = [value for value in pool if instructions[value].type == wanted

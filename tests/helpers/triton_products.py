@@ -7,8 +7,8 @@ from kernels_support import evaluated, load, program
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.triton.gemm import Matrix, Product
 
@@ -58,7 +58,7 @@ class Side:
         self.matrix = None
         made = None
         if how == "plain":
-            value = torch.randint(-4, 5, size).to(MEMORY_DTYPES[memory])
+            value = torch.randint(-4, 5, size).to(MEMORY[memory].dtype)
             self.guarded = [Guarded(value, pitch)]
             self.matrix = Matrix(memory, self.guarded[0].tensor.stride())  # type: ignore[arg-type]
         else:
@@ -68,7 +68,7 @@ class Side:
             scale = 2.0 ** torch.randint(-1, 2, (size[0], made.space.groups))
             tensors = {
                 "codes": formats.pack_int4(codes) if how == "int4" else codes, "scale": scale,
-                "offset": -scale * (top // 2), VALUE: torch.empty(size, dtype=MEMORY_DTYPES[memory]),
+                "offset": -scale * (top // 2), VALUE: torch.empty(size, dtype=MEMORY[memory].dtype),
             }  # fmt: skip
             value = evaluated(made, tensors)[VALUE]
             self.guarded = [Guarded(tensors[name]) for name in ("codes", "scale", "offset")]

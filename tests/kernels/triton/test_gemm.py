@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels.ir.evaluate import MEMORY_DTYPES
 from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling, needs_groups, print_gemm
@@ -66,7 +66,7 @@ def ran(
     product = Product(gemm, left.matrix, right.matrix, sizes, memory, precision)
     outputs = {name: Guarded(tensor) for name, tensor in (own or {}).items()}
     if epilogue is None:
-        outputs["product"] = Guarded(torch.zeros(m, n, dtype=MEMORY_DTYPES[memory]))
+        outputs["product"] = Guarded(torch.zeros(m, n, dtype=MEMORY[memory].dtype))
     read = [*left.guarded, *right.guarded]
     tensors, values, written = triton_kernels.bind(
         gemm,
@@ -138,7 +138,7 @@ def test_a_product_is_rounded_once_to_its_own_type(how: str, memory: str) -> Non
     left = Side(M, K, memory=memory)
     right = Side(K, N, how, width=8, memory=memory)
     found = ran(left, right, memory=memory)["product"]
-    assert found.dtype == MEMORY_DTYPES[memory]
+    assert found.dtype == MEMORY[memory].dtype
     assert torch.equal(found, (left.value @ right.value).to(found.dtype))
 
 
@@ -224,7 +224,7 @@ def test_an_epilogue_that_asks_for_no_group_takes_any_tile(width: int, unknown: 
     made = plain_step(Space(M, N, width))
     assert not needs_groups(made)
     left, right = Side(M, K), Side(K, N)
-    own = {buffer.name: torch.randn(shape_of(buffer, made.space)).to(MEMORY_DTYPES[buffer.memory])
+    own = {buffer.name: torch.randn(shape_of(buffer, made.space)).to(MEMORY[buffer.memory].dtype)
            for buffer in made.buffers if buffer.name != "product"}  # fmt: skip
     expected = evaluated(made, {**own, "product": (left.value @ right.value).float()})
     for tiling in (TILING, Tiling(32, 16, 32, 4, 2)):
