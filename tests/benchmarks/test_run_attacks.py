@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import killed_at
 from rich.console import Console
 
 from qgalore_compile.training.pretrain import pretrain
@@ -33,29 +33,7 @@ def test_no_damage_is_loaded_and_no_model_changes(corruptions: Any, attacks: Any
     assert {*corruptions.CORRUPTIONS, corruptions.OTHERS} <= found.keys()
 
 
-def killed_at(place: int, name: str, config: Any) -> bool:
-    """Whether a child that runs `config` came to its `place`-th call of ``os.<name>``, where SIGKILL ends it."""
-    child = os.fork()
-    if child == 0:
-        whole, calls = getattr(os, name), 0
-
-        def counted(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == place:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(*arguments)
-
-        try:
-            setattr(os, name, counted)
-            pretrain(config, console=Console(file=io.StringIO()))
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", ["replace", pytest.param("fsync", marks=pytest.mark.more)])
 def test_a_kill_wherever_a_file_is_replaced_loses_no_line(attacks: Any, tmp_path: Path, name: str) -> None:
     """Of metrics, checkpoints and results, in a run of four steps that was resumed after two."""
