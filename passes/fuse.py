@@ -119,6 +119,7 @@ class _Sandwich:
     def fuse(self) -> list[fx.Node]:
         """Replace the update by calls; nothing has changed where it raises."""
         layer = self.layer
+        self._refuse_own_statistics()
         before = set(layer.between)
         between = [node for node in self.region if node in before]
         behind = [node for node in self.region if node not in before and node is not layer.up]
@@ -151,6 +152,15 @@ class _Sandwich:
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
+
+    def _refuse_own_statistics(self) -> None:
+        """A statistic of what the call would write (m / ‖m‖) cannot be its input as well."""
+        kept, whole = set(self.region), set(self.layer.region)
+        results = {stored for stored, _ in self.targets} | {through_transposes(self.inner)[0]}
+        for node in self.region:
+            for source in node.all_input_nodes:
+                if source in whole - kept and results & {source, *behind([source], whole.__contains__)} & kept:
+                    raise _refused(source)
 
 
 def _without_statistics(region: list[fx.Node]) -> list[fx.Node]:

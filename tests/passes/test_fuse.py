@@ -181,6 +181,16 @@ def test_a_layer_whose_rows_share_a_statistic_stays(monkeypatch: pytest.MonkeyPa
     assert reason.startswith("a reduction over more or less than one group (at sum_1: aten.sum.dim_IntList)")
 
 
+def test_a_statistic_of_what_the_update_writes_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        momentum = 0.9 * t["m"] + low
+        return momentum / (momentum.abs().amax() + 1e-3), {"m": momentum}
+
+    monkeypatch.setitem(RULES, "normed", normed)
+    reason, _ = skipped(galore(Layer(rule="normed")))
+    assert reason.startswith("an operation that generated kernels do not know (at a")
+
+
 def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "unknown", unknown_rule)
     built = galore(Layer("a", rule="unknown"), Layer("b"))

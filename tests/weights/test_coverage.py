@@ -51,6 +51,7 @@ LITTLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8, bias=False).requires_grad_(False),
                               nn.LayerNorm(8)),
         {}, r"0 weights, 0 % of the trainable.*2 targets are frozen"),
+    "all frozen": (lambda: wide().requires_grad_(False), {}, r"targets are frozen.*no parameter .* is trainable"),
     "rank": (wide, {"rank": 16}, r"rank 16 reaches the smaller side of 0\.weight, 1\.weight"),
     "targets": (lambda: wide(head=4), {"targets": "2.0"}, r"not projected are 0\.weight \(32, 16\), 1\.weight"),
     "parametrised": (parametrised, {}, r"0 is not projected: its weight is parametrised, computed from parametri"),
@@ -65,6 +66,12 @@ def test_less_than_half_projected_is_a_warning_with_the_reason(name: str) -> Non
     with pytest.warns(qg.CoverageWarning, match=f"projected: .*{words}") as caught:
         qg.param_groups(make(), **{"rank": 4, **keys})
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("rank", [None, "4", 0.5])
+def test_what_is_no_rank_is_refused_by_the_optimizer_in_words(rank: Any) -> None:
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got"):
+        qg.QGaLoreAdamW(qg.param_groups(wide(), rank=rank))
 
 
 def test_a_model_that_is_mostly_projected_says_so_in_a_line_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
