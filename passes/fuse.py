@@ -38,6 +38,7 @@ from qgalore_compile.passes.launch import (
     matrix_spaces,
     no_lowering,
     operand,
+    refuse_own_results,
     refuse_without_tile,
     through_transposes,
 )
@@ -119,7 +120,6 @@ class _Sandwich:
     def fuse(self) -> list[fx.Node]:
         """Replace the update by calls; nothing has changed where it raises."""
         layer = self.layer
-        self._refuse_own_statistics()
         before = set(layer.between)
         between = [node for node in self.region if node in before]
         behind = [node for node in self.region if node not in before and node is not layer.up]
@@ -132,6 +132,9 @@ class _Sandwich:
         epilogue = from_graph(
             behind, [output for output in outputs if output.node not in before], matrix_spaces(behind, layer.up)
         )
+        for region in (low, epilogue):
+            if region is not None:
+                refuse_own_results(region)
         product = next((name for name, node in epilogue.buffers.items() if node is layer.up), None)
         if product is None:
             raise _refused(layer.up)
@@ -152,15 +155,6 @@ class _Sandwich:
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
-
-    def _refuse_own_statistics(self) -> None:
-        """A statistic of what the call would write (m / ‖m‖) cannot be its input as well."""
-        kept, whole = set(self.region), set(self.layer.region)
-        results = {stored for stored, _ in self.targets} | {through_transposes(self.inner)[0]}
-        for node in self.region:
-            for source in node.all_input_nodes:
-                if source in whole - kept and results & {source, *behind([source], whole.__contains__)} & kept:
-                    raise _refused(source)
 
 
 def _without_statistics(region: list[fx.Node]) -> list[fx.Node]:
@@ -224,6 +218,7 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
                 raise refused from error
             region = smaller
             continue
+        refuse_own_results(found)
         refuse_without_tile(found.program, [], parameter)
         launch(graph, found, region)
         erase(graph, region)

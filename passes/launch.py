@@ -19,6 +19,7 @@ from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRANSPOSES,
     aten,
+    behind,
     erase_dead,
     first_version,
     is_anchor,
@@ -51,6 +52,16 @@ def refuse_without_tile(program: BlockProgram | GemmProgram, reads: Sequence[fx.
     fakes = [value(each) for each in reads]
     if not triton_kernels.has_tile(program, fakes, triton_kernels.target_of(device), triton_kernels.precision()):
         raise RefusedError(Refusal.TILE, node)
+
+
+def refuse_own_results(region: Region) -> None:
+    """Raise :class:`RefusedError` where a region reads what follows from what it writes (m / ‖m‖, the norm left outside
+    of it): its call would have to come both before that and behind."""
+    results = {output.node for output in region.outputs}
+    first = min(results)
+    for read in region.buffers.values():
+        if not results.isdisjoint(behind([read], lambda node: not node < first)):
+            raise RefusedError(Refusal.OPERATION, read)
 
 
 def through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:

@@ -12,8 +12,9 @@ from graphs import after, results, targets, traced
 from kernels_support import evaluated_kernels
 from passes_support import RULES, Built, Layer, galore
 from support import assert_within_contract
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+import qgalore_compile as qg
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.ir.gemm import GemmProgram
@@ -189,6 +190,24 @@ def test_a_statistic_of_what_the_update_writes_leaves_the_layer(monkeypatch: pyt
     monkeypatch.setitem(RULES, "normed", normed)
     reason, _ = skipped(galore(Layer(rule="normed")))
     assert reason.startswith("an operation that generated kernels do not know (at a")
+
+
+def test_a_write_back_may_read_a_statistic_of_the_new_moment() -> None:
+    layer, low = nn.Linear(24, 16, bias=False), torch.zeros(16, 4)
+    projector = torch.linalg.qr(torch.randn(24, 4))[0].T.contiguous()
+
+    def step(x: Tensor) -> Tensor:
+        loss = layer(x).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            momentum = 0.9 * low + layer.weight.grad @ projector.T
+            low.copy_(momentum)
+            layer.weight.copy_(layer.weight - 0.01 * momentum.norm() * (momentum @ projector))
+        layer.weight.grad = None
+        return loss.detach()
+
+    (found,) = qg.explain(step, torch.randn(32, 24)).layers
+    assert found["update_function"] == "generated, 2 kernels"
 
 
 def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPatch) -> None:
