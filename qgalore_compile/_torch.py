@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch._dynamo.output_graph import OutputGraph
     from torch._dynamo.source import (
         AttrSource,
+        DictSubclassGetItemSource,
         GradSource,
         is_from_optimizer_source,
         is_from_unspecialized_nn_module_source,
@@ -76,6 +77,7 @@ LATE = {
     "get_eval_frame_isolate_recompiles_id": "torch._C._dynamo.eval_frame:get_eval_frame_isolate_recompiles_id",
     "unimplemented": "torch._dynamo.exc:unimplemented",
     "AttrSource": "torch._dynamo.source:AttrSource",
+    "DictSubclassGetItemSource": "torch._dynamo.source:DictSubclassGetItemSource",
     "GradSource": "torch._dynamo.source:GradSource",
     "is_from_optimizer_source": "torch._dynamo.source:is_from_optimizer_source",
     "is_from_unspecialized_nn_module_source": "torch._dynamo.source:is_from_unspecialized_nn_module_source",

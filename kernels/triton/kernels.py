@@ -21,7 +21,7 @@ from torch import Tensor
 from qgalore_compile._torch import PyCodeCache
 from qgalore_compile.kernels.ir.dynamic8 import expanded
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, named, parsed
-from qgalore_compile.kernels.ir.memory import OF_DTYPE
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.triton import looked_at
 from qgalore_compile.kernels.triton.decode_first import decodes_first
@@ -36,6 +36,9 @@ compiles a user's kernel with.  Set explicitly wherever it can be, since the def
 
 LOOK = True
 """Whether a GPU's kernels are compiled and looked at before their tiles are taken: False for one that is not there."""
+
+FORMATS = {MEMORY[name].dtype: name for name in ("f32", "bf16", "f16")}
+"""Of the matrices of a product; there are no others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +225,7 @@ def matrix(tensor: Tensor) -> Matrix | None:
     rows, columns = tensor.stride()
     if not isinstance(rows, int) or not isinstance(columns, int):
         return None
-    return Matrix(OF_DTYPE[tensor.dtype].name, (rows, columns))
+    return Matrix(FORMATS[tensor.dtype], (rows, columns))
 
 
 def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Target, precision: str) -> tuple[
@@ -247,7 +250,7 @@ def product_of(
         for operand, tensors in ((program.left, left), (program.right, right))
     )
     memory = next(
-        OF_DTYPE[tensors[0].dtype].name if operand.prologue is None else operand.prologue.buffer(VALUE).memory
+        FORMATS[tensors[0].dtype] if operand.prologue is None else operand.prologue.buffer(VALUE).memory
         for operand, tensors in ((program.left, left), (program.right, right))
     )
     if target.name == "sm_100" and precision == "ieee" and memory == "f32":

@@ -20,7 +20,7 @@ def detach(gm: fx.GraphModule) -> None:
     """Detach such outputs of Dynamo's graph, in place.
 
     Autograd is asked itself, on the fake tensors that Dynamo has traced with, whose version counters begin at zero.  It
-    is asked only where the graph writes one of its leaves: a backward on fake tensors takes a millisecond a layer.
+    is asked only where the graph writes one of its leaves, for it runs the whole backward on them.
     """
     leaves = [example for node in gm.graph.find_nodes(op="placeholder") if _requires_grad(example := _example(node))]
     if not any(leaf._version for leaf in leaves):

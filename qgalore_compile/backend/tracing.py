@@ -43,6 +43,7 @@ from qgalore_compile._torch import (
     AttrSource,
     BaseListVariable,
     ConstantVariable,
+    DictSubclassGetItemSource,
     GradModeVariable,
     GradSource,
     InstructionTranslator,
@@ -257,9 +258,8 @@ def _constant(original: Callable[..., bool], value: Any, source: Any) -> bool:
 
 
 def _is_in_a_group(source: Any) -> bool:
-    holder = getattr(source, "base", None)
-    return holder is not None and isinstance(
-        InstructionTranslator.current_tx().output.resolve_source_value(holder), Group
+    return isinstance(source, DictSubclassGetItemSource) and isinstance(
+        InstructionTranslator.current_tx().output.resolve_source_value(source.base), Group
     )
 
 

@@ -89,7 +89,8 @@ _quantize_dynamic8_op = define(
 
 def dequantize_dynamic8(codes: Tensor, absmax: Tensor, signed: bool, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Float tensor of the shape of ``codes``: map entry times the block's absmax, computed in float32."""
-    return _dequantize_dynamic8_op(codes, absmax, signed).to(dtype)  # type: ignore[no-any-return]
+    values: Tensor = _dequantize_dynamic8_op(codes, absmax, signed)
+    return values.to(dtype)
 
 
 def _dequantize_dynamic8(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

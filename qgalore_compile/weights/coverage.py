@@ -38,7 +38,8 @@ def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # what is no rank is the optimizer's to refuse, in words
-    low = [p for p in projected if not isinstance(rank, int) or rank < min(p.shape)]
+    whole = {id(p) for p in projected if isinstance(rank, int) and rank >= min(p.shape)}
+    low = [p for p in projected if id(p) not in whole]
     line = f"projected: {_amount(low, trainable.values())} of the trainable elements, rank {rank}"
     logger.info("%s; %s", int8_line(model), line)
     total, taken = (sum(p.numel() for p in each) for each in (trainable.values(), low))
@@ -46,8 +47,7 @@ def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons
         reasons = [*reasons, "no parameter of the model is trainable"]
     elif 2 * taken >= total:
         return
-    full = [name for name, p in trainable.items() if any(p is each for each in projected)
-            and isinstance(rank, int) and rank >= min(p.shape)]  # fmt: skip
+    full = [name for name, p in trainable.items() if id(p) in whole]
     if full:
         reasons = [*reasons, f"rank {rank} reaches the smaller side of {_some(full)}, where projecting spares nothing"]
     ids = {id(p) for p in projected}
