@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -337,14 +338,15 @@ def projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype:
 
 def refresh_rule(group: Mapping[str, Any]) -> Rule:
     """When the group's parameters are refreshed."""
-    gap, gamma = group["update_proj_gap"], group["gamma_proj"]
+    gap, max_gap = group["update_proj_gap"], group["max_gap"]
+    rule = partial(Rule, gamma=group["gamma_proj"], min_gap=gap)
     if group["similarity"] == "official":
-        return Rule(True, group["cos_threshold"], gamma, group["max_gap"], gap, None, None)
-    threshold, max_gap = group["similarity_threshold"], group["max_gap"] or 16 * gap
+        return rule(official=True, threshold=group["cos_threshold"], max_gap=max_gap)
+    threshold, shrink = group["similarity_threshold"], group["shrink_threshold"]
+    rule = partial(rule, official=False, threshold=threshold, max_gap=max_gap or 16 * gap)
     if group["trigger"] == "energy":
-        return Rule(False, threshold, gamma, max_gap, gap, None, group["energy_threshold"])
-    shrink = group["shrink_threshold"]
-    return Rule(False, threshold, gamma, max_gap, gap, threshold / 2 if shrink is None else shrink, None)
+        return rule(energy=group["energy_threshold"])
+    return rule(shrink=threshold / 2 if shrink is None else shrink)
 
 
 def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor], betas: Tensor) -> Moments | None:

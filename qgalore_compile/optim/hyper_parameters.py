@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qgalore_compile.optim import groups
 from qgalore_compile.subspace.moments import least_root
+from qgalore_compile.subspace.scheduler import Rule
 
 FIXED = (
     "rank", "proj_type", "quant", "quant_n_bit", "quant_group_size", "queue_size", "moments", "similarity", "stagger",
@@ -34,7 +35,8 @@ class Numbers(NamedTuple):
         least_root: κ of :mod:`qgalore_compile.subspace.moments`.
         eps, scale, weight_decay: as the keys.
         betas: float64 (2,).
-        rule: float64 (7,), a ``Rule``; of a group that is not projected, zeros.
+        rule: float64, a ``Rule`` (:meth:`~qgalore_compile.subspace.scheduler.Rule.to_tensor`); of a group that is not
+            projected, zeros.
     """
 
     beta1: Tensor
@@ -55,7 +57,7 @@ class Numbers(NamedTuple):
         """Of no group yet."""
         number = partial(torch.zeros, (), dtype=torch.float32, device="cpu")
         wide = partial(torch.zeros, dtype=torch.float64, device="cpu")
-        return cls._make([*(number() for _ in cls._fields[:-2]), wide((2,)), wide((7,))])
+        return cls._make([*(number() for _ in cls._fields[:-2]), wide((2,)), wide((len(Rule._fields),))])
 
     def write_(self, group: Mapping[str, Any]) -> None:
         """Write what a checked group says, in place."""

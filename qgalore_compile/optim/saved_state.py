@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.optim import groups
-from qgalore_compile.subspace.scheduler import EXACT, FIXED
+from qgalore_compile.subspace.scheduler import EXACT, FIXED, LEAST, Schedule
 
 REMEDY = "it is damaged, or was changed by hand: load one that is whole"
 
@@ -96,18 +96,16 @@ def _schedule(tensor: Tensor) -> str | None:
     counts = numbers[:EXACT]
     if not all(math.isfinite(count) and count.is_integer() for count in counts):
         return f"counts {_shown(counts)}, which must be whole numbers"
-    clock, next_, gap, last, refreshes, slot, checks, failures = counts
-    least = {"clock": (clock, 0), "next": (next_, 0), "gap": (gap, 1), "last": (last, -1), "refreshes": (refreshes, 0),
-             "slot": (slot, -1), "checks": (checks, 0), "failures": (failures, 0)}  # fmt: skip
-    for name, (value, low) in least.items():
-        if not low <= value < 2**53:
-            return f"has {name} {value:g}, which must be at least {low}"
-    if last > clock or refreshes > clock + 1 or checks > clock + 1:
-        return f"tells of turns after its clock: clock {clock:g}, last {last:g}, refreshes {refreshes:g}"
-    if next_ - clock > _FARTHEST:
-        return f"has its next turn at {next_:g}, at clock {clock:g}: it would never come"
-    if (refreshes == 0) != (last == -1):
-        return f"has refreshes {refreshes:g} and the last of them at {last:g}"
+    for (name, least), count in zip(LEAST.items(), counts, strict=True):
+        if not least <= count < 2**53:
+            return f"has {name} {count:g}, which must be at least {least}"
+    now = Schedule.from_tensor(tensor)
+    if now.last > now.clock or max(now.refreshes, now.checks) > now.clock + 1:
+        return f"tells of turns after its clock: clock {now.clock}, last {now.last}, refreshes {now.refreshes}"
+    if now.next - now.clock > _FARTHEST:
+        return f"has its next turn at {now.next}, at clock {now.clock}: it would never come"
+    if (now.refreshes == 0) != (now.last == -1):
+        return f"has refreshes {now.refreshes} and the last of them at {now.last}"
     if any(math.isinf(value) for value in numbers[EXACT:]):
         return "holds an infinite energy or similarity"
     if any(energy < 0 for energy in numbers[EXACT:FIXED]):

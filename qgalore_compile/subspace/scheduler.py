@@ -50,16 +50,11 @@ energy     is, where a threshold is given, what decides at a turn, once in min_g
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-
-EXACT = 8
-"""Elements before ``energy``: integers, which two runs of the same step have in common, whatever rounds them."""
-FIXED = EXACT + 2
-"""Elements before the queue."""
 
 
 class Rule(NamedTuple):
@@ -85,31 +80,36 @@ class Rule(NamedTuple):
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Rule:
-        """Of the float64 tensor (7,), the attributes in order, NaN for None."""
-        official, threshold, gamma, max_gap, min_gap, shrink, energy = tensor.tolist()
-        return cls(
-            bool(official), threshold, gamma, None if math.isnan(max_gap) else int(max_gap), int(min_gap),
-            None if math.isnan(shrink) else shrink, None if math.isnan(energy) else energy,
-        )  # fmt: skip
+        """Of the float64 tensor (fields,), the attributes in order, NaN for None."""
+        numbers = zip(_KINDS, tensor.tolist(), strict=True)
+        return cls._make(None if math.isnan(number) else kind(number) for kind, number in numbers)
 
     def to_tensor(self) -> Tensor:
-        """float64 tensor (7,) on the CPU: a refresh op reads it, so that a number that is set compiles nothing anew."""
+        """float64 (fields,) on the CPU: a refresh op reads it, so that a number that is set compiles nothing anew."""
         numbers = [math.nan if number is None else float(number) for number in self]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
+_KINDS = tuple((get_args(hint) or (hint,))[0] for hint in get_type_hints(Rule).values())
+"""The type of each field of ``Rule``, that of ``int | None`` being int."""
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """A parameter's schedule as Python numbers; the module's docstring describes the fields."""
+    """A parameter's schedule as Python numbers; the module's docstring describes the fields.
 
-    clock: int
-    next: int
-    gap: int
-    last: int
-    refreshes: int
-    slot: int
-    checks: int
-    failures: int
+    Its tensor holds them in this order: counts, each annotated with the least that it can be, where it begins;
+    energies; the queue.
+    """
+
+    clock: Annotated[int, 0]
+    next: Annotated[int, 0]
+    gap: Annotated[int, 1]
+    last: Annotated[int, -1]
+    refreshes: Annotated[int, 0]
+    slot: Annotated[int, -1]
+    checks: Annotated[int, 0]
+    failures: Annotated[int, 0]
     energy: float
     reference: float
     queue: tuple[float, ...]
@@ -117,23 +117,21 @@ class Schedule:
     @classmethod
     def first(cls, gap: int, queue_size: int, slot: int = -1) -> Schedule:
         """Before the first step."""
-        return cls(0, 0, gap, -1, 0, slot, 0, 0, math.nan, math.nan, (math.nan,) * queue_size)
+        numbers: dict[str, Any] = {**LEAST, "gap": gap, "slot": slot, **dict.fromkeys(ENERGIES, math.nan)}
+        return cls(**numbers, queue=(math.nan,) * queue_size)
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> Schedule:
         """Read the float64 tensor (FIXED + queue_size,)."""
-        numbers = tensor.tolist()
-        clock, next_, gap, last, refreshes, slot, checks, failures = map(int, numbers[:EXACT])
-        energy, reference = numbers[EXACT:FIXED]
-        queue = tuple(numbers[FIXED:])
-        return cls(clock, next_, gap, last, refreshes, slot, checks, failures, energy, reference, queue)
+        numbers: list[float] = tensor.tolist()
+        counts: dict[str, Any] = dict(zip(LEAST, map(int, numbers), strict=False))
+        energies: dict[str, Any] = dict(zip(ENERGIES, numbers[EXACT:], strict=False))
+        return cls(**counts, **energies, queue=tuple(numbers[FIXED:]))
 
     def to_tensor(self) -> Tensor:
         """float64 tensor (FIXED + queue_size,) on the CPU."""
-        counts = (
-            self.clock, self.next, self.gap, self.last, self.refreshes, self.slot, self.checks, self.failures,
-        )  # fmt: skip
-        return torch.tensor([*counts, self.energy, self.reference, *self.queue], dtype=torch.float64, device="cpu")
+        numbers = [getattr(self, name) for name in (*LEAST, *ENERGIES)]
+        return torch.tensor([*numbers, *self.queue], dtype=torch.float64, device="cpu")
 
     @property
     def similarities(self) -> tuple[float, ...]:
@@ -214,10 +212,24 @@ class Schedule:
         return replace(self, clock=self.clock + 1)
 
 
+LEAST: dict[str, int] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Schedule, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+"""The counts, by name in the order of the tensor, and what each is at least."""
+ENERGIES = tuple(name for name, hint in get_type_hints(Schedule).items() if hint is float)
+EXACT = len(LEAST)
+"""Elements before ``energy``: integers, which two runs of the same step have in common, whatever rounds them."""
+FIXED = EXACT + len(ENERGIES)
+"""Elements before the queue."""
+_CLOCK, _NEXT = (list(LEAST).index(name) for name in ("clock", "next"))
+
+
 def is_due(schedule: Tensor) -> bool:
     """``Schedule.from_tensor(schedule).due``, at a fifth of its time."""
     numbers = schedule.numpy()
-    return bool(numbers[0] >= numbers[1])
+    return bool(numbers[_CLOCK] >= numbers[_NEXT])
 
 
 def ticked_unless_due(schedule: Tensor) -> bool:
@@ -227,9 +239,9 @@ def ticked_unless_due(schedule: Tensor) -> bool:
     indexing takes 7 and reading and writing all of it took 21.
     """
     numbers = schedule.numpy()
-    if numbers[0] >= numbers[1]:
+    if numbers[_CLOCK] >= numbers[_NEXT]:
         return False
-    numbers[0] += 1
+    numbers[_CLOCK] += 1
     return True
 
 
@@ -272,20 +284,15 @@ class ScheduleRecord:
 
 def record_of(now: Schedule, name: str, shape: tuple[int, ...], side: str, rank: int, seconds: float) -> ScheduleRecord:
     """What there is to tell of a schedule."""
-    return ScheduleRecord(
-        name=name,
-        shape=shape,
-        side=side,
-        rank=rank,
-        gap=now.gap,
-        last=now.last,
-        next=max(now.clock, now.next),
-        refreshes=now.refreshes,
-        similarities=now.similarities,
-        slot=now.slot if now.slot >= 0 else None,
-        checks=now.checks,
-        failures=now.failures,
-        energy=None if math.isnan(now.energy) else now.energy,
-        reference=None if math.isnan(now.reference) else now.reference,
-        seconds=seconds,
-    )
+    same: dict[str, Any] = {each.name: getattr(now, each.name) for each in fields(now) if each.name in _RECORDED}
+    measured = {each: None if math.isnan(value := getattr(now, each)) else value for each in ENERGIES}
+    own: dict[str, Any] = {
+        "next": max(now.clock, now.next),
+        "slot": now.slot if now.slot >= 0 else None,
+        "similarities": now.similarities,
+        **measured,
+    }
+    return ScheduleRecord(**{**same, **own}, name=name, shape=shape, side=side, rank=rank, seconds=seconds)
+
+
+_RECORDED = {each.name for each in fields(ScheduleRecord)}
