@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import qgalore_compile as qg
-from qgalore_compile.optim.groups import PROJECTION_DEFAULTS
+from qgalore_compile.optim.settings import defaults
 from qgalore_compile.training.llama import LlamaConfig, Preset, find_preset
 
 FACTOR = 2.0
@@ -119,6 +119,7 @@ class Case:
     seeds: int = 2
 
 
+PROJECTION_DEFAULTS = defaults(projected=True)
 # Ours while its parts were changed one at a time: defaults have followed from that, and may again.
 BASE = {"refresh": "svd", "power_iterations": 2}
 # What the published optimizers do, whatever this project's defaults are.

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.formats import rounding
-from qgalore_compile.optim import checkpoint, groups, hooks
+from qgalore_compile.optim import checkpoint, groups, hooks, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
 from qgalore_compile.optim.placement import check_placement
+from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.rng import random_bits
 from qgalore_compile.subspace import moments
 from qgalore_compile.subspace.projection import project, project_back, side_of
@@ -57,7 +58,7 @@ class QGaLoreAdamW(Optimizer):
 
     Args:
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
-            its other keys are GaLore's and this project's (``groups.PROJECTION_DEFAULTS``).  Weights may be float32,
+            its other keys are GaLore's and this project's (``optim/settings.py``).  Weights may be float32,
             bfloat16, float16 or ``Int8Weight``, all on one device; a group's ``rounding``, "stochastic" or "nearest",
             is that of ``Int8Weight``, bfloat16 and float16.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
@@ -96,23 +97,24 @@ class QGaLoreAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: float | Tensor = KEYS["lr"].default,
+        betas: tuple[float, float] = KEYS["betas"].default,
+        eps: float = KEYS["eps"].default,
+        weight_decay: float = KEYS["weight_decay"].default,
         *,
-        moments: str = "8bit",
+        moments: str = KEYS["moments"].default,
         max_grad_norm: float | None = None,
         nonfinite: str = "skip_step",
-        seed: int = 0,
+        seed: int = KEYS["seed"].default,
     ) -> None:
         if nonfinite not in ("skip_step", "skip_parameter"):
             raise ValueError(f"nonfinite must be 'skip_step' or 'skip_parameter', got {nonfinite!r}")
         self.max_grad_norm, self.nonfinite = max_grad_norm, nonfinite
+        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments, seed=seed)
+        defaults = {**settings.defaults(projected=False), **given}
         # betas are no entry of ``defaults``: schedulers that cycle momentum look there, write floats into the group
         # each step and would recompile each time; so they refuse this optimizer with a message about cycle_momentum
-        self._betas = betas
-        defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, moments=moments, rounding="stochastic", seed=seed)
+        self._betas = defaults.pop("betas")
         trace_groups()
         super().__init__(params, defaults)
 
@@ -141,7 +143,7 @@ class QGaLoreAdamW(Optimizer):
             self.state[parameter] = state
 
     def _complete(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"betas": self._betas, **(groups.PROJECTION_DEFAULTS if "rank" in group else {}), **group}
+        return {"betas": self._betas, **(settings.defaults(projected=True) if "rank" in group else {}), **group}
 
     def _group(self, group: dict[str, Any], position: int) -> Group:
         """A group whose parameters are known, checked."""

@@ -1,58 +1,23 @@
-"""Parameter groups: GaLore's keys, their defaults and their checks, what they mean, and ``param_groups``."""
+"""Parameter groups: ``param_groups``, what a group may hold, and what a checked one means."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile.rng import SEEDS
-from qgalore_compile.subspace.finder import METHODS
-from qgalore_compile.subspace.moments import ON_REFRESH, stored_moments
+from qgalore_compile.optim import settings
+from qgalore_compile.optim.settings import KEYS
+from qgalore_compile.subspace.moments import stored_moments
 from qgalore_compile.subspace.moments import zeros as zero_moments
 from qgalore_compile.subspace.projection import projector_shape, side_of
-from qgalore_compile.subspace.refresh import SIMILARITIES, TRIGGERS, Moments, ProjectorFormat
+from qgalore_compile.subspace.refresh import Moments, ProjectorFormat
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 from qgalore_compile.weights.coverage import tell_projected
 from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_layers, select_linears
-
-PROJECTION_DEFAULTS: dict[str, Any] = {
-    # GaLore's and Q-GaLore's own names
-    "update_proj_gap": 200,
-    "scale": 0.25,
-    "proj_type": "std",
-    "quant": True,
-    "quant_n_bit": 4,
-    "quant_group_size": 256,
-    "cos_threshold": 0.4,
-    "gamma_proj": 2,
-    "queue_size": 5,
-    # this project's
-    "refresh": "randomized",
-    "power_iterations": 1,
-    "moments_on_refresh": "keep",
-    "similarity": "subspace",
-    "similarity_threshold": 0.4,
-    "max_gap": None,
-    "shrink_threshold": None,
-    "stagger": True,
-    "trigger": "similarity",
-    "energy_threshold": 0.8,
-}
-"""Keys of a projected group beside ``rank``.  ``power_iterations`` belongs to the range finder, with which "power"
-starts too; ``cos_threshold`` to similarity "official"; ``similarity_threshold``, ``shrink_threshold`` (None: half of
-the former), ``stagger`` and ``trigger`` to "subspace"; ``energy_threshold`` to trigger "energy".  ``max_gap`` None: no
-cap for "official", 16 × update_proj_gap else.
-
-``update_proj_gap`` set between steps acts on what follows: a higher one is the least gap from the next refresh on; a
-lower one is what gaps shrink to, and where ``max_gap`` is None the cap falls with it.  A gap that stands is what the
-parameter's own similarities have earned, so it stays; ``group.update(update_proj_gap=50, max_gap=50)`` makes it 50 from
-the next refresh on.  The turn that stands comes when it was to come."""
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
@@ -63,10 +28,9 @@ _DTYPES_ALLOWED = (
     "Int8Weight; convert the model, e.g. model.to(torch.float32), before the optimizer is built, or leave it out"
 )
 
-ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "moments", "rounding")
 SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 """What ``torch.optim``'s schedulers write into a group for themselves."""
-_OTHER_KEYS = ("params", "param_names", *SCHEDULERS_KEYS, "seed")
+_OTHER_KEYS = ("params", "param_names", *SCHEDULERS_KEYS)
 
 
 def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
@@ -109,7 +73,7 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
                        "with requires_grad_(True) before param_groups, and not as the base of adapters")  # fmt: skip
     if others := other_layers(model):
         reasons.append(others)
-    common = {key: value for key, value in keys.items() if key in ADAM_KEYS}
+    common = {key: value for key, value in keys.items() if not KEYS[key].projected and key != "seed"}
     projected: dict[str, Any] = {"params": [], "param_names": [], "rank": rank, **keys}
     plain: dict[str, Any] = {"params": [], "param_names": [], **common}
     undecayed: dict[str, Any] = {"params": [], "param_names": [], **common, "weight_decay": 0.0}
@@ -156,11 +120,12 @@ def check_gradients(group: dict[str, Any], position: int) -> None:
 
 def check_keys(group: dict[str, Any], where: str) -> None:
     """Raise ValueError for a key that no group knows, or that means nothing without ``rank``."""
-    known = [*_OTHER_KEYS, *ADAM_KEYS, "rank", *PROJECTION_DEFAULTS]
     for key in group:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; known keys: {', '.join(known[len(_OTHER_KEYS) :])}")
-        if key in PROJECTION_DEFAULTS and "rank" not in group:
+        if key in _OTHER_KEYS:
+            continue
+        if key not in KEYS:
+            raise ValueError(f"{where}: unknown key {key!r}; known keys: {', '.join(KEYS)}")
+        if KEYS[key].projected and "rank" not in group:
             raise ValueError(
                 f"{where}: {key!r} has a meaning only in a projected group; give it a rank, or drop {key!r}"
             )
@@ -170,7 +135,7 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     """Raise ValueError for a value of Adam's keys out of its range, or a parameter that cannot be trained."""
     if len(names) != len(group["params"]):
         raise ValueError(f"{where}: {len(names)} param_names for {len(group['params'])} parameters; give one each")
-    _check_adam_values(group, where)
+    settings.check_values(group, where, projected=False)
     for name, parameter in zip(names, group["params"], strict=True):
         if why := foreign(parameter):
             raise ValueError(f"{where}: {name}: {why}")
@@ -182,29 +147,9 @@ def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
 
 def check_values(group: dict[str, Any], where: str) -> None:
     """Raise ValueError for a value that cannot be; of parameters nothing is asked."""
-    _check_adam_values(group, where)
+    settings.check_values(group, where, projected=False)
     if "rank" in group:
-        _check_projection_values(group, where)
-
-
-def _check_adam_values(group: dict[str, Any], where: str) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{where}: lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    pair = group["betas"]
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_number, pair)):
-        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {group['betas']!r}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"{where}: both betas must be in [0, 1), got {group['betas']}")
-    for key in ("lr", "eps", "weight_decay"):
-        if not _is_number(group[key]) and not (key == "lr" and isinstance(group[key], Tensor)):
-            raise ValueError(f"{where}: {key} must be a number, got {group[key]!r}")
-        if not 0 <= float(group[key]) < math.inf:
-            raise ValueError(f"{where}: {key} must not be negative, NaN or infinite, got {float(group[key])}")
-    if not _is_int(group["seed"]) or group["seed"] not in SEEDS:
-        raise ValueError(f"{where}: seed must be an integer that fits into 64 bits, got {group['seed']!r}")
-    _one_of(group, "moments", ("8bit", "32bit"), where)
-    _one_of(group, "rounding", ("stochastic", "nearest"), where)
+        settings.check_values(group, where, projected=True)
 
 
 def check_device(group: dict[str, Any], names: Sequence[str], where: str, device: torch.device) -> None:
@@ -221,7 +166,7 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
     """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
     shapes = [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)]
     where = f"{where} ({', '.join(shapes[:3])}{', …' if len(shapes) > 3 else ''})"
-    _check_projection_values(group, where)
+    settings.check_values(group, where, projected=True)
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.dim() != 2:
             raise ValueError(
@@ -232,69 +177,12 @@ def check_projection(group: dict[str, Any], names: Sequence[str], where: str) ->
             raise ValueError(f"{where}: {name} of shape {tuple(parameter.shape)} is empty; leave it out")
 
 
-def _check_projection_values(group: dict[str, Any], where: str) -> None:
-    if not _is_int(group["rank"]) or group["rank"] < 1:
-        raise ValueError(f"{where}: rank must be an integer of at least 1, got {group['rank']!r}")
-    if group["proj_type"] != "std":
-        raise ValueError(
-            f"{where}: proj_type {group['proj_type']!r} is not supported; use 'std', which projects the smaller side"
-        )
-    for key in ("update_proj_gap", "quant_group_size", "queue_size", "power_iterations"):
-        if not _is_int(group[key]) or group[key] < 1:
-            raise ValueError(f"{where}: {key} must be an integer of at least 1, got {group[key]!r}")
-    if group["max_gap"] is not None and (not _is_int(group["max_gap"]) or group["max_gap"] < group["update_proj_gap"]):
-        raise ValueError(
-            f"{where}: max_gap must be None or an integer of at least update_proj_gap={group['update_proj_gap']}, "
-            f"got {group['max_gap']!r}"
-        )
-    for key, least in (("scale", -math.inf), ("gamma_proj", 1), ("cos_threshold", -math.inf),
-                       ("similarity_threshold", -math.inf), ("shrink_threshold", -math.inf),
-                       ("energy_threshold", 0)):  # fmt: skip
-        value = group[key]
-        if key == "shrink_threshold" and value is None:
-            continue
-        if not isinstance(value, (int, float)) or not least <= value < math.inf:
-            bound = "" if least == -math.inf else f" of at least {least}"
-            raise ValueError(f"{where}: {key} must be a finite number{bound}, got {value!r}")
-    if group["shrink_threshold"] is not None and group["shrink_threshold"] > group["similarity_threshold"]:
-        raise ValueError(
-            f"{where}: shrink_threshold must not be above similarity_threshold={group['similarity_threshold']!r}, or "
-            f"one similarity asked for a longer gap and a shorter one, got {group['shrink_threshold']!r}"
-        )
-    if not isinstance(group["stagger"], bool):
-        raise ValueError(f"{where}: stagger must be True or False, got {group['stagger']!r}")
-    if not _is_int(group["quant_n_bit"]):
-        raise ValueError(f"{where}: quant_n_bit must be one of 4, 8, got {group['quant_n_bit']!r}")
-    _one_of(group, "quant_n_bit", (4, 8), where)
-    _one_of(group, "refresh", METHODS, where)
-    _one_of(group, "similarity", SIMILARITIES, where)
-    _one_of(group, "moments_on_refresh", ON_REFRESH, where)
-    _one_of(group, "trigger", TRIGGERS, where)
-    if group["trigger"] == "energy" and group["similarity"] == "official":
-        raise ValueError(
-            f"{where}: trigger 'energy' is no part of the published rule, similarity 'official'; use 'subspace'"
-        )
-
-
 def check_max_grad_norm(value: Any) -> None:
     """Raise ValueError for what is no norm to clip to; a float32 that is 0 would stop the training."""
     if value is None:
         return
-    if not _is_number(value) or not torch.tensor(float(value), dtype=torch.float32, device="cpu") > 0:
+    if not settings.is_number(value) or not torch.tensor(float(value), dtype=torch.float32, device="cpu") > 0:
         raise ValueError(f"max_grad_norm must be None or a number above 0 in float32, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _one_of(group: dict[str, Any], key: str, allowed: Sequence[object], where: str) -> None:
-    if group[key] not in allowed:
-        raise ValueError(f"{where}: {key} must be one of {', '.join(map(repr, allowed))}, got {group[key]!r}")
 
 
 # -- what a checked group means -------------------------------------------------------------------------------------

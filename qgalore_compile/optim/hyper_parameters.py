@@ -17,13 +17,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import groups
+from qgalore_compile.optim import groups, settings
 from qgalore_compile.subspace.moments import least_root
 from qgalore_compile.subspace.scheduler import Rule
 
-FIXED = (
-    "rank", "proj_type", "quant", "quant_n_bit", "quant_group_size", "queue_size", "moments", "similarity", "stagger",
-)  # fmt: skip
+FIXED = settings.fixed()
 """Keys that the layout of state, or the slots in its schedules, follow from."""
 
 

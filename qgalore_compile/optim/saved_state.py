@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import groups
+from qgalore_compile.optim import groups, settings
+from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.subspace.scheduler import EXACT, FIXED, LEAST, Schedule
 
 REMEDY = "it is damaged, or was changed by hand: load one that is whole"
 
-_LAYOUT = ("quant", "quant_n_bit", "quant_group_size", "queue_size", "moments")
+_LAYOUT = settings.fixed("state", "schedule")
 """Keys that say how state is stored: a saved one that differs would be read as something else."""
 
-_NUMBERS = ("lr", "eps", "weight_decay", "initial_lr")
 _FARTHEST = 2**31
 """Calls from now to a turn; a later one never comes."""
 
@@ -30,12 +30,12 @@ def check_group(own: dict[str, Any], saved: dict[str, Any], position: int) -> No
     """Raise ValueError unless ``saved``, a group of a state dict, may take the place of ``own``."""
     names = groups.names_of(own, position)
     where = f"saved parameter group {position}"
-    for key in _NUMBERS:
-        if key in saved and not _is_number(saved[key]):
-            raise ValueError(f"{where}: {key} must be a number, got {saved[key]!r}; {REMEDY}")
-    betas = saved.get("betas", (0.0, 0.0))
-    if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
-        raise ValueError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}; {REMEDY}")
+    for name, key in KEYS.items():
+        problem = key.problem(saved[name]) if name in saved else None
+        if problem is not None:
+            raise ValueError(f"{where}: {name} {problem}; {REMEDY}")
+    if "initial_lr" in saved and not _is_number(saved["initial_lr"]):
+        raise ValueError(f"{where}: initial_lr must be a number, got {saved['initial_lr']!r}; {REMEDY}")
     order, saved_order = own.get("param_names"), saved.get("param_names")
     if order is not None and saved_order is not None and order != saved_order and set(order) == set(saved_order):
         raise ValueError(
@@ -48,11 +48,11 @@ def check_group(own: dict[str, Any], saved: dict[str, Any], position: int) -> No
     groups.check_adam(merged, names, where)
     if "rank" in own:
         groups.check_projection(merged, names, where)
-    for key in _LAYOUT:
-        if merged.get(key) != own.get(key):
-            what = "schedule" if key == "queue_size" else "state"
+    for name in _LAYOUT:
+        here, there = own.get(name), merged.get(name)
+        if there != here:
             raise ValueError(
-                f"{names[0]}: the saved {what} has {key}={merged.get(key)!r}, this optimizer's {own.get(key)!r}; "
+                f"{names[0]}: the saved {KEYS[name].fixed} has {name}={there!r}, this optimizer's {here!r}; "
                 "build it with the settings of the saved one"
             )
     for name, parameter in zip(names, own["params"], strict=True):
