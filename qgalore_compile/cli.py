@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+from qgalore_compile.training.config import TrainConfig, settings
+from qgalore_compile.training.setting import Setting
 
 USER_ERROR = 2
 BUG, CANNOT_WRITE = 70, 74  # sysexits' EX_SOFTWARE and EX_IOERR
@@ -124,143 +128,33 @@ def _print_what_the_encoding_has() -> None:
             stream.reconfigure(errors="replace")
 
 
-MODEL, STEP, OUTPUT = "Model and data", "Training step", "Run and output"
+def _parameter(name: str, setting: Setting) -> inspect.Parameter:
+    """Of a function that Typer makes a command of; None is an option that was not given."""
+    kind: Any = Literal[setting.key.choices] if setting.key.choices else setting.key.type
+    flag = setting.key.type is bool and "/" not in setting.switch
+    shown = typer.Option(*filter(None, [setting.switch]), help=setting.help, rich_help_panel=setting.panel)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if flag else None,
+        annotation=Annotated[kind if flag else kind | None, shown],
+    )
+
+
+def _with_options(of: Mapping[str, Setting]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function of ``**options`` the signature that Typer reads."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [_parameter(name, setting) for name, setting in of.items()]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorated
 
 
 @app.command()
-def train(
-    preset: Annotated[
-        str | None, typer.Option(help="tiny, 35m, 60m, 130m, 350m, 1b or 7b. [default: tiny]", rich_help_panel=MODEL)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file or folder to train on. [default: the source of the Python standard library]",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens (bytes) of a sequence.", rich_help_panel=MODEL)] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch.", rich_help_panel=MODEL)] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(help="Micro-batches of a step. [default: 1]", rich_help_panel=MODEL)
-    ] = None,
-    tied: Annotated[
-        bool | None,
-        typer.Option("--tied/--untied", help="Share embedding and head. [default: untied]", rich_help_panel=MODEL),
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Rows of embedding and head, at least 256. [default: 256]", rich_help_panel=MODEL)
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Of weights and activations. [default: float32]", rich_help_panel=MODEL),
-    ] = None,
-    optimizer: Annotated[
-        Literal["qgalore", "galore", "adamw"] | None,
-        typer.Option(
-            help="qgalore: INT8 weights, INT4 projectors, 8-bit moments; galore: the same in float; adamw: full rank. "
-            "[default: qgalore]",
-            rich_help_panel=STEP,
-        ),
-    ] = None,
-    backend: Annotated[
-        Literal["qgalore", "inductor", "eager"] | None,
-        typer.Option(help="What compiles the step; eager compiles nothing. [default: qgalore]", rich_help_panel=STEP),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=STEP)] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the projection.", rich_help_panel=STEP)] = None,
-    update_proj_gap: Annotated[
-        int | None, typer.Option(help="Steps between two refreshes of a subspace, at first.", rich_help_panel=STEP)
-    ] = None,
-    scale: Annotated[
-        float | None, typer.Option(help="α, on the projected update. [default: 0.25]", rich_help_panel=STEP)
-    ] = None,
-    refresh: Annotated[
-        Literal["svd", "randomized", "power"] | None,
-        typer.Option(help="How a subspace is computed. [default: randomized]", rich_help_panel=STEP),
-    ] = None,
-    power_iterations: Annotated[
-        int | None, typer.Option(help="Of --refresh randomized. [default: 1]", rich_help_panel=STEP)
-    ] = None,
-    moments_on_refresh: Annotated[
-        Literal["keep", "reset", "rotate"] | None,
-        typer.Option(help="What becomes of the moments in a new subspace. [default: keep]", rich_help_panel=STEP),
-    ] = None,
-    similarity: Annotated[
-        Literal["subspace", "official"] | None,
-        typer.Option(help="How two subspaces are compared. [default: subspace]", rich_help_panel=STEP),
-    ] = None,
-    max_gap: Annotated[
-        int | None,
-        typer.Option(
-            help="Most steps between two refreshes. [default: 16 gaps; official: no limit]", rich_help_panel=STEP
-        ),
-    ] = None,
-    stagger: Annotated[
-        bool | None,
-        typer.Option(
-            "--stagger/--no-stagger",
-            help="Spread refreshes over steps, a cheap projector standing in at first. [default: stagger]",
-            rich_help_panel=STEP,
-        ),
-    ] = None,
-    trigger: Annotated[
-        Literal["similarity", "energy"] | None,
-        typer.Option(
-            help="What refreshes a subspace: a gap that similarities stretch, or a projector that catches too little "
-            "of the gradient. [default: similarity]",
-            rich_help_panel=STEP,
-        ),
-    ] = None,
-    energy_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="For --trigger energy: too little is below this part of what it caught at first. [default: 0.8]",
-            rich_help_panel=STEP,
-        ),
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Decoupled, not on norms. [default: 0]", rich_help_panel=STEP)
-    ] = None,
-    max_grad_norm: Annotated[
-        float | None, typer.Option(help="Clip to this global norm. [default: no clipping]", rich_help_panel=STEP)
-    ] = None,
-    nonfinite: Annotated[
-        Literal["skip_step", "skip_parameter"] | None,
-        typer.Option(
-            help="What a gradient that is not finite stops; skip_parameter takes less memory. [default: skip_step]",
-            rich_help_panel=STEP,
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.", rich_help_panel=OUTPUT)] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of checkpoint, metrics and curves. [default: runs/PRESET-OPTIMIZER-BACKEND]",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in --out.", rich_help_panel=OUTPUT)
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, batches and rounding. [default: 0]", rich_help_panel=OUTPUT)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: cpu]", rich_help_panel=OUTPUT)] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations. [default: 50]", rich_help_panel=OUTPUT)
-    ] = None,
-    eval_tokens: Annotated[
-        int | None, typer.Option(help="Bytes that an evaluation reads. [default: 32768]", rich_help_panel=OUTPUT)
-    ] = None,
-    log_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between lines, where output is no terminal. [default: 10]", rich_help_panel=OUTPUT),
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints. [default: 100]", rich_help_panel=OUTPUT)
-    ] = None,
-) -> None:
+@_with_options(settings())
+def train(**options: Any) -> None:
     """Train a LLaMA on bytes of text, and say whether it beats a bigram model.
 
     Options without a default here take it from the preset, which holds the values of the Q-GaLore paper.
@@ -269,17 +163,15 @@ def train(
     cannot do it, 70 a bug, 74 a full disk or other output that cannot be written. A run that is stopped is saved after
     the step in progress, to be continued with `--resume`: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 a broken pipe.
     """
-    options = dict(locals())  # first statement: exactly the parameters above, which are the fields of TrainConfig
     with user_errors():
         # Here, not at the top: Dynamo and matplotlib take seconds to import, and --help needs neither.
-        from qgalore_compile.training.config import TrainConfig
         from qgalore_compile.training.pretrain import pretrain, resumed_config
         from qgalore_compile.training.stopping import at_once, handled, ignore_broken_pipe
 
         _print_what_the_encoding_has()
         ignore_broken_pipe()
         with handled(at_once):
-            config = resumed_config(**options) if resume else TrainConfig.from_preset(**options)
+            config = resumed_config(**options) if options["resume"] else TrainConfig.from_preset(**options)
             status = pretrain(config).exit_status
         raise typer.Exit(status)
 
@@ -287,7 +179,7 @@ def train(
 @app.command(name="compile")
 def compile_(
     target: Annotated[str, typer.Option(help="GPU: sm_80, sm_89, sm_90, sm_100, sm_120 or gfx942.")],
-    preset: Annotated[str, typer.Option(help="tiny, 35m, 60m, 130m, 350m, 1b or 7b.")],
+    preset: Annotated[str, typer.Option(help=settings()["preset"].key.help)],
     out: Annotated[str, typer.Option(help="Folder for sources, PTX, machine code and kernels.csv.")],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")] = "bfloat16",
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products use tensor cores.")] = False,

@@ -65,8 +65,8 @@ class Numbers(NamedTuple):
         values += [least_root(group["betas"]), group["eps"], group.get("scale", 0.0), group["weight_decay"]]
         with torch.no_grad():
             for tensor, value in zip(self, values, strict=False):
-                tensor.fill_(value)
-            self.betas.copy_(torch.tensor(list(group["betas"]), dtype=torch.float64, device="cpu"))
+                tensor.fill_(float(value))
+            self.betas.copy_(torch.tensor([float(beta) for beta in group["betas"]], dtype=torch.float64, device="cpu"))
             if "rank" in group:
                 self.rule.copy_(groups.refresh_rule(group).to_tensor())
 

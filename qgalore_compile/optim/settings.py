@@ -181,7 +181,7 @@ _TABLE = (
         "8bit",
         choices=("8bit", "32bit"),
         fixed="state",
-        help="How m and √v are stored; what is not projected and has fewer than 4096 elements keeps 32 bits.",
+        help="How m and √v are stored; small parameters that are not projected keep 32 bits.",
     ),
     Key(
         "rounding",
@@ -207,7 +207,7 @@ _TABLE = (
         str,
         "std",
         check=_projection_type,
-        values="'std'",
+        values='"std"',
         fixed="shapes",
         help="Which side is projected: the smaller one.",
     ),

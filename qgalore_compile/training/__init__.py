@@ -6,6 +6,7 @@ file                  what it does
 pretrain.py           the loop: steps, evaluation, checkpoints, Ctrl-C
 run.py                model, optimizer and the compiled step of a run
 config.py             what a run is asked to be; presets
+setting.py            how a field of that is declared, checked, and shown as an option
 llama.py              a LLaMA in plain PyTorch
 data.py               bytes of a corpus
 telemetry.py          progress, metrics, curves

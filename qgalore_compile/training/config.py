@@ -7,17 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qgalore_compile.training.llama import LlamaConfig, find_preset
-
-TRIGGERS = ("similarity", "energy")
-NONFINITE = ("skip_step", "skip_parameter")
-OPTIMIZERS = ("qgalore", "galore", "adamw")
-BACKENDS = ("qgalore", "inductor", "eager")
-DTYPES = ("float32", "bfloat16")
-
-LARGEST = 2**31 - 1
-"""Of settings that are counts: batches count steps in 32 bits."""
-_FLOAT32 = (2.0**-149, (2 - 2.0**-23) * 2.0**127)  # the least number above 0, and the largest
+from qgalore_compile.optim.settings import KEYS, REQUIRED
+from qgalore_compile.training.llama import PRESETS, LlamaConfig, find_preset
+from qgalore_compile.training.setting import LARGEST, MODEL, OUTPUT, STEP, Setting, of_group, of_run, option
 
 # What a run may change when it goes on from a checkpoint; all else decides what the run computes. The data may have
 # moved: whether it is the same text, its fingerprint says.
@@ -26,66 +18,100 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-@dataclass(frozen=True)
+def _names_something(value: Any) -> str | None:
+    if str(value) and "\0" not in str(value):
+        return None
+    return f"{str(value)!r}: names no file or folder; leave it out for the default"
+
+
+def _holds_bytes(value: Any) -> str | None:
+    if value < 256:
+        return f"{value}: tokens are bytes, so it must be at least 256"
+    return f"{value}: must be at most {LARGEST}" if value > LARGEST else None
+
+
+def _seed(value: Any) -> str | None:
+    return None if 0 <= value < 2**63 else f"{value}: must be in 0 … 2**63 - 1"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. `TrainConfig.from_preset` fills in what the model's size decides.
 
-    Attributes:
-        preset: the model, by its name in `llama.PRESETS`.
-        steps, accumulate, batch, seq: optimizer steps; micro-batches of a step; sequences of one; tokens of a sequence.
-        lr: peak learning rate.
-        rank, update_proj_gap, scale, refresh, power_iterations, moments_on_refresh, similarity, max_gap, stagger,
-            trigger, energy_threshold: group keys of the projected weights; "adamw" ignores them.
-        optimizer: "qgalore" (INT8 weights, INT4 projectors, 8-bit moments), "galore" (the same in float) or "adamw"
-            (full rank).
-        backend: "qgalore" and "inductor" compile the training step, "eager" does not.
-        max_grad_norm: clip to this global norm; None for no clipping.
-        nonfinite: what a gradient that is not finite stops, "skip_step" or "skip_parameter"; "adamw" ignores it.
-        dtype: of weights and activations, "float32" or "bfloat16".
-        vocab_size: of embedding and head; bytes use the first 256.
-        data: text file or folder; None for the source of the Python standard library.
-        out: folder of checkpoint, metrics and curves.
-        resume: continue from the checkpoint in `out`.
-        device: "cpu", "cuda", …
-        seed: of weights, batches and stochastic rounding.
-        eval_every, log_every, checkpoint_every: in steps; log_every is for output that is not a terminal.
-        eval_tokens: bytes of the validation split that an evaluation reads, always the same ones.
+    Group keys are those of the projected weights (`qgalore_compile.optim.settings`), which "adamw" ignores, as it does
+    `nonfinite`. `max_grad_norm` and `data` may be None.
     """
 
-    preset: str
-    steps: int
-    batch: int
-    seq: int
-    lr: float
-    rank: int
-    update_proj_gap: int
-    scale: float = 0.25
-    refresh: str = "randomized"
-    power_iterations: int = 1
-    moments_on_refresh: str = "keep"
-    similarity: str = "subspace"
-    max_gap: int | None = None
-    stagger: bool = True
-    trigger: str = "similarity"
-    energy_threshold: float = 0.8
-    accumulate: int = 1
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    nonfinite: str = "skip_step"
-    optimizer: str = "qgalore"
-    backend: str = "qgalore"
-    dtype: str = "float32"
-    tied: bool = False
-    vocab_size: int = 256
-    data: str | None = None
-    out: str = "runs/default"
-    resume: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    eval_every: int = 50
-    eval_tokens: int = 32_768
-    log_every: int = 10
-    checkpoint_every: int = 100
+    preset: str = of_run(
+        MODEL, str, REQUIRED, f"{', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}.", otherwise="tiny"
+    )
+    data: str | None = of_run(
+        MODEL,
+        str,
+        None,
+        "Text file or folder to train on.",
+        unset="the source of the Python standard library",
+        check=_names_something,
+    )
+    seq: int = of_run(MODEL, int, REQUIRED, "Tokens (bytes) of a sequence.", least=1)
+    batch: int = of_run(MODEL, int, REQUIRED, "Sequences of a micro-batch.", least=1)
+    accumulate: int = of_run(MODEL, int, 1, "Micro-batches of a step.", least=1)
+    tied: bool = of_run(MODEL, bool, False, "Share embedding and head.", switch="--tied/--untied")
+    vocab_size: int = of_run(MODEL, int, 256, "Rows of embedding and head, at least 256.", check=_holds_bytes)
+    dtype: str = of_run(MODEL, str, "float32", "Of weights and activations.", choices=("float32", "bfloat16"))
+
+    optimizer: str = of_run(
+        STEP,
+        str,
+        "qgalore",
+        "qgalore: INT8 weights, INT4 projectors, 8-bit moments; galore: the same in float; adamw: full rank.",
+        choices=("qgalore", "galore", "adamw"),
+    )
+    backend: str = of_run(
+        STEP,
+        str,
+        "qgalore",
+        "What compiles the step; eager compiles nothing.",
+        choices=("qgalore", "inductor", "eager"),
+    )
+    lr: float = of_group("lr", default=REQUIRED, check=None, above=0, help="Peak learning rate.")
+    rank: int = of_group("rank")
+    update_proj_gap: int = of_group("update_proj_gap", default=REQUIRED)
+    scale: float = of_group("scale", above=0)
+    refresh: str = of_group("refresh")
+    power_iterations: int = of_group("power_iterations")
+    moments_on_refresh: str = of_group("moments_on_refresh")
+    similarity: str = of_group("similarity")
+    max_gap: int | None = of_group("max_gap")
+    stagger: bool = of_group("stagger")
+    trigger: str = of_group("trigger")
+    energy_threshold: float = of_group("energy_threshold")
+    weight_decay: float = of_group("weight_decay", check=None, least=0, help="Decoupled, not on norms.")
+    max_grad_norm: float | None = of_run(STEP, float, None, "Clip to this global norm.", unset="no clipping", above=0)
+    nonfinite: str = of_run(
+        STEP,
+        str,
+        "skip_step",
+        "What a gradient that is not finite stops; skip_parameter takes less memory.",
+        choices=("skip_step", "skip_parameter"),
+    )
+
+    steps: int = of_run(OUTPUT, int, REQUIRED, "Steps of the optimizer.", least=1)
+    out: str = of_run(
+        OUTPUT,
+        str,
+        "runs/default",
+        "Folder of checkpoint, metrics and curves.",
+        otherwise="runs/PRESET-OPTIMIZER-BACKEND",
+        check=_names_something,
+    )
+    resume: bool = of_run(OUTPUT, bool, False, "Continue from the checkpoint in --out.", switch="--resume")
+    seed: int = of_run(OUTPUT, int, 0, "Of weights, batches and rounding.", check=_seed)
+    device: str = of_run(OUTPUT, str, "cpu", "cpu, cuda, …")
+    eval_every: int = of_run(OUTPUT, int, 50, "Steps between evaluations.", least=1)
+    eval_tokens: int = of_run(OUTPUT, int, 32_768, "Bytes that an evaluation reads.", least=1)
+    log_every: int = of_run(OUTPUT, int, 10, "Steps between lines, where output is no terminal.", least=1)
+    checkpoint_every: int = of_run(OUTPUT, int, 100, "Steps between checkpoints.", least=1)
 
     @classmethod
     def from_preset(cls, preset: str | None = None, **options: Any) -> TrainConfig:
@@ -107,46 +133,20 @@ class TrainConfig:
             "update_proj_gap": known.update_proj_gap,
             "out": f"runs/{preset}-{optimizer}-{backend}",
         }
-        return cls(preset, **{**defaults, **given})
+        return cls(**{"preset": preset, **defaults, **given})
 
     def __post_init__(self) -> None:
         preset = find_preset(self.preset)
-        for name, allowed in (("optimizer", OPTIMIZERS), ("backend", BACKENDS), ("dtype", DTYPES),
-                              ("trigger", TRIGGERS), ("nonfinite", NONFINITE)):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{option(name)} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("data", "out"):
-            value = getattr(self, name)
-            if value is not None and (not str(value) or "\0" in str(value)):
-                raise ValueError(
-                    f"{option(name)} {str(value)!r}: names no file or folder; leave it out for the default"
-                )
-        for name in ("steps", "batch", "seq", "accumulate", "rank", "update_proj_gap", "power_iterations", "max_gap",
-                     "vocab_size", "eval_every", "eval_tokens", "log_every", "checkpoint_every"):  # fmt: skip
-            value = getattr(self, name)
-            if name == "max_gap" and value is None:
-                continue
-            if value < 1:
-                raise ValueError(f"{option(name)} {value}: must be at least 1")
-            if value > LARGEST:
-                raise ValueError(f"{option(name)} {value}: must be at most {LARGEST}")
-        for name in ("lr", "scale", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not _FLOAT32[0] <= value <= _FLOAT32[1]:
-                raise ValueError(f"{option(name)} {value}: must be a number above 0, in float32 too")
-        for name in ("weight_decay", "energy_threshold"):
-            if not 0 <= getattr(self, name) <= _FLOAT32[1]:
-                raise ValueError(f"{option(name)} {getattr(self, name)}: must be a number of at least 0")
+        for name, setting in settings().items():
+            problem = setting.problem(getattr(self, name))
+            if problem is not None:
+                raise ValueError(f"{option(name)} {problem}")
         if self.max_gap is not None and self.max_gap < self.update_proj_gap:
             raise ValueError(
                 f"--max-gap {self.max_gap}: must be at least --update-proj-gap, which is {self.update_proj_gap}"
             )
         if self.trigger == "energy" and self.similarity == "official":
             raise ValueError("--trigger energy is no part of the published rule, --similarity official; drop one")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed {self.seed}: must be in 0 … 2**63 - 1")
-        if self.vocab_size < 256:
-            raise ValueError(f"--vocab-size {self.vocab_size}: tokens are bytes, so it must be at least 256")
         if self.seq > preset.model.max_seq_len:
             raise ValueError(
                 f"--seq {self.seq}: the model of {self.preset!r} takes at most {preset.model.max_seq_len} tokens"
@@ -156,6 +156,11 @@ class TrainConfig:
     def model(self) -> LlamaConfig:
         """The shape of the model to train."""
         return dataclasses.replace(find_preset(self.preset).model, vocab_size=self.vocab_size, tied=self.tied)
+
+    @property
+    def projection(self) -> dict[str, Any]:
+        """The keys of the projected group that the run sets."""
+        return {name: getattr(self, name) for name in settings() if name in KEYS and KEYS[name].projected}
 
     @property
     def tokens_per_step(self) -> int:
@@ -183,6 +188,6 @@ class TrainConfig:
                 )
 
 
-def option(name: str) -> str:
-    """The command-line spelling of a field: `update_proj_gap` → `--update-proj-gap`."""
-    return "--" + name.replace("_", "-")
+def settings() -> dict[str, Setting]:
+    """Every field of `TrainConfig` by name, in the order of the help."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(TrainConfig)}

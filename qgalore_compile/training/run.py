@@ -68,17 +68,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
     quantised = config.optimizer == "qgalore"
     groups = param_groups(
         model,
-        rank=config.rank,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        refresh=config.refresh,
-        power_iterations=config.power_iterations,
-        moments_on_refresh=config.moments_on_refresh,
-        similarity=config.similarity,
-        max_gap=config.max_gap,
-        stagger=config.stagger,
-        trigger=config.trigger,
-        energy_threshold=config.energy_threshold,
+        **config.projection,
         quant=quantised,
         weight_decay=config.weight_decay,
     )
