@@ -5,7 +5,8 @@ file                  what it does
 ====================  =================================================================================================
 adamw.py              ``QGaLoreAdamW``: the specification, to be read in one sitting
 settings.py           every group key in one table: default, bounds, choices, help
-groups.py             ``param_groups``; what a group may hold, and what a checked one means
+checks.py             what a group may hold
+groups.py             ``param_groups``, and what a checked group means
 hyper_parameters.py   a group whose numbers are checked when they are set, and read by a step as tensors
 placement.py          where state is and what it holds, asked before each step
 hooks.py              hooks of optimizers, as PyTorch runs them

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.formats import rounding
-from qgalore_compile.optim import checkpoint, groups, hooks, settings
+from qgalore_compile.optim import checkpoint, checks, groups, hooks, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
 from qgalore_compile.optim.placement import check_placement
 from qgalore_compile.optim.settings import KEYS
@@ -128,7 +128,7 @@ class QGaLoreAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group, fill in the defaults and create the state of its parameters; a bad group changes nothing."""
         group, position = dict(param_group), len(self.param_groups)
-        groups.check_keys(group, f"parameter group {position}")
+        checks.check_keys(group, f"parameter group {position}")
         with checkpoint.undo_on_error(self.param_groups):
             super().add_param_group(group := self._complete(group))
             self.param_groups[position] = group = self._group(group, position)
@@ -148,11 +148,11 @@ class QGaLoreAdamW(Optimizer):
     def _group(self, group: dict[str, Any], position: int) -> Group:
         """A group whose parameters are known, checked."""
         where, names = f"parameter group {position}", groups.names_of(group, position)
-        groups.check_adam(group, names, where)
+        checks.check_adam(group, names, where)
         if "rank" in group:
-            groups.check_projection(group, names, where)
+            checks.check_projection(group, names, where)
         if self.state:
-            groups.check_device(group, names, where, self.last_grad_norm.device)
+            checks.check_device(group, names, where, self.last_grad_norm.device)
         return Group(group)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -160,7 +160,7 @@ class QGaLoreAdamW(Optimizer):
 
     def _adopt(self, group: dict[str, Any]) -> Group:
         """Of a plain dict in a list that is assigned to ``param_groups``."""
-        groups.check_keys(group, "param_groups")
+        checks.check_keys(group, "param_groups")
         if any(p not in self.state for p in group["params"]):
             raise ValueError("param_groups: a parameter has no state in this optimizer; use add_param_group")
         return self._group({**self.defaults, **self._complete(group)}, 0)

@@ -1,16 +1,15 @@
-"""Parameter groups: ``param_groups``, what a group may hold, and what a checked one means."""
+"""Parameter groups: ``param_groups``, and what a checked group means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile.optim import settings
-from qgalore_compile.optim.settings import KEYS
+from qgalore_compile.optim import checks, settings
 from qgalore_compile.subspace.moments import stored_moments
 from qgalore_compile.subspace.moments import zeros as zero_moments
 from qgalore_compile.subspace.projection import projector_shape, side_of
@@ -21,16 +20,6 @@ from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_la
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
-
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES_ALLOWED = (
-    "cannot be trained: updates are computed in float32, for parameters of float32, bfloat16, float16 and for "
-    "Int8Weight; convert the model, e.g. model.to(torch.float32), before the optimizer is built, or leave it out"
-)
-
-SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
-"""What ``torch.optim``'s schedulers write into a group for themselves."""
-_OTHER_KEYS = ("params", "param_names", *SCHEDULERS_KEYS)
 
 
 def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
@@ -56,24 +45,13 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         CoverageWarning: nothing, or less than half of the trainable elements, is projected to a rank below a weight's
             smaller side; the message says why.
     """
-    check_keys({"rank": rank, **keys}, "param_groups")
+    checks.check_keys({"rank": rank, **keys}, "param_groups")
     _check_model(model)
-    reasons = []
-    projected_ids = set()
-    frozen = []
-    for name, linear in select_linears(model, targets):
-        if why := obstacle(linear):
-            reasons.append(f"{name} is not projected: {why}")
-            continue
-        if not linear.weight.requires_grad:
-            frozen.append(f"{name}.weight")
-        projected_ids.add(id(linear.weight))
-    if frozen:
-        reasons.append(f"{len(frozen)} targets are frozen ({frozen[0]}{', …' if len(frozen) > 1 else ''}): they train "
-                       "with requires_grad_(True) before param_groups, and not as the base of adapters")  # fmt: skip
+    projected_ids, reasons = _projected(model, targets)
     if others := other_layers(model):
         reasons.append(others)
-    common = {key: value for key, value in keys.items() if not KEYS[key].projected and key != "seed"}
+    shared = settings.defaults(projected=False).keys() - {"seed"}
+    common = {key: value for key, value in keys.items() if key in shared}
     projected: dict[str, Any] = {"params": [], "param_names": [], "rank": rank, **keys}
     plain: dict[str, Any] = {"params": [], "param_names": [], **common}
     undecayed: dict[str, Any] = {"params": [], "param_names": [], **common, "weight_decay": 0.0}
@@ -90,6 +68,24 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         group["param_names"].append(name)
     tell_projected(model, projected["params"], rank, reasons)
     return [group for group in (projected, plain, undecayed) if group["params"]]
+
+
+def _projected(model: nn.Module, targets: Targets | None) -> tuple[set[int], list[str]]:
+    """Ids of the weights to project, and why others of ``targets`` are not or do not train."""
+    chosen, frozen, reasons = set(), [], []
+    for name, linear in select_linears(model, targets):
+        if why := obstacle(linear):
+            reasons.append(f"{name} is not projected: {why}")
+            continue
+        if not linear.weight.requires_grad:
+            frozen.append(f"{name}.weight")
+        chosen.add(id(linear.weight))
+    if frozen:
+        reasons.append(
+            f"{len(frozen)} targets are frozen ({frozen[0]}{', …' if len(frozen) > 1 else ''}): they train with "
+            "requires_grad_(True) before param_groups, and not as the base of adapters"
+        )
+    return chosen, reasons
 
 
 def _check_model(model: nn.Module) -> None:
@@ -116,73 +112,6 @@ def check_gradients(group: dict[str, Any], position: int) -> None:
                 f"{names_of(group, position)[index]} of shape {tuple(parameter.shape)} has a sparse gradient, which is "
                 "not supported; build its layer with sparse=False"
             )
-
-
-def check_keys(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a key that no group knows, or that means nothing without ``rank``."""
-    for key in group:
-        if key in _OTHER_KEYS:
-            continue
-        if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}; known keys: {', '.join(KEYS)}")
-        if KEYS[key].projected and "rank" not in group:
-            raise ValueError(
-                f"{where}: {key!r} has a meaning only in a projected group; give it a rank, or drop {key!r}"
-            )
-
-
-def check_adam(group: dict[str, Any], names: Sequence[str], where: str) -> None:
-    """Raise ValueError for a value of Adam's keys out of its range, or a parameter that cannot be trained."""
-    if len(names) != len(group["params"]):
-        raise ValueError(f"{where}: {len(names)} param_names for {len(group['params'])} parameters; give one each")
-    settings.check_values(group, where, projected=False)
-    for name, parameter in zip(names, group["params"], strict=True):
-        if why := foreign(parameter):
-            raise ValueError(f"{where}: {name}: {why}")
-        if parameter.dtype not in PARAMETER_DTYPES:
-            raise ValueError(f"{where}: {name} of dtype {parameter.dtype} {_DTYPES_ALLOWED}")
-    if names:
-        check_device(group, names, where, group["params"][0].device)
-
-
-def check_values(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a value that cannot be; of parameters nothing is asked."""
-    settings.check_values(group, where, projected=False)
-    if "rank" in group:
-        settings.check_values(group, where, projected=True)
-
-
-def check_device(group: dict[str, Any], names: Sequence[str], where: str, device: torch.device) -> None:
-    """Raise ValueError for a parameter on another device than ``device``, that of the optimizer's others."""
-    for name, parameter in zip(names, group["params"], strict=True):
-        if parameter.device != device:
-            raise ValueError(
-                f"{where}: {name} is on {parameter.device}, other parameters on {device}; all parameters of an "
-                "optimizer must be on one device: move them, or build an optimizer for each device"
-            )
-
-
-def check_projection(group: dict[str, Any], names: Sequence[str], where: str) -> None:
-    """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
-    shapes = [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)]
-    where = f"{where} ({', '.join(shapes[:3])}{', …' if len(shapes) > 3 else ''})"
-    settings.check_values(group, where, projected=True)
-    for name, parameter in zip(names, group["params"], strict=True):
-        if parameter.dim() != 2:
-            raise ValueError(
-                f"{where}: {name} of shape {tuple(parameter.shape)} cannot be projected, for it has {parameter.dim()} "
-                "dimension(s) and not two; move it to a group without rank"
-            )
-        if 0 in parameter.shape:
-            raise ValueError(f"{where}: {name} of shape {tuple(parameter.shape)} is empty; leave it out")
-
-
-def check_max_grad_norm(value: Any) -> None:
-    """Raise ValueError for what is no norm to clip to; a float32 that is 0 would stop the training."""
-    if value is None:
-        return
-    if not settings.is_number(value) or not torch.tensor(float(value), dtype=torch.float32, device="cpu") > 0:
-        raise ValueError(f"max_grad_norm must be None or a number above 0 in float32, got {value!r}")
 
 
 # -- what a checked group means -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import groups, settings
+from qgalore_compile.optim import checks, groups, settings
 from qgalore_compile.subspace.moments import least_root
 from qgalore_compile.subspace.scheduler import Rule
 
@@ -130,13 +130,13 @@ class Group(dict[str, Any]):
         return self
 
     def __delitem__(self, key: str) -> None:
-        if key in self and key not in groups.SCHEDULERS_KEYS:
+        if key in self and key not in checks.SCHEDULERS_KEYS:
             self._refuse_to_remove(key)
         super().__delitem__(key)
 
     def pop(self, key: str, *default: Any) -> Any:
         """As a dict's, for what schedulers have written; ValueError for what a step reads."""
-        if key in self and key not in groups.SCHEDULERS_KEYS:
+        if key in self and key not in checks.SCHEDULERS_KEYS:
             self._refuse_to_remove(key)
         return super().pop(key, *default)
 
@@ -161,8 +161,8 @@ class Group(dict[str, Any]):
     def _set(self, values: Mapping[str, Any], fixed: Iterable[str] = FIXED) -> None:
         where = self._where()
         merged = {**self, **values}
-        groups.check_keys(merged, where)
-        groups.check_values(merged, where)
+        checks.check_keys(merged, where)
+        checks.check_values(merged, where)
         for key in fixed:
             if key in values and key in self and values[key] != self[key] and not self._same(key, values[key]):
                 raise ValueError(
@@ -178,14 +178,12 @@ class Group(dict[str, Any]):
                         self["lr"].fill_(float(value))
             else:
                 super().__setitem__(key, tuple(value) if key == "betas" else value)
-        if not values.keys() <= {"lr", *groups.SCHEDULERS_KEYS}:
+        if not values.keys() <= {"lr", *checks.SCHEDULERS_KEYS}:
             self.numbers.write_(self)
 
     def _same(self, key: str, value: Any) -> bool:
         """Whether ranks above the smaller side are clipped to the same."""
-        return key == "rank" and all(
-            min(value, *p.shape) == groups.rank_of(self, p) for p in self["params"]
-        )  # fmt: skip
+        return key == "rank" and all(min(value, *p.shape) == groups.rank_of(self, p) for p in self["params"])
 
     def _check_parameters(self, merged: Mapping[str, Any], where: str) -> None:
         known = {id(p) for p in self["params"]}
@@ -213,7 +211,7 @@ class MaxGradNorm:
         return self if optimizer is None else optimizer.__dict__["_max_grad_norm"]
 
     def __set__(self, optimizer: Any, value: float | None) -> None:
-        groups.check_max_grad_norm(value)
+        checks.check_max_grad_norm(value)
         limit = optimizer.__dict__.get("_limit")
         if value is None or limit is None:
             limit = None if value is None else torch.tensor(float(value), dtype=torch.float32, device="cpu")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim.groups import PARAMETER_DTYPES, names_of
+from qgalore_compile.optim.checks import PARAMETER_DTYPES
+from qgalore_compile.optim.groups import names_of
 from qgalore_compile.optim.hyper_parameters import Group
 
 _CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import groups, settings
+from qgalore_compile.optim import checks, groups, settings
 from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.subspace.scheduler import EXACT, FIXED, LEAST, Schedule
 
@@ -44,10 +44,10 @@ def check_group(own: dict[str, Any], saved: dict[str, Any], position: int) -> No
         )
     settings = {key: value for key, value in saved.items() if key != "param_names"}
     merged = {**own, **settings, "params": own["params"]}
-    groups.check_keys(merged, where)
-    groups.check_adam(merged, names, where)
+    checks.check_keys(merged, where)
+    checks.check_adam(merged, names, where)
     if "rank" in own:
-        groups.check_projection(merged, names, where)
+        checks.check_projection(merged, names, where)
     for name in _LAYOUT:
         here, there = own.get(name), merged.get(name)
         if there != here:

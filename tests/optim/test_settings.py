@@ -162,8 +162,12 @@ def test_a_default_that_changes_changes_in_groups_and_in_the_guide(monkeypatch: 
     [
         (Key("k", bool, True), [True, False], [0, 1, "yes", None], "must be True or False"),
         (Key("k", int, 1, 1), [1, 2**70], [0, -1, 1.0, True, "1", None], "must be an integer of at least 1"),
-        (Key("k", float, 1, 0), [0, 0.5, Fraction(1, 3)], [-1, math.nan, math.inf, True, None],
-         "must be a finite number of at least 0"),
+        (
+            Key("k", float, 1, 0),
+            [0, 0.5, Fraction(1, 3)],
+            [-1, math.nan, math.inf, True, None],
+            "must be a finite number of at least 0",
+        ),
         (Key("k", float, 1, above=0), [1e-300, 3], [0, -0.0, math.nan], "must be a finite number above 0"),
         (Key("k", int, 4, choices=(4, 8)), [4, 8], [4.0, 6, "4", True], "must be one of 4, 8"),
         (Key("k", str, "a", choices=("a", "b")), ["a", "b"], ["c", None, 1, torch.ones(2)], "must be one of 'a', 'b'"),
@@ -171,7 +175,7 @@ def test_a_default_that_changes_changes_in_groups_and_in_the_guide(monkeypatch: 
         (Key("k", int, None, 1, unset="no limit"), [None, 1], [0, 0.5], "must be None or an integer of at least 1"),
     ],
     ids=["bool", "int", "float", "float above", "choice of int", "choice of text", "text", "or None"],
-)  # fmt: skip
+)
 def test_a_value_is_taken_or_refused_with_what_may_be_and_what_was_given(
     key: Key, good: list[Any], bad: list[Any], words: str
 ) -> None:
