@@ -223,7 +223,7 @@ _TABLE = (
     _projected("queue_size", int, 5, least=1, fixed="schedule", help="Similarities in the mean that lets a gap grow."),
     # of projected ones: this project's
     _projected("refresh", str, "randomized", choices=METHODS, help="How a subspace is computed."),
-    _projected("power_iterations", int, 1, least=1, help='Of refresh "randomized", with which "power" starts, too.'),
+    _projected("power_iterations", int, 1, least=1, help='Of refresh "randomized", and of the first one of "power".'),
     _projected(
         "moments_on_refresh", str, "keep", choices=ON_REFRESH, help="What becomes of the moments in a new subspace."
     ),
