@@ -14,7 +14,16 @@ from torch import nn
 
 import qgalore_compile as qg
 from qgalore_compile.optim.groups import refresh_rule
-from qgalore_compile.subspace.scheduler import Rule, Schedule, is_due, ticked_unless_due
+from qgalore_compile.subspace.scheduler import (
+    ENERGIES,
+    EXACT,
+    FIXED,
+    LEAST,
+    Rule,
+    Schedule,
+    is_due,
+    ticked_unless_due,
+)
 
 OFFICIAL = Rule(official=True, threshold=0.4, gamma=2.0, max_gap=None)
 SUBSPACE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=3200, min_gap=10)
@@ -211,6 +220,22 @@ def test_a_schedule_survives_its_tensor(
     assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (10 + len(queue),), "cpu")
     back = Schedule.from_tensor(tensor)
     assert repr(back) == repr(now)  # repr: NaN equals NaN in it
+
+
+def test_a_rule_s_tensor_holds_the_fields_in_order_and_gives_them_back_with_their_types() -> None:
+    rule = Rule(official=False, threshold=0.5, gamma=2.0, max_gap=7, min_gap=3, shrink=None, energy=0.25)
+    assert rule.to_tensor()[[0, 1, 2, 3, 4, 6]].tolist() == [0.0, 0.5, 2.0, 7.0, 3.0, 0.25]
+    back = Rule.from_tensor(rule.to_tensor())
+    assert back == rule
+    assert [type(value) for value in back] == [bool, float, float, int, int, type(None), float]
+
+
+def test_a_first_schedule_s_counts_are_the_least_that_they_may_be_but_gap_and_slot() -> None:
+    now = Schedule.first(10, 3, slot=4)
+    assert {name: getattr(now, name) for name in LEAST} == {**LEAST, "gap": 10, "slot": 4}
+    assert [math.isnan(value) for value in (now.energy, now.reference, *now.queue)] == [True] * 5
+    assert list(vars(now)) == [*LEAST, *ENERGIES, "queue"]
+    assert (EXACT, FIXED) == (8, 10)  # the layout of tensors that checkpoints hold
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
