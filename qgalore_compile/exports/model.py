@@ -20,11 +20,8 @@ from qgalore_compile.exports.low_rank import check_rank, eora, lorc
 from qgalore_compile.exports.safetensors_file import (
     Source,
     bytes_of,
-    index_name,
     shards,
-    withdrawn_on_error,
     write_shards,
-    write_text,
 )
 from qgalore_compile.exports.tensors import as_dtype, identity, tensors_of, unwrapped
 from qgalore_compile.weights import Targets, select_linears
@@ -90,13 +87,10 @@ def export(
 ) -> list[Path]:
     """Write a model's weights as safetensors, under the names of its ``state_dict``.
 
-    INT8 weights are decoded one at a time, so that no float model is ever in memory.  Tied weights are stored once,
-    under the first of their names.  Of a transformers model ``config.json`` and ``generation_config.json`` are written
-    too, so that ``from_pretrained`` loads the folder.
-
-    With ``bits=4`` the linear layers' weights are stored as codes instead, in ``quantised.safetensors``, which
-    :func:`~qgalore_compile.exports.load_quantised` reads; its module describes the names.  ``compensation`` adds a
-    product of rank ``rank`` for what the codes lose: "lorc" the nearest one to the error (ZeroQuant-V2, arXiv
+    INT8 weights are decoded one at a time, tied weights stored once, under the first of their names.  The configs of a
+    transformers model are written too, so that ``from_pretrained`` loads the folder.  With ``bits=4`` linear layers'
+    weights are stored as codes, in ``quantised.safetensors``, which :func:`~qgalore_compile.exports.load_quantised`
+    reads, and ``compensation`` adds a product for what they lose: "lorc" the nearest one to the error (arXiv
     2303.08302), "eora" the one with the least error of the layers' results on ``calibration`` (arXiv 2410.21271).
 
     Args:
@@ -117,7 +111,7 @@ def export(
 
     Raises:
         ValueError: what cannot be done; said before anything is written.
-        OSError: a file cannot be written. What was written before it is removed again.
+        OSError: a file cannot be written; those before it are removed again.
     """
     floats = _dtype(dtype)
     _check_asked(bits, group_size, targets, compensation, rank, calibration)
@@ -133,17 +127,11 @@ def export(
         moments = {} if calibration is None else second_moments(model, layers, calibration)
         plan = _Quantisation(f"int{bits}/{group_size}", compensation, rank, floats, moments)
         metadata = {"format": "pt"} | plan.described({n: t for n, t in tensors.items() if identity(t) in chosen}, tied)
-    sources = [
-        _source(name, tensor, floats, plan if identity(tensor) in chosen else None) for name, tensor in tensors.items()
-    ]
+    sources = [_source(name, t, floats, plan if identity(t) in chosen else None) for name, t in tensors.items()]
     stem = "model" if plan is None else quantised.STEM
     files = {single: sources} if single is not None else shards(stem, sources, limit)
-    with torch.no_grad(), withdrawn_on_error(folder, [*files, index_name(stem), *beside]):
-        written = write_shards(folder, stem, files, metadata)
-        for name, text in beside.items():
-            write_text(folder / name, text)
-            written.append(folder / name)
-    return written
+    with torch.no_grad():
+        return write_shards(folder, stem, files, metadata, beside)
 
 
 # -- refused before anything is written --------------------------------------------------------------------------------

@@ -133,20 +133,33 @@ def shards(stem: str, sources: Iterable[Source], size: int) -> dict[str, list[So
 
 
 def write_shards(
-    folder: Path, stem: str, files: Mapping[str, Sequence[Source]], metadata: Mapping[str, str]
+    folder: Path,
+    stem: str,
+    files: Mapping[str, Sequence[Source]],
+    metadata: Mapping[str, str],
+    beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write the files that :func:`shards` gave and, of several, their index; returns the paths."""
-    written = []
-    for name, sources in files.items():
-        write_file(folder / name, sources, metadata)
-        written.append(folder / name)
+    """Write the files that :func:`shards` gave and, of several, their index; then the texts ``beside``, by name.
+
+    All are there in the end or, where an exception comes between, none is, nor the folder if it was not there before.
+
+    Returns:
+        The paths, in the order of writing.
+    """
+    texts = dict(beside or {})
     if len(files) > 1:
         total = sum(source.nbytes for sources in files.values() for source in sources)
         places = {name: file for file, sources in files.items() for source in sources for name in source.looks}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        written.append(folder / index_name(stem))
-        write_text(written[-1], json.dumps(index, indent=2) + "\n")
-    return written
+        texts = {index_name(stem): json.dumps(index, indent=2) + "\n"} | texts
+    names = [*files, *texts]
+    with _withdrawn_on_error(folder, names):
+        for name, sources in files.items():
+            write_file(folder / name, sources, metadata)
+        for name, text in texts.items():
+            with replacing(folder / name) as file:
+                file.write(text.encode())
+    return [folder / name for name in names]
 
 
 def index_name(stem: str) -> str:
@@ -154,14 +167,8 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 @contextmanager
-def withdrawn_on_error(folder: Path, names: Iterable[str]) -> Iterator[None]:
+def _withdrawn_on_error(folder: Path, names: Iterable[str]) -> Iterator[None]:
     """Make ``folder`` where it is missing; where the block raises, remove the files ``names`` from it, which were not
     there before, and what was made of the folder."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]

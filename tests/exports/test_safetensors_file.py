@@ -20,7 +20,6 @@ from qgalore_compile.exports.safetensors_file import (
     Source,
     bytes_of,
     shards,
-    withdrawn_on_error,
     write_file,
     write_shards,
 )
@@ -161,16 +160,15 @@ def test_other_sizes_are_refused(size: int | str) -> None:
         bytes_of(size)
 
 
-def test_what_was_written_goes_again_with_the_folders_made_for_it(tmp_path: Path) -> None:
-    def failing(folder: Path) -> None:
-        with withdrawn_on_error(folder, ["a", "b"]):
-            (folder / "a").touch()
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_what_was_written_goes_again_with_the_folders_made_for_it(failing: int, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
 
+    (tmp_path / "model.safetensors.index.json").write_text("another's")
+    sources = [source((str(at), torch.ones(5)), made=fail if at == failing else lambda: None) for at in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        failing(tmp_path / "x" / "y")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "there").touch()
+        write_shards(tmp_path / "x" / "y", "model", shards("model", sources, 20), {}, {"config.json": "{}"})
     with pytest.raises(KeyboardInterrupt):
-        failing(tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == ["there"]
+        write_shards(tmp_path, "model", {"a.safetensors": sources}, {})
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors.index.json"]
