@@ -100,9 +100,9 @@ def main(
     backend: Annotated[str, typer.Option(help="Of its training.")] = "qgalore",
     folder: Annotated[Path, typer.Option(help="Of its run.")] = RUNS / "export-quality",
     ranks: Annotated[str, typer.Option(help="Of compensations, by comma.")] = "8,32",
-    groups: Annotated[str, typer.Option(help="Sizes of groups, by comma.")] = "128,512",
+    groups: Annotated[str, typer.Option(help="Sizes of groups, by comma.")] = "512,128,32",
     sequences: Annotated[int, typer.Option(help="Of calibration, each as long as those of training.")] = 128,
-    windows: Annotated[int, typer.Option(help="Held-out windows.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Held-out windows.")] = 1024,
 ) -> None:
     config, model = trained(preset, steps, backend, folder)
     tokens = load_corpus(config.data).validation
@@ -128,7 +128,8 @@ def main(
     result = {
         "preset": preset, "steps": steps, "run": told, "windows": len(base), "seq": config.seq,
         "calibration_tokens": sequences * config.seq, "rows": rows, "machine": machine(),
-        "command": f"benchmarks/export_quality.py --preset {preset} --steps {steps} --ranks {ranks} --groups {groups}",
+        "command": f"benchmarks/export_quality.py --preset {preset} --steps {steps} --backend {backend} --ranks {ranks} "
+        f"--groups {groups} --sequences {sequences} --windows {windows}",
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "export-quality.json").write_text(json.dumps(result, indent=1) + "\n")
