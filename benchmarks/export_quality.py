@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -128,8 +129,10 @@ def main(
     result = {
         "preset": preset, "steps": steps, "run": told, "windows": len(base), "seq": config.seq,
         "calibration_tokens": sequences * config.seq, "rows": rows, "machine": machine(),
-        "command": f"benchmarks/export_quality.py --preset {preset} --steps {steps} --backend {backend} --ranks {ranks} "
-        f"--groups {groups} --sequences {sequences} --windows {windows}",
+        "command": shlex.join([
+            "benchmarks/export_quality.py", "--preset", preset, "--steps", str(steps), "--backend", backend,
+            "--ranks", ranks, "--groups", groups, "--sequences", str(sequences), "--windows", str(windows),
+        ]),
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "export-quality.json").write_text(json.dumps(result, indent=1) + "\n")
