@@ -231,9 +231,10 @@ def _configs(model: nn.Module, dtype: torch.dtype) -> Mapping[str, str]:
     """
     texts: dict[str, str] = {}
     for attribute in ("config", "generation_config"):
-        config: Any = copy.deepcopy(getattr(model, attribute, None))
-        if not hasattr(config, "save_pretrained"):
+        own: Any = getattr(model, attribute, None)
+        if not hasattr(own, "save_pretrained"):
             continue
+        config = copy.deepcopy(own)
         if attribute == "config":
             config.dtype, config.architectures = dtype, [type(model).__name__]
         with tempfile.TemporaryDirectory() as folder:
