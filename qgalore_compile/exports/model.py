@@ -85,7 +85,7 @@ def export(
     calibration: Iterable[Batch] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> list[Path]:
-    """Write a model's weights as safetensors, under the names of its ``state_dict``.
+    """Write a model's weights as safetensors, under the names of its ``state_dict``; returns the files' paths.
 
     INT8 weights are decoded one at a time, tied weights stored once, under the first of their names.  The configs of a
     transformers model are written too, so that ``from_pretrained`` loads the folder.  With ``bits=4`` linear layers'
@@ -102,12 +102,8 @@ def export(
         targets: the layers with codes, as for :func:`qg.quantize_`: by default the linear layers of the blocks.
         compensation: None, "lorc" or "eora"; needs bits and rank.
         rank: of the products, at most the smaller side of every layer.
-        calibration: for "eora", batches on the model's device: a tensor, a tuple of arguments or a dict of named ones;
-            many more tokens than ``rank``.
+        calibration: for "eora", batches on the model's device: tensors, tuples of arguments or dicts of named ones.
         max_shard_size: of a file in a folder, bytes or a text ("5GB", "500MiB"); a larger weight has its own.
-
-    Returns:
-        The files written.
 
     Raises:
         ValueError: what cannot be done; said before anything is written.
