@@ -3,10 +3,11 @@
 ``import qgalore_compile as qg``: ``qg.quantize_`` turns a model's linear weights into INT8, ``qg.param_groups`` and
 ``qg.QGaLoreAdamW`` make the optimizer, and ``torch.compile(step, backend="qgalore", fullgraph=True)`` compiles the
 whole training step.  ``qg.explain`` and ``qg.report`` tell what became of it, and ``qg.check`` compares it with the
-eager step.
+eager step.  ``qg.export`` writes the trained model as safetensors.
 """
 
 from qgalore_compile import _startup as _startup
+from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
 from qgalore_compile.reports.check import CheckResult, check
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "dequantize_",
     "explain",
+    "export",
     "param_groups",
     "quantize_",
     "report",

@@ -212,6 +212,37 @@ def compile_(
         raise typer.Exit(int(any(row.spills for row in rows)))
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Folder of a run: --out of `qgalore train`.")],
+    out: Annotated[str, typer.Argument(help="Folder to write, or one file, if it ends in .safetensors.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of what is stored as floats.")
+    ] = "bfloat16",
+    bits: Annotated[int | None, typer.Option(help="4: codes for the blocks' linear layers. [default: floats]")] = None,
+    group_size: Annotated[int, typer.Option(help="Elements of a row that share a scale and an offset.")] = 128,
+    compensation: Annotated[
+        Literal["lorc", "eora"] | None,
+        typer.Option(help="A low-rank product for what the codes lose: nearest to the error, or weighed by inputs."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of that product.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to calibrate eora on. [default: the run's own]")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Of that text, for calibration.")] = 128,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file in a folder, as 5GB or 500MiB.")] = "5GB",
+) -> None:
+    """Write the model of a run as safetensors, for `LlamaForCausalLM.from_pretrained` or, with `--bits 4`, as codes.
+
+    Exit status: 0 it is written, 2 a wrong option, no run there or files in the way, 70 a bug, 74 a full disk, 130
+    stopped by Ctrl-C.
+    """
+    options = dict(locals())  # first statement: the parameters above, which are those of export_run
+    with user_errors():
+        from qgalore_compile.exports.run_folder import export_run
+
+        for path in export_run(options.pop("run"), options.pop("out"), **options):
+            typer.echo(f"{path}  {path.stat().st_size / 1e6:,.2f} MB")
+
+
 def main() -> None:
     """Entry point of the command `qgalore`."""
     _print_what_the_encoding_has()

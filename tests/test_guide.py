@@ -1,4 +1,4 @@
-"""Every Python block of docs/guide.md runs, and the optimizer that it builds takes a step."""
+"""Every Python block of docs/guide.md runs, and the optimizer that it builds, if any, takes a step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ SNIPPETS = {
     for heading, section in HEADINGS.findall(GUIDE)
     for code in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 }
+EXPORT = SNIPPETS.pop("Exporting a model")  # the one that builds no optimizer
 
 
 def test_there_is_a_snippet_for_each_place_to_come_from() -> None:
@@ -38,3 +39,14 @@ def test_a_snippet_runs_and_its_optimizer_takes_a_step(code: str) -> None:
     before.backward()
     opt.step()
     assert model(tokens[:, :-1], tokens[:, 1:]) != before.detach()
+
+
+def test_the_export_writes_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = qg.quantize_(Llama(LlamaConfig(32, 56, 2, 2, vocab_size=19)))
+    names: dict[str, object] = {"model": model}
+    exec(EXPORT, names)
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    weights = names["weights"]
+    assert isinstance(weights, dict)
+    assert weights.keys() == model.state_dict().keys()
