@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import parser_of
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results" / "check-families.json"
@@ -300,7 +301,7 @@ def one(name: str, precision: str, compiled: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--compile", action="store_true", help="generated code instead of an interpreted graph")

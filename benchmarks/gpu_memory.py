@@ -15,15 +15,13 @@ Writes `results/memory-<preset>-<device>.json`: bytes allocated after each stage
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from backends import RESULTS
+from common import RESULTS, Batch, Layers, Out, Seq, one_of, write_result
 from gpu_measure import device_name, facts, slug
 from rich.console import Console
 
@@ -92,20 +90,20 @@ def train(config: TrainConfig, memory: Memory, console: Console) -> dict[str, An
 
 def main(
     preset: Annotated[str, typer.Option(help="Model, rank and learning rate.")] = "7b",
-    layers: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
+    layers: Layers = None,
     limit_gib: Annotated[float, typer.Option(help="What PyTorch may allocate.", min=0.1)] = 15.0,
     steps: Annotated[int, typer.Option(min=UNTIMED + 1)] = 40,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    batch: Batch = 1,
+    seq: Seq = 256,
     refresh: Annotated[str | None, typer.Option(help="Refresh method. [default: qgalore train's]")] = None,
     nonfinite: Annotated[str | None, typer.Option(help="skip_step or skip_parameter. [default: the former]")] = None,
     optimizer: Annotated[str, typer.Option(help="qgalore, galore or adamw.")] = "qgalore",
     device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu to try the script.")] = "cuda",
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     """Exit status: 0 it fits, 1 it does not, 2 no such device."""
-    console, chosen = Console(width=120), torch.device("cuda:0" if device == "cuda" else device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    console, chosen = Console(width=120), one_of(device)
+    if chosen is None:
         console.print(f"there is no device {device!r}; --device cpu --preset tiny tries the script without one")
         raise typer.Exit(2)
     if layers is not None:
@@ -133,8 +131,7 @@ def main(
         "memory": memory.stages, "machine": facts(chosen),
     }  # fmt: skip
     path = out / f"memory-{preset}-{slug(name)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result, indent=1)
     for stage, held in memory.stages.items():
         amounts = ", ".join(f"{key} {value / 2**30:.2f}" for key, value in held.items())
         console.print(f"{stage}: {amounts} GiB", highlight=False)

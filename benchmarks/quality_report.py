@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import write_whole
 from matplotlib.figure import Figure
 from quality_plan import METHODS, OURS, SEARCHED, VARIANTS, Case, Plan, Result, RunSpec, Scale, loss_of
-from quality_run import write_whole
 
 MIB = 2**20
 METHODS_HEAD = (

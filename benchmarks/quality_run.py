@@ -13,9 +13,7 @@ code, which runs of one case then share.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 import shlex
 import statistics
@@ -31,7 +29,7 @@ from unittest import mock
 
 import torch
 import typer
-from backends import RESULTS, machine
+from common import RESULTS, machine, write_result
 from quality_plan import CASES, NANO, SCALES, RunSpec
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -231,7 +229,7 @@ def train(spec: RunSpec, corpus: Corpus, *, folder: Path, work: Path) -> Path:
     measured.wall_seconds = earlier + time.perf_counter() - started
     result = _result(spec, run, measured, loss, before)
     path = folder / f"{spec.name}.json"
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    write_result(path, result, indent=1)
     checkpoint.unlink(missing_ok=True)
     return path
 
@@ -283,14 +281,6 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
         "command": shlex.join([*command, "--lr", f"{spec.lr:g}", "--seed", str(spec.seed)]),
     }  # fmt: skip
     return finite(result)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds either what it did or all of `text`, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(

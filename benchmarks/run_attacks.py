@@ -13,7 +13,6 @@ if anything was loaded wrong, ended in a traceback, changed a model after an err
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from typing import Any
 
 import run_attacks_corruptions
 import torch
+from common import parser_of
 from run_attacks_corruptions import corruptions
 from run_attacks_runs import STEPS, arguments_of, command, config_of, ended, outcome, start
 
@@ -66,12 +66,9 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
         shutil.rmtree(config.out, ignore_errors=True)
         if again:
             number = signal.SIGKILL
-            _with_long_lines(Path(half.out), Path(config.out))
-            # the settings of the whole run, so that the rest of it is the same
-            child = start([*arguments_of(config, resume=True), "--steps", str(STEPS)], said_by)
-            if not _wait_for_rewriting(Path(config.out), child):
+            child = _start_rewriting(half, config, said_by)
+            if child is None:
                 found["came too late for the rewriting"] += 1
-                ended(child)
                 continue
             time.sleep(draw.random() * 0.02)
         else:
@@ -80,8 +77,7 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
             _wait_for_lines(Path(config.out, "metrics.jsonl"), draw.randrange(STEPS), child)
             time.sleep(draw.random() * 2 * seconds / STEPS)
         os.kill(child, number)
-        status = ended(child)
-        partial = [name for name in os.listdir(config.out) if ".partial" in name] if Path(config.out).exists() else []
+        status, partial = ended(child), _partial(config)
         if again and not any(name.startswith(".metrics") for name in partial):
             found["came too late for the rewriting"] += 1
             continue
@@ -95,22 +91,43 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
         if number == signal.SIGTERM and status != 143:
             found["ANOTHER STATUS"] += 1
             print(said_by.read_text(), file=sys.stderr)
-        found["LINES LOST"] += _lost_lines(config)
-        has_checkpoint = Path(config.out, "checkpoint.pt").exists()
-        found["before the first checkpoint"] += not has_checkpoint
-        more = ["--steps", str(STEPS)] if has_checkpoint else []
-        status, said = command([*arguments_of(config, resume=has_checkpoint), *more])
-        if status not in (0, 1):
-            found["DOES NOT GO ON"] += 1
-            print(said, file=sys.stderr)
-            continue
-        metrics, state = outcome(config)
-        expected = reference if not again else _of_two_halves(folder, half)
-        found["METRICS DIFFER"] += metrics != expected[0]
-        found["STATE DIFFERS"] += state != expected[1]
-        found["resumed exactly"] += (metrics, state) == expected
-        found["LEFT BEHIND"] += any(".partial" in name for name in os.listdir(config.out))
+        found += _continued(config, _of_two_halves(folder, half) if again else reference)
     return +found
+
+
+def _start_rewriting(half: TrainConfig, config: TrainConfig, said_by: Path) -> int | None:
+    """A run that goes on from `half` and is rewriting its metrics; None if that was not seen before it ended."""
+    _with_long_lines(Path(half.out), Path(config.out))
+    # the settings of the whole run, so that the rest of it is the same
+    child = start([*arguments_of(config, resume=True), "--steps", str(STEPS)], said_by)
+    if _wait_for_rewriting(Path(config.out), child):
+        return child
+    ended(child)
+    return None
+
+
+def _partial(config: TrainConfig) -> list[str]:
+    """Names of half written files in the run's folder."""
+    return [name for name in os.listdir(config.out) if ".partial" in name] if Path(config.out).exists() else []
+
+
+def _continued(config: TrainConfig, expected: tuple[list[Any], str]) -> Counter[str]:
+    """What a killed run has lost, and what comes of it when it goes on to its end, where `expected` should come."""
+    found = Counter({"LINES LOST": _lost_lines(config)})
+    has_checkpoint = Path(config.out, "checkpoint.pt").exists()
+    found["before the first checkpoint"] += not has_checkpoint
+    more = ["--steps", str(STEPS)] if has_checkpoint else []
+    status, said = command([*arguments_of(config, resume=has_checkpoint), *more])
+    if status not in (0, 1):
+        found["DOES NOT GO ON"] += 1
+        print(said, file=sys.stderr)
+        return found
+    metrics, state = outcome(config)
+    found["METRICS DIFFER"] += metrics != expected[0]
+    found["STATE DIFFERS"] += state != expected[1]
+    found["resumed exactly"] += (metrics, state) == expected
+    found["LEFT BEHIND"] += bool(_partial(config))
+    return found
 
 
 def _with_long_lines(half: Path, folder: Path) -> None:
@@ -178,7 +195,7 @@ def two_runs(folder: Path) -> Counter[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = parser_of(__doc__)
     parser.add_argument("--corruptions", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
