@@ -41,6 +41,12 @@ class Interpreted:
         return len(self.graphs)
 
 
+def compiled(step: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Interpreted]:
+    """A step compiled as one graph by :class:`Interpreted`, and that."""
+    backend = Interpreted(**options)
+    return torch.compile(step, backend=backend, fullgraph=True), backend
+
+
 class Toy(nn.Module):
     """Embedding, two linear layers in a block (one projected on the right, one on the left), norm and head."""
 
