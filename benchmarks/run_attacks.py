@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
             # by steps, not by the clock alone: on a busy machine a run ends long before the time that one took
             _wait_for_lines(Path(config.out, "metrics.jsonl"), draw.randrange(STEPS), child)
             time.sleep(draw.random() * 2 * seconds / STEPS)
-        os.kill(child, number)
+        os.kill(_pid(child), number)
         status, partial = ended(child), _partial(config)
         if again and not any(name.startswith(".metrics") for name in partial):
             found["came too late for the rewriting"] += 1
@@ -95,7 +96,7 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
     return +found
 
 
-def _start_rewriting(half: TrainConfig, config: TrainConfig, said_by: Path) -> int | None:
+def _start_rewriting(half: TrainConfig, config: TrainConfig, said_by: Path) -> BaseProcess | None:
     """A run that goes on from `half` and is rewriting its metrics; None if that was not seen before it ended."""
     _with_long_lines(Path(half.out), Path(config.out))
     # the settings of the whole run, so that the rest of it is the same
@@ -151,16 +152,21 @@ def _of_two_halves(folder: Path, half: TrainConfig) -> tuple[list[Any], str]:
     return _halves[folder]
 
 
-def _wait_for_lines(path: Path, count: int, child: int) -> None:
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+def _pid(child: BaseProcess) -> int:
+    assert child.pid is not None  # it has been started
+    return child.pid
+
+
+def _wait_for_lines(path: Path, count: int, child: BaseProcess) -> None:
+    while child.is_alive():
         if not count or (path.exists() and path.read_bytes().count(b"\n") >= count):
             return
         time.sleep(0.001)
 
 
-def _wait_for_rewriting(folder: Path, child: int) -> bool:
+def _wait_for_rewriting(folder: Path, child: BaseProcess) -> bool:
     """Whether the new metrics' file was seen before the child ended."""
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while child.is_alive():
         if any(name.startswith(".metrics") for name in os.listdir(folder)):
             return True
         time.sleep(0.0005)
@@ -184,12 +190,12 @@ def two_runs(folder: Path) -> Counter[str]:
     child = start(arguments_of(config), folder / "first")
     while not Path(config.out, "checkpoint.pt").exists():
         time.sleep(0.01)
-    os.kill(child, signal.SIGSTOP)  # so that it is there for as long as that takes
+    os.kill(_pid(child), signal.SIGSTOP)  # so that it is there for as long as that takes
     for resume in (True, False) * 2 + (True,):
         status, said = command(arguments_of(config, resume=resume))
-        right = status == 2 and f"is in use: process {child} on " in said
+        right = status == 2 and f"is in use: process {child.pid} on " in said
         found["second runs refused, naming the first" if right else "SECOND RUN NOT REFUSED"] += 1
-    os.kill(child, signal.SIGCONT)
+    os.kill(_pid(child), signal.SIGCONT)
     found["FIRST RUN DISTURBED"] += ended(child) not in (0, 1) or len(outcome(config)[0]) != STEPS
     return +found
 
@@ -203,7 +209,6 @@ def main() -> int:
     torch.set_num_threads(1)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        # children first: threads that training here starts would be missing in them
         attacks: list[tuple[str, Callable[[], Counter[str]]]] = [
             ("kills", lambda: kills(Path(folder), given.kills, given.kills // 4, given.seed)),
             ("two runs in one folder", lambda: two_runs(Path(folder))),
