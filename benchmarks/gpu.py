@@ -220,14 +220,25 @@ def _alone(bench: Bench, settings: Settings, name: str, measured: dict[str, Ceil
 
 
 def _kernels(
-    bench: Bench, settings: Settings, kernels: dict[str, Kernel], times: dict[str, list[float]],
+    bench: Bench,
+    settings: Settings,
+    kernels: dict[str, Kernel],
+    times: dict[str, list[float]],
     measured: dict[str, Ceiling],
-) -> None:  # fmt: skip
+) -> None:
     """Each generated kernel's launches beside their floor, and what all other kernels take together."""
     assert bench.chip is not None  # or no kernel would have been made
     chip = as_measured(bench.chip, measured)
-    table = Table("kernel", "what", "launches a step", "µs: median (p10-p90)", "floor, µs", "÷ floor", "ms a step",
-                  title=f"Generated kernels of a step of {settings.name}")  # fmt: skip
+    table = Table(
+        "kernel",
+        "what",
+        "launches a step",
+        "µs: median (p10-p90)",
+        "floor, µs",
+        "÷ floor",
+        "ms a step",
+        title=f"Generated kernels of a step of {settings.name}",
+    )
     for name, kernel in kernels.items():
         if not (found := times.pop(name, [])):
             bench.say(f"{name} is not in the profile")
@@ -337,8 +348,13 @@ def main(
     bench.results.write()
     measure_updates(bench, weights, median(measured["copy"].values))
     bench.results.write()
-    settings = Settings(preset or ("tiny" if quick else "350m"), 1 if quick else None,
-                        batch or (2 if quick else 16), seq or (32 if quick else 256), device=str(chosen))  # fmt: skip
+    settings = Settings(
+        preset or ("tiny" if quick else "350m"),
+        1 if quick else None,
+        batch or (2 if quick else 16),
+        seq or (32 if quick else 256),
+        device=str(chosen),
+    )
     measure_steps(bench, settings, measured)
     bench.results.write()
     console.print(f"written to {out}" if out else "nothing is written on a CPU without --out")

@@ -36,11 +36,15 @@ UNTIMED = 2  # steps: the first compiles, the second may still warm something up
 
 
 class Memory:
-    """Bytes that PyTorch's allocator holds on the device, by stage; nothing on a CPU."""
+    """Bytes that PyTorch's allocator holds on the device, by stage, and no more than a limit; nothing on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit_gib: float) -> None:
         self.gpu = device.type == "cuda"
         self.stages: dict[str, dict[str, int]] = {}
+        if self.gpu:
+            torch.cuda.set_device(device)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / total), device)
 
     def stage(self, name: str) -> None:
         """End a stage, and begin the next one's peak."""
@@ -53,6 +57,15 @@ class Memory:
             "peak_reserved": torch.cuda.max_memory_reserved(),
         }
         torch.cuda.reset_peak_memory_stats()
+
+
+def with_layers(preset: str, layers: int | None) -> str:
+    """The name of the preset, or of one made from it with another number of layers."""
+    if layers is None:
+        return preset
+    known, name = find_preset(preset), f"{preset}-{layers}layers"
+    PRESETS[name] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
+    return name
 
 
 def milliseconds(records: list[StepRecord], tokens: int) -> float | None:
@@ -71,8 +84,11 @@ def train(config: TrainConfig, memory: Memory, console: Console) -> dict[str, An
         records.append(record := run.advance())
         if record.step == 1:
             memory.stage("first step")
-        console.print(f"step {record.step}: loss {record.loss:.4f}, {len(record.refreshed)} refreshed, "
-                      f"{config.tokens_per_step / record.tokens_per_second:.3f} s", highlight=False)  # fmt: skip
+        console.print(
+            f"step {record.step}: loss {record.loss:.4f}, {len(record.refreshed)} refreshed, "
+            f"{config.tokens_per_step / record.tokens_per_second:.3f} s",
+            highlight=False,
+        )
     memory.stage("other steps")
     timed, tokens = records[UNTIMED:], config.tokens_per_step
     return {
@@ -106,18 +122,22 @@ def main(
     if chosen is None:
         console.print(f"there is no device {device!r}; --device cpu --preset tiny tries the script without one")
         raise typer.Exit(2)
-    if layers is not None:
-        known, preset = find_preset(preset), f"{preset}-{layers}layers"
-        PRESETS[preset] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
+    preset = with_layers(preset, layers)
     config = TrainConfig.from_preset(
-        preset, optimizer=optimizer, steps=steps, batch=batch, seq=seq, refresh=refresh, nonfinite=nonfinite,
-        device=device, dtype="bfloat16", vocab_size=VOCABULARY, eval_every=steps, eval_tokens=seq,
-    )  # fmt: skip
-    memory = Memory(chosen)
-    if memory.gpu:
-        torch.cuda.set_device(chosen)
-        total = torch.cuda.get_device_properties(chosen).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / total), chosen)
+        preset,
+        optimizer=optimizer,
+        steps=steps,
+        batch=batch,
+        seq=seq,
+        refresh=refresh,
+        nonfinite=nonfinite,
+        device=device,
+        dtype="bfloat16",
+        vocab_size=VOCABULARY,
+        eval_every=steps,
+        eval_tokens=seq,
+    )
+    memory = Memory(chosen, limit_gib)
     try:
         found = train(config, memory, console)
     except torch.OutOfMemoryError as error:
@@ -126,10 +146,18 @@ def main(
         raise typer.Exit(1) from None
     name = device_name(chosen)
     result = {
-        "preset": preset, "optimizer": optimizer, "refresh": config.refresh, "nonfinite": config.nonfinite,
-        "batch": batch, "seq": seq, "steps": steps, "limit_gib": limit_gib if memory.gpu else None, **found,
-        "memory": memory.stages, "machine": facts(chosen),
-    }  # fmt: skip
+        "preset": preset,
+        "optimizer": optimizer,
+        "refresh": config.refresh,
+        "nonfinite": config.nonfinite,
+        "batch": batch,
+        "seq": seq,
+        "steps": steps,
+        "limit_gib": limit_gib if memory.gpu else None,
+        **found,
+        "memory": memory.stages,
+        "machine": facts(chosen),
+    }
     path = out / f"memory-{preset}-{slug(name)}.json"
     write_result(path, result, indent=1)
     for stage, held in memory.stages.items():

@@ -86,11 +86,20 @@ def config_of(spec: RunSpec) -> TrainConfig:
     ours = case.optimizer == "qgalore"
     kind = ("qgalore" if case.int8 else "galore") if ours else "adamw"
     return TrainConfig.from_preset(
-        scale.preset, optimizer=kind, device=scale.device,
+        scale.preset,
+        optimizer=kind,
+        device=scale.device,
         backend=("qgalore" if ours else "inductor") if scale.compiled else "eager",
-        steps=scale.steps, batch=scale.batch, seq=scale.seq, update_proj_gap=scale.gap, rank=spec.rank, lr=spec.lr,
-        seed=spec.seed, eval_every=math.ceil(scale.steps / scale.evaluations), eval_tokens=scale.curve_tokens,
-    )  # fmt: skip
+        steps=scale.steps,
+        batch=scale.batch,
+        seq=scale.seq,
+        update_proj_gap=scale.gap,
+        rank=spec.rank,
+        lr=spec.lr,
+        seed=spec.seed,
+        eval_every=math.ceil(scale.steps / scale.evaluations),
+        eval_tokens=scale.curve_tokens,
+    )
 
 
 def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
@@ -262,8 +271,13 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
     command = ["benchmarks/quality_run.py", "--scale", spec.scale.name, "--case", spec.case.name]
     refreshes = measured.refreshes
     result = {
-        "name": spec.name, "scale": spec.scale.name, "case": spec.case.name, "title": spec.case.title,
-        "lr": spec.lr, "seed": spec.seed, "val_loss": loss,
+        "name": spec.name,
+        "scale": spec.scale.name,
+        "case": spec.case.name,
+        "title": spec.case.title,
+        "lr": spec.lr,
+        "seed": spec.seed,
+        "val_loss": loss,
         "curve": [[step, finite({"loss": value})["loss"]] for step, value in measured.curve],
         "refreshes": refreshes,
         "refreshes_a_weight": refreshes / max(1, len(select_linears(run.model))),
@@ -271,15 +285,20 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
         "refresh_share": measured.refresh_seconds / training if training else 0.0,
         "tokens_per_second": tokens * len(seconds) / sum(seconds),
         "median_step_ms": 1e3 * statistics.median(seconds),
-        "rss_before": before, "peak_rss": measured.peak_rss, "peak_rss_steps": measured.peak_rss_steps or None,
+        "rss_before": before,
+        "peak_rss": measured.peak_rss,
+        "peak_rss_steps": measured.peak_rss_steps or None,
         "peak_device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
         "live_bytes": live_bytes(run.model, run.optimizer),
-        "graphs": run.graphs, "compile_seconds": measured.compile_seconds, "wall_seconds": measured.wall_seconds,
-        "processes": measured.processes, "skipped_steps": run.skipped_steps,
+        "graphs": run.graphs,
+        "compile_seconds": measured.compile_seconds,
+        "wall_seconds": measured.wall_seconds,
+        "processes": measured.processes,
+        "skipped_steps": run.skipped_steps,
         "settings": spec.settings(),
         "machine": machine(),
         "command": shlex.join([*command, "--lr", f"{spec.lr:g}", "--seed", str(spec.seed)]),
-    }  # fmt: skip
+    }
     return finite(result)
 
 

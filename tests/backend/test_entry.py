@@ -288,9 +288,11 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "by_the_string_alone.py"
 @pytest.mark.compiles
 def test_by_the_string_alone_in_generated_code_and_from_a_warm_cache_in_a_second_process(tmp_path: Path) -> None:
     environment = {
-        **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent),
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(SCRIPT.parent),
         "TORCH_LOGS": "+qgalore_compile",
-    }  # fmt: skip
+    }
     runs = [
         subprocess.run(
             [sys.executable, "-W", "ignore", SCRIPT], env=environment, check=True, capture_output=True, text=True

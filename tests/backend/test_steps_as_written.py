@@ -74,8 +74,9 @@ def assert_as_eager_or_refused(step: UserStep, how: str) -> None:
     assert [name for name, g in compiled.gradients.items() if g is None] == [
         name for name, g in eager.gradients.items() if g is None
     ], f"gradients\n{where}"
-    mine, theirs = ({name: g.double() for name, g in each.gradients.items() if g is not None}
-                    for each in (compiled, eager))  # fmt: skip
+    mine, theirs = (
+        {name: g.double() for name, g in each.gradients.items() if g is not None} for each in (compiled, eager)
+    )
     assert_close(mine, theirs, {}, share, where)
     assert compiled.results == pytest.approx(eager.results, rel=share, abs=share), f"results\n{where}"
 

@@ -306,21 +306,41 @@ class Step:
         return low.to(torch.float32)
 
     def _refreshed(
-        self, recorder: Recorder, layer: Layer, index: int, low: Tensor, gradient: Tensor, stored: list[Tensor],
-        schedule: list[Tensor], writes: dict[str, Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        index: int,
+        low: Tensor,
+        gradient: Tensor,
+        stored: list[Tensor],
+        schedule: list[Tensor],
+        writes: dict[str, Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
         """R and the projector's stored parts behind the refresh op, in its functional form."""
         if not layer.refresh:
             return low, stored
         bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
         places = {f"_projector_{at}_base_index": at + 1 for at in range(len(stored))}
         _, new_low, *new_stored, new_schedule = recorder.call(
-            FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, factors=[gradient], scales=None,
-            shape=[layer.m, layer.n], rank=layer.rank, bits=bits, group_size=GROUP,
-            method="svd", power_iterations=2, rule=schedule[1], seed=0, param=index, _low_base_index=0,
-            _projector_length=len(stored), **places, _schedule_base_index=len(stored) + 1,
+            FUNCTIONALIZED,
+            torch.ops.qgalore.refresh_.default,
+            factors=[gradient],
+            scales=None,
+            shape=[layer.m, layer.n],
+            rank=layer.rank,
+            bits=bits,
+            group_size=GROUP,
+            method="svd",
+            power_iterations=2,
+            rule=schedule[1],
+            seed=0,
+            param=index,
+            _low_base_index=0,
+            _projector_length=len(stored),
+            **places,
+            _schedule_base_index=len(stored) + 1,
             _all_bases=[low, *stored, schedule[0]],
-        )  # fmt: skip
+        )
         writes |= {f"p{index}.{at}": each for at, each in enumerate(new_stored)} | {f"s{index}.0": new_schedule}
         return new_low, new_stored
 
