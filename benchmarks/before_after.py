@@ -10,10 +10,7 @@ turns too, from an empty cache, in as many processes as `--compilations` says.  
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -79,11 +76,13 @@ class Side:
 
 
 def run(before: Path, preset: str, layers: int, rounds: int, compilations: int) -> dict[str, Any]:
-    from backends import machine
+    # not above: a process that serves another checkout has that one's file of this name
+    from common import WARM_UP, command, commit, machine, ratios, spread
 
     trees = {"before": before.resolve(), "after": ROOT}
-    commits = {name: _git(tree) for name, tree in trees.items()}
-    record: dict[str, Any] = {name: {"commit": commits[name], "first_call": [], "refresh": []} for name in trees}
+    record: dict[str, Any] = {
+        name: {"commit": commit(tree), "first_call": [], "refresh": []} for name, tree in trees.items()
+    }
     sides: dict[str, Side] = {}
     for again in range(compilations):
         for side in sides.values():
@@ -94,28 +93,21 @@ def run(before: Path, preset: str, layers: int, rounds: int, compilations: int) 
                 record[name][what].append(sides[name].next())
                 print(name, what, f"{record[name][what][-1]:.2f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(3 + rounds):
+    for index in range(WARM_UP + rounds):
         for name in list(sides)[:: -1 if index % 2 else 1]:
             seconds[name].append(sides[name].next())
     for name, side in sides.items():
         side.close()
-        record[name]["step"] = _spread(seconds[name][3:])
-    ratios = [after / earlier for earlier, after in zip(seconds["before"][3:], seconds["after"][3:], strict=True)]
-    return {"preset": preset, "layers": layers, "rounds": rounds, **record, "after ÷ before": _spread(ratios),
-            "machine": machine(), "command": shlex.join(sys.argv)}  # fmt: skip
-
-
-def _git(tree: Path) -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tree, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        record[name]["step"] = spread(seconds[name][WARM_UP:])
+    relative = spread(ratios(seconds["after"][WARM_UP:], seconds["before"][WARM_UP:]))
+    settings = {"preset": preset, "layers": layers, "rounds": rounds}
+    return {**settings, **record, "after ÷ before": relative, "machine": machine(), "command": command()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    from common import parser_of, write_result
+
+    parser = parser_of(__doc__)
     parser.add_argument("--before", type=Path, required=True, help="folder of the other checkout, with its own .venv")
     parser.add_argument("--preset", default="60m")
     parser.add_argument("--layers", type=int, default=0, help="in place of the preset's")
@@ -123,7 +115,7 @@ def main() -> None:
     parser.add_argument("--compilations", type=int, default=3)
     given = parser.parse_args()
     result = run(given.before, given.preset, given.layers, given.rounds, given.compilations)
-    (ROOT / "benchmarks/results/before-after.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(ROOT / "benchmarks/results/before-after.json", result, indent=1)
     for name in ("before", "after", "after ÷ before"):
         print(name, result[name])
 

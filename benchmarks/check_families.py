@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import parser_of
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results" / "check-families.json"
@@ -31,9 +32,16 @@ Batch = dict[str, Any]
 Made = tuple[nn.Module, Batch]
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-    max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def tokens() -> Tensor:
@@ -115,9 +123,15 @@ def dit() -> Made:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
     batch = {"x": torch.randn(1, 4, 8, 8), "noise": torch.randn(1, 4, 8, 8), "times": torch.tensor([3])}
     return Loss(model, noise_predicted), {**batch, "class_labels": torch.tensor([1])}
 
@@ -126,9 +140,14 @@ def unet() -> Made:
     from diffusers import UNet2DModel
 
     model = UNet2DModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     batch = {"x": torch.randn(2, 3, 8, 8), "noise": torch.randn(2, 3, 8, 8), "times": torch.tensor([3, 5])}
     return Loss(model, noise_predicted), batch
 
@@ -157,22 +176,45 @@ def whisper() -> Made:
     import transformers
 
     config = transformers.WhisperConfig(
-        vocab_size=64, num_mel_bins=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, d_model=32, max_source_positions=16,
-        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        dropout=0.0, use_cache=False, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
+        vocab_size=64,
+        num_mel_bins=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        d_model=32,
+        max_source_positions=16,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        dropout=0.0,
+        use_cache=False,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     return transformers.WhisperForConditionalGeneration(config), {
-        "input_features": torch.randn(2, 8, 32), "labels": tokens(),
-    }  # fmt: skip
+        "input_features": torch.randn(2, 8, 32),
+        "labels": tokens(),
+    }
 
 
 def clip() -> Made:
     import transformers
 
     text = dict(SMALL, projection_dim=16)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-                  patch_size=4, projection_dim=16)  # fmt: skip
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        projection_dim=16,
+    )
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     batch = {"input_ids": tokens(), "pixel_values": pixels(), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     return model, {**batch, "return_loss": True}
@@ -292,15 +334,19 @@ def one(name: str, precision: str, compiled: bool) -> dict[str, Any]:
         return {"verdict": "error", "error": said[:1500], "seconds": round(time.monotonic() - began, 1)}
     worst = result.worst
     return {
-        "verdict": "ok" if result.ok else "wrong", "tensors": len(result.errors),
+        "verdict": "ok" if result.ok else "wrong",
+        "tensors": len(result.errors),
         "wrong": [f"{each.name}: {each.note}" for each in result.errors if not each.ok][:8],
-        "worst": worst.name, "relative": float(f"{worst.relative:.3g}"), "allowed": float(f"{worst.tolerance:.3g}"),
-        "gemms": result.precision, "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+        "worst": worst.name,
+        "relative": float(f"{worst.relative:.3g}"),
+        "allowed": float(f"{worst.tolerance:.3g}"),
+        "gemms": result.precision,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--compile", action="store_true", help="generated code instead of an interpreted graph")
@@ -321,12 +367,14 @@ def main() -> None:
             environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **os.environ}
             try:
                 done = subprocess.run(
-                    [*command, *(["--compile"] if given.compile else [])], capture_output=True, text=True,
-                    timeout=SECONDS, env=environment,
-                )  # fmt: skip
-                results[key] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {
-                    "verdict": "error", "error": done.stderr[-1500:],
-                }  # fmt: skip
+                    [*command, *(["--compile"] if given.compile else [])],
+                    capture_output=True,
+                    text=True,
+                    timeout=SECONDS,
+                    env=environment,
+                )
+                failed = {"verdict": "error", "error": done.stderr[-1500:]}
+                results[key] = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
             except subprocess.TimeoutExpired:
                 results[key] = {"verdict": "error", "error": f"no end within {SECONDS} s"}
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

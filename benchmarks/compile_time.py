@@ -10,7 +10,6 @@ itself and all that no cache saves: tracing, the passes' analysis where Inductor
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from backends import RESULTS, machine
+from common import RESULTS, Batch, Layers, Preset, Seq, Sides, machine, write_result
 from rich.console import Console
 from rich.table import Table
 from train_step import SIDES, Settings, build, chosen, compile_step, set_due, timed
@@ -42,11 +41,11 @@ def in_process(side: str, arguments: list[str], cache: Path) -> float:
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="Model and rank.")] = "60m",
-    layers: Annotated[int | None, typer.Option(help="Layers, in place of the preset's.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    sides: Annotated[str, typer.Option(help="Sides, by comma.")] = "inductor,qgalore",
+    preset: Preset = "60m",
+    layers: Layers = None,
+    batch: Batch = 4,
+    seq: Seq = 256,
+    sides: Sides = "inductor,qgalore",
     rounds: Annotated[int, typer.Option(help="Pairs of processes a side, interleaved.", min=1)] = 1,
     one: Annotated[str, typer.Option(help="Print the seconds of this side's first call, and nothing else.")] = "",
 ) -> None:
@@ -65,12 +64,12 @@ def main(
             print(f"{SIDES[side].title}: {cold:.1f} s, then {warm:.1f} s ({warm / cold:.2f})", flush=True)
     table = Table("side", "empty cache, s", "second process, s", "share")
     for side, pairs in found.items():
-        columns = [" ".join(f"{pair[key]:{form}}" for pair in pairs)
-                   for key, form in (("cold_s", ".1f"), ("warm_s", ".1f"), ("share", ".2f"))]  # fmt: skip
+        forms = {"cold_s": ".1f", "warm_s": ".1f", "share": ".2f"}
+        columns = [" ".join(f"{pair[key]:{form}}" for pair in pairs) for key, form in forms.items()]
         table.add_row(SIDES[side].title, *columns)
     Console().print(table)
     result = {"machine": machine(), "settings": {"preset": preset, "batch": batch, "seq": seq}, "sides": found}
-    RESULTS.joinpath(f"compile-time-{settings.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULTS / f"compile-time-{settings.name}.json", result)
 
 
 if __name__ == "__main__":

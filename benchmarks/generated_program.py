@@ -112,6 +112,11 @@ class Ledger(TorchDispatchMode):
         if self.allocations == self.snapshot:
             self.at_peak = self._named()
 
+    @property
+    def peak_place(self) -> int:
+        """The number of the call, from 0, when most was live."""
+        return max(range(len(self.points)), key=lambda index: self.points[index].live)
+
     def _free(self, key: int) -> None:
         self.live -= self.buffers.pop(key).bytes
 

@@ -36,10 +36,9 @@ from unittest import mock
 import torch
 import torch._dynamo
 import typer
-from backends import RESULTS
+from common import RESULTS, Rounds, cell, one_of, ratios
 from gpu_checks import CASES, QUICK, findings
 from gpu_measure import (
-    WARM_UP,
     Ceiling,
     Clock,
     Results,
@@ -57,7 +56,7 @@ from gpu_measure import (
 from rich.console import Console
 from rich.table import Table
 from torch._inductor.utils import clear_caches
-from train_step import SIDES, Settings, Step, build, compile_step, set_due, timed
+from train_step import SIDES, Settings, Step, build, compile_step, rounds_of, set_due, timed
 from update_step import SHAPES, sides_of
 
 from qgalore_compile.kernels.triton.kernels import Kernel
@@ -115,7 +114,7 @@ def measure_ceilings(bench: Bench, *, quick: bool) -> dict[str, Ceiling]:
         if ceiling.peak is not None:
             bench.results.add("ceilings", key, name, ceiling.peak, ceiling.unit)
             cells = [f"{ceiling.peak:.3g}", f"{row['median'] / ceiling.peak:.2f}"]
-        table.add_row(f"{key}, {ceiling.unit}", _cell(row, ".3g"), *cells)
+        table.add_row(f"{key}, {ceiling.unit}", cell(row, ".3g"), *cells)
     bench.console.print(table)
     return found
 
@@ -134,11 +133,11 @@ def measure_updates(bench: Bench, shapes: tuple[tuple[int, int, int], ...], copy
             bench.say(f"{subject}: baseline is left out, whose groups of 256 do not divide a row")
         times = bench.clock.rounds(sides, bench.rounds)
         for name, (device, host) in times.items():
-            cells = [_cell(bench.results.spread("update", subject, name, device, "ms"), ".3f")]
+            cells = [cell(bench.results.spread("update", subject, name, device, "ms"), ".3f")]
             cells.append(f"{bench.results.spread('update', subject, name, host, 'host ms')['median']:.3f}")
             for other in ("gemms", "qgalore"):
-                ratios = [a / b for a, b in zip(device, times[other].device, strict=True)]
-                cells.append(_cell(bench.results.spread("update", subject, name, ratios, f"÷ {other}"), ".2f"))
+                relative = ratios(device, times[other].device)
+                cells.append(cell(bench.results.spread("update", subject, name, relative, f"÷ {other}"), ".2f"))
             table.add_row(subject, name, *cells)
         if bench.gpu:
             _write_back(bench, subject, kernels, launches(sides["qgalore"], bench.rounds, bench.clock.flush), copy)
@@ -221,14 +220,25 @@ def _alone(bench: Bench, settings: Settings, name: str, measured: dict[str, Ceil
 
 
 def _kernels(
-    bench: Bench, settings: Settings, kernels: dict[str, Kernel], times: dict[str, list[float]],
+    bench: Bench,
+    settings: Settings,
+    kernels: dict[str, Kernel],
+    times: dict[str, list[float]],
     measured: dict[str, Ceiling],
-) -> None:  # fmt: skip
+) -> None:
     """Each generated kernel's launches beside their floor, and what all other kernels take together."""
     assert bench.chip is not None  # or no kernel would have been made
     chip = as_measured(bench.chip, measured)
-    table = Table("kernel", "what", "launches a step", "µs: median (p10-p90)", "floor, µs", "÷ floor", "ms a step",
-                  title=f"Generated kernels of a step of {settings.name}")  # fmt: skip
+    table = Table(
+        "kernel",
+        "what",
+        "launches a step",
+        "µs: median (p10-p90)",
+        "floor, µs",
+        "÷ floor",
+        "ms a step",
+        title=f"Generated kernels of a step of {settings.name}",
+    )
     for name, kernel in kernels.items():
         if not (found := times.pop(name, [])):
             bench.say(f"{name} is not in the profile")
@@ -241,7 +251,7 @@ def _kernels(
         bound = floor(kernel, chip)
         bench.results.add("kernels", subject, f"floor by {bound.limit}", 1e6 * bound.seconds, "µs")
         cells = [f"{1e6 * bound.seconds:.1f} ({bound.limit})", f"{row['median'] / 1e6 / bound.seconds:.2f}"]
-        table.add_row(name_of(kernel), what(kernel), f"{count:g}", _cell(row, ".1f"), *cells, f"{total:.3f}")
+        table.add_row(name_of(kernel), what(kernel), f"{count:g}", cell(row, ".1f"), *cells, f"{total:.3f}")
     bench.console.print(table)
     rest = sum(map(sum, times.values())) / STEADY / 1e3
     bench.results.add("kernels", f"{settings.name}: all other kernels", "qgalore", rest, "ms a step")
@@ -260,12 +270,7 @@ def _interleaved(bench: Bench, settings: Settings, folder: Path) -> None:
         set_due(schedules, False)
         with caches_in(folder / name), watched():  # filled by the side alone, under equal settings
             timed(steps[name], settings.tokens(0))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(WARM_UP + bench.rounds):
-        tokens = settings.tokens(index)
-        for name, step in steps.items():
-            seconds[name].append(timed(step, tokens))
-    seconds = {name: values[WARM_UP:] for name, values in seconds.items()}
+    seconds = rounds_of(steps, settings, bench.rounds)
     table = Table(
         "side", "ms a step: median (p10-p90)", "tokens/s", "ms ÷ qgalore's", title=f"Steps of {settings.name}"
     )
@@ -273,9 +278,9 @@ def _interleaved(bench: Bench, settings: Settings, folder: Path) -> None:
         row = bench.results.spread("step", settings.name, name, [1e3 * each for each in values], "ms")
         rates = [settings.batch * settings.seq / each for each in values]
         rate = bench.results.spread("step", settings.name, name, rates, "tokens/s")
-        ratios = [a / b for a, b in zip(values, seconds["qgalore"], strict=True)]
-        ratio = bench.results.spread("step", settings.name, name, ratios, "÷ qgalore")
-        table.add_row(SIDES[name].title, _cell(row, ".2f"), f"{rate['median']:,.0f}", _cell(ratio, ".3f"))
+        relative = ratios(values, seconds["qgalore"])
+        ratio = bench.results.spread("step", settings.name, name, relative, "÷ qgalore")
+        table.add_row(SIDES[name].title, cell(row, ".2f"), f"{rate['median']:,.0f}", cell(ratio, ".3f"))
     bench.console.print(table)
 
 
@@ -297,10 +302,6 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _cell(row: dict[str, float], form: str) -> str:
-    return f"{row['median']:{form}} ({row['p10']:{form}}-{row['p90']:{form}})"
-
-
 def _shapes(text: str, quick: bool) -> tuple[tuple[int, int, int], ...]:
     """ "512x1376x128,…" as (m, n, rank)."""
     if not text:
@@ -319,7 +320,7 @@ def main(
     preset: Annotated[str, typer.Option(help="Of the whole step. [default: 350m; with --quick tiny]")] = "",
     batch: Annotated[int, typer.Option(help="Sequences of a step. [default: 16; with --quick 2]")] = 0,
     seq: Annotated[int, typer.Option(help="Tokens of a sequence. [default: 256; with --quick 32]")] = 0,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=2)] = 21,
+    rounds: Rounds = 21,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu to try the script.")] = "cuda",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, one layer: does everything run?")] = False,
     out: Annotated[Path | None, typer.Option(help="The CSV file. [default: results/gpu-<device>.csv]")] = None,
@@ -327,10 +328,9 @@ def main(
     """Exit status: 0 measured, 1 a result is wrong and nothing is measured, 2 no such device or a wrong option."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise typer.BadParameter(f"a device is cuda, cuda:1, … or cpu, got {device!r}")
-    chosen = torch.device("cuda:0" if device == "cuda" else device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        typer.echo(f"there is no device {device!r}: this benchmark is for GPUs; to try it without one: "
-                   "--device cpu --quick --out FILE", err=True)  # fmt: skip
+    if (chosen := one_of(device)) is None:
+        typer.echo(f"there is no device {device!r}: this benchmark is for GPUs; to try it without one:", err=True)
+        typer.echo("--device cpu --quick --out FILE", err=True)
         raise typer.Exit(2)
     weights = _shapes(shapes, quick)
     if chosen.type == "cuda":
@@ -348,8 +348,13 @@ def main(
     bench.results.write()
     measure_updates(bench, weights, median(measured["copy"].values))
     bench.results.write()
-    settings = Settings(preset or ("tiny" if quick else "350m"), 1 if quick else None,
-                        batch or (2 if quick else 16), seq or (32 if quick else 256), device=str(chosen))  # fmt: skip
+    settings = Settings(
+        preset or ("tiny" if quick else "350m"),
+        1 if quick else None,
+        batch or (2 if quick else 16),
+        seq or (32 if quick else 256),
+        device=str(chosen),
+    )
     measure_steps(bench, settings, measured)
     bench.results.write()
     console.print(f"written to {out}" if out else "nothing is written on a CPU without --out")

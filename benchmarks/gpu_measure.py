@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,19 +18,17 @@ from unittest import mock
 
 import torch
 import triton
-from backends import machine
+from common import interleaved, machine, spread
 from torch._inductor import config as inductor_config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from train_step import spread
 
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.gemm import Product
 from qgalore_compile.kernels.triton.kernels import Kernel
 from qgalore_compile.kernels.triton.targets import Target, UnknownTargetError
 
-WARM_UP = 3
 _CLOCK_HZ = 2e9  # no GPU's is much higher: waits of so many cycles are not shorter than was asked for
 _LONGEST_WAIT_S = 0.2
 
@@ -156,14 +155,14 @@ class Clock:
 
     def rounds(self, sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
         """Each side once a round, the first rounds dropped."""
-        times = {name: Times([], []) for name in sides}
-        for _ in range(WARM_UP + rounds):
-            for name, call in sides.items():
-                host = times[name].host
-                found = self.once(call, host[-1] if host else 1.0)
-                times[name].device.append(found[0])
-                host.append(found[1])
-        return {name: Times(found.device[WARM_UP:], found.host[WARM_UP:]) for name, found in times.items()}
+        hosts = dict.fromkeys(sides, 1.0)
+
+        def measure(name: str, _: int) -> tuple[float, float]:
+            device, hosts[name] = self.once(sides[name], hosts[name])
+            return device, hosts[name]
+
+        found = interleaved({name: partial(measure, name) for name in sides}, rounds)
+        return {name: Times([d for d, _ in values], [h for _, h in values]) for name, values in found.items()}
 
 
 # -- ceilings ---------------------------------------------------------------------------------------------------------
@@ -222,8 +221,8 @@ def chip_of(device: torch.device) -> Target | None:
 def as_measured(chip: Target, found: dict[str, Ceiling]) -> Target:
     """A chip with the measured ceilings in place of the data sheet's, which no kernel reaches."""
     rates = {name: median(each.values) for name, each in found.items()}
-    return replace(chip, dram_bytes_per_second=rates["copy"], bf16_flops=rates["bf16"], tf32_flops=rates["tf32"],
-                   fp32_flops=rates["fp32"])  # fmt: skip
+    flops = {f"{name}_flops": rates[name] for name in ("bf16", "tf32", "fp32")}
+    return replace(chip, dram_bytes_per_second=rates["copy"], **flops)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

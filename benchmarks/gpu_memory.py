@@ -15,15 +15,13 @@ Writes `results/memory-<preset>-<device>.json`: bytes allocated after each stage
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from backends import RESULTS
+from common import RESULTS, Batch, Layers, Out, Seq, one_of, write_result
 from gpu_measure import device_name, facts, slug
 from rich.console import Console
 
@@ -38,11 +36,15 @@ UNTIMED = 2  # steps: the first compiles, the second may still warm something up
 
 
 class Memory:
-    """Bytes that PyTorch's allocator holds on the device, by stage; nothing on a CPU."""
+    """Bytes that PyTorch's allocator holds on the device, by stage, and no more than a limit; nothing on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit_gib: float) -> None:
         self.gpu = device.type == "cuda"
         self.stages: dict[str, dict[str, int]] = {}
+        if self.gpu:
+            torch.cuda.set_device(device)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / total), device)
 
     def stage(self, name: str) -> None:
         """End a stage, and begin the next one's peak."""
@@ -55,6 +57,15 @@ class Memory:
             "peak_reserved": torch.cuda.max_memory_reserved(),
         }
         torch.cuda.reset_peak_memory_stats()
+
+
+def with_layers(preset: str, layers: int | None) -> str:
+    """The name of the preset, or of one made from it with another number of layers."""
+    if layers is None:
+        return preset
+    known, name = find_preset(preset), f"{preset}-{layers}layers"
+    PRESETS[name] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
+    return name
 
 
 def milliseconds(records: list[StepRecord], tokens: int) -> float | None:
@@ -73,8 +84,11 @@ def train(config: TrainConfig, memory: Memory, console: Console) -> dict[str, An
         records.append(record := run.advance())
         if record.step == 1:
             memory.stage("first step")
-        console.print(f"step {record.step}: loss {record.loss:.4f}, {len(record.refreshed)} refreshed, "
-                      f"{config.tokens_per_step / record.tokens_per_second:.3f} s", highlight=False)  # fmt: skip
+        console.print(
+            f"step {record.step}: loss {record.loss:.4f}, {len(record.refreshed)} refreshed, "
+            f"{config.tokens_per_step / record.tokens_per_second:.3f} s",
+            highlight=False,
+        )
     memory.stage("other steps")
     timed, tokens = records[UNTIMED:], config.tokens_per_step
     return {
@@ -92,34 +106,38 @@ def train(config: TrainConfig, memory: Memory, console: Console) -> dict[str, An
 
 def main(
     preset: Annotated[str, typer.Option(help="Model, rank and learning rate.")] = "7b",
-    layers: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
+    layers: Layers = None,
     limit_gib: Annotated[float, typer.Option(help="What PyTorch may allocate.", min=0.1)] = 15.0,
     steps: Annotated[int, typer.Option(min=UNTIMED + 1)] = 40,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    batch: Batch = 1,
+    seq: Seq = 256,
     refresh: Annotated[str | None, typer.Option(help="Refresh method. [default: qgalore train's]")] = None,
     nonfinite: Annotated[str | None, typer.Option(help="skip_step or skip_parameter. [default: the former]")] = None,
     optimizer: Annotated[str, typer.Option(help="qgalore, galore or adamw.")] = "qgalore",
     device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu to try the script.")] = "cuda",
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     """Exit status: 0 it fits, 1 it does not, 2 no such device."""
-    console, chosen = Console(width=120), torch.device("cuda:0" if device == "cuda" else device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    console, chosen = Console(width=120), one_of(device)
+    if chosen is None:
         console.print(f"there is no device {device!r}; --device cpu --preset tiny tries the script without one")
         raise typer.Exit(2)
-    if layers is not None:
-        known, preset = find_preset(preset), f"{preset}-{layers}layers"
-        PRESETS[preset] = dataclasses.replace(known, model=dataclasses.replace(known.model, num_layers=layers))
+    preset = with_layers(preset, layers)
     config = TrainConfig.from_preset(
-        preset, optimizer=optimizer, steps=steps, batch=batch, seq=seq, refresh=refresh, nonfinite=nonfinite,
-        device=device, dtype="bfloat16", vocab_size=VOCABULARY, eval_every=steps, eval_tokens=seq,
-    )  # fmt: skip
-    memory = Memory(chosen)
-    if memory.gpu:
-        torch.cuda.set_device(chosen)
-        total = torch.cuda.get_device_properties(chosen).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / total), chosen)
+        preset,
+        optimizer=optimizer,
+        steps=steps,
+        batch=batch,
+        seq=seq,
+        refresh=refresh,
+        nonfinite=nonfinite,
+        device=device,
+        dtype="bfloat16",
+        vocab_size=VOCABULARY,
+        eval_every=steps,
+        eval_tokens=seq,
+    )
+    memory = Memory(chosen, limit_gib)
     try:
         found = train(config, memory, console)
     except torch.OutOfMemoryError as error:
@@ -128,13 +146,20 @@ def main(
         raise typer.Exit(1) from None
     name = device_name(chosen)
     result = {
-        "preset": preset, "optimizer": optimizer, "refresh": config.refresh, "nonfinite": config.nonfinite,
-        "batch": batch, "seq": seq, "steps": steps, "limit_gib": limit_gib if memory.gpu else None, **found,
-        "memory": memory.stages, "machine": facts(chosen),
-    }  # fmt: skip
+        "preset": preset,
+        "optimizer": optimizer,
+        "refresh": config.refresh,
+        "nonfinite": config.nonfinite,
+        "batch": batch,
+        "seq": seq,
+        "steps": steps,
+        "limit_gib": limit_gib if memory.gpu else None,
+        **found,
+        "memory": memory.stages,
+        "machine": facts(chosen),
+    }
     path = out / f"memory-{preset}-{slug(name)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result, indent=1)
     for stage, held in memory.stages.items():
         amounts = ", ".join(f"{key} {value / 2**30:.2f}" for key, value in held.items())
         console.print(f"{stage}: {amounts} GiB", highlight=False)

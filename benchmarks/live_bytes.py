@@ -20,8 +20,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shlex
-import sys
 from bisect import bisect_right
 from contextlib import ExitStack, suppress
 from itertools import pairwise
@@ -31,15 +29,15 @@ from unittest import mock
 
 import torch
 import typer
-from backends import RESULTS, machine
-from generated_program import Point, Program, walk
+from common import RESULTS, Batch, Layers, Out, Preset, Seq, Sides, command, machine, write_whole
+from generated_program import Ledger, Point, Program, walk
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
-from train_step import SIDES, Settings, Side, Step, build, chosen, compile_step, set_due
+from train_step import ALL, SIDES, Settings, Side, Step, build, chosen, compile_step, described, set_due
 
 SAMPLES = 400  # of a curve in the JSON file
 
@@ -127,67 +125,77 @@ def plot(report: dict[str, dict[str, Any]], title: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def counted(ledger: Ledger, measured: dict[str, Any] | None, top: int) -> dict[str, Any]:
+    """What a result says of a side: its peak, the ``top`` largest buffers there, its curve, and what was measured."""
+    place = ledger.peak_place
+    return {
+        "resident_bytes": sum(ledger.resident.values()),
+        "peak_bytes": ledger.peak,
+        "peak_point": {**ledger.points[place]._asdict(), "fraction": place / len(ledger.points)},
+        "measured_bytes": measured,
+        "measured_to_counted": measured and measured["between_ops"] / ledger.peak,
+        "calls": len(ledger.points),
+        "at_peak": [dataclasses.asdict(buffer) for buffer in ledger.at_peak[:top]],
+        "at_peak_others": [len(ledger.at_peak[top:]), sum(buffer.bytes for buffer in ledger.at_peak[top:])],
+        "curve": sampled(ledger.points),
+    }
+
+
+def show(title: str, row: dict[str, Any], ledger: Ledger, top: int) -> None:
+    """The buffers at the peak as a table, and the peak itself, counted and measured."""
+    table = Table("buffer", "shape", "dtype", "MiB", "written by", title=f"{title}: live at the peak")
+    for buffer in ledger.at_peak[:top]:
+        table.add_row(buffer.name, str(buffer.shape), buffer.dtype, f"{buffer.bytes / 2**20:.2f}", buffer.writer)
+    Console().print(table)
+    place, resident = ledger.peak_place, row["resident_bytes"] / 2**20
+    print(f"{title}: peak {ledger.peak / 2**20:,.2f} MiB above {resident:,.2f} MiB resident")
+    print(f"  at call {place} of {len(ledger.points)}: {ledger.points[place].op}")
+    if measured := row["measured_bytes"]:
+        ratio = row["measured_to_counted"]
+        print(f"  measured between ops {measured['between_ops'] / 2**20:,.2f} MiB, {ratio:.4f} × counted;")
+        print(f"  inside {measured['inside_op_name']} {measured['inside_op'] / 2**20:,.2f} MiB", flush=True)
+
+
+def keep_trace(program: Program, points: list[Point], folder: Path, name: str) -> None:
+    """A side's program, and its curve call by call, as files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.py").write_text(program.source)
+    rows = (f"{point.line}\t{point.live}\t{point.op}" for point in points)
+    (folder / f"{name}.tsv").write_text("\n".join(["line\tlive_bytes\top", *rows]) + "\n")
+
+
 def main(
-    preset: Annotated[str, typer.Option(help="Model and rank.")] = "60m",
-    layers: Annotated[int | None, typer.Option(help="Layers, in place of the preset's.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    preset: Preset = "60m",
+    layers: Layers = None,
+    batch: Batch = 4,
+    seq: Seq = 256,
     fake: Annotated[bool, typer.Option("--fake", help="No weights, no C++, nothing executed or measured.")] = False,
-    sides: Annotated[str, typer.Option(help="Sides, by comma.")] = ",".join(SIDES),
+    sides: Sides = ALL,
     top: Annotated[int, typer.Option(help="Buffers of each peak to report.")] = 20,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the curves into this PNG file.")] = None,
     also: Annotated[list[Path], typer.Option(help="Earlier results of other sides, to be kept beside these.")] = [],  # noqa: B006
     trace: Annotated[Path | None, typer.Option(help="Keep programs and whole curves in this folder.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
+    out: Out = RESULTS,
 ) -> None:
     settings = Settings(preset, layers, batch, seq)
     report: dict[str, dict[str, Any]] = {}
-    command = shlex.join(["benchmarks/live_bytes.py", *sys.argv[1:]])
     for name in chosen(sides):
         title = SIDES[name].title
         program, measured = generate(SIDES[name], settings, fake)
         ledger = walk(program)
-        place = max(range(len(ledger.points)), key=lambda index: ledger.points[index].live)
-        report[name] = {
-            "title": title,
-            "resident_bytes": sum(ledger.resident.values()),
-            "peak_bytes": ledger.peak,
-            "peak_point": {**ledger.points[place]._asdict(), "fraction": place / len(ledger.points)},
-            "measured_bytes": measured,
-            "measured_to_counted": measured and measured["between_ops"] / ledger.peak,
-            "calls": len(ledger.points),
-            "at_peak": [dataclasses.asdict(buffer) for buffer in ledger.at_peak[:top]],
-            "at_peak_others": [len(ledger.at_peak[top:]), sum(buffer.bytes for buffer in ledger.at_peak[top:])],
-            "curve": sampled(ledger.points),
-            "command": command,
-            "machine": machine(),
-        }
-        table = Table("buffer", "shape", "dtype", "MiB", "written by", title=f"{title}: live at the peak")
-        for buffer in ledger.at_peak[:top]:
-            table.add_row(buffer.name, str(buffer.shape), buffer.dtype, f"{buffer.bytes / 2**20:.2f}", buffer.writer)
-        Console().print(table)
-        resident = report[name]["resident_bytes"] / 2**20
-        print(f"{title}: peak {ledger.peak / 2**20:,.2f} MiB above {resident:,.2f} MiB resident")
-        print(f"  at call {place} of {len(ledger.points)}: {ledger.points[place].op}")
-        if measured:
-            ratio = report[name]["measured_to_counted"]
-            print(f"  measured between ops {measured['between_ops'] / 2**20:,.2f} MiB, {ratio:.4f} × counted;")
-            print(f"  inside {measured['inside_op_name']} {measured['inside_op'] / 2**20:,.2f} MiB", flush=True)
+        row = {"title": title, **counted(ledger, measured, top), "command": command(), "machine": machine()}
+        report[name] = row
+        show(title, row, ledger, top)
         if trace:
-            trace.mkdir(parents=True, exist_ok=True)
-            (trace / f"{name}.py").write_text(program.source)
-            rows = (f"{point.line}\t{point.live}\t{point.op}" for point in ledger.points)
-            (trace / f"{name}.tsv").write_text("\n".join(["line\tlive_bytes\top", *rows]) + "\n")
+            keep_trace(program, ledger.points, trace, name)
     for file in also:
         report = {**json.loads(file.read_text())["sides"], **report}
     report = {name: report[name] for name in SIDES if name in report}
     if picture:
         plot(report, f"{settings.name}, {batch} × {seq} tokens, bfloat16, steady step", picture)
-    described = {**dataclasses.asdict(settings), "model": dataclasses.asdict(settings.model), "dtype": "bfloat16"}
-    result = {"settings": {**described, "fake": fake}, "sides": report}
+    result = {"settings": {**described(settings), "fake": fake}, "sides": report}
     text = re.sub(r"\[[\s\d,]+\]", lambda found: " ".join(found[0].split()), json.dumps(result, indent=2))
-    out.mkdir(exist_ok=True, parents=True)
-    (out / f"live-bytes-{settings.name}.json").write_text(text + "\n")
+    write_whole(out / f"live-bytes-{settings.name}.json", text + "\n")
 
 
 if __name__ == "__main__":

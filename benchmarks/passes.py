@@ -9,18 +9,15 @@ also compiled for real, from an empty cache, for the passes' share of the whole.
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 import typer
-from backends import RESULTS, machine
+from common import RESULTS, machine, seconds_of, training_step, write_result
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import qgalore_compile as qg
@@ -28,20 +25,13 @@ from qgalore_compile.training.llama import Llama, find_preset
 
 
 def build(layers: int) -> Any:
-    """A whole training step of `tiny` with another depth, and its batch."""
+    """A whole training step of `tiny` with another depth, and its arguments."""
     preset = find_preset("tiny")
     torch.manual_seed(0)
     model = qg.quantize_(Llama(replace(preset.model, num_layers=layers)))
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=preset.rank))
-
-    def step(batch: Tensor) -> Tensor:
-        loss: Tensor = model(batch, batch)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    return step, torch.randint(0, 256, (preset.batch, preset.seq))
+    batch = torch.randint(0, 256, (preset.batch, preset.seq))
+    return training_step(model, opt), (batch, batch)
 
 
 def main(
@@ -54,19 +44,17 @@ def main(
     for depth in map(int, layers.split(",")):
         runs = []
         for _ in range(repeats):
-            step, batch = build(depth)
-            report = qg.explain(step, batch)
+            step, args = build(depth)
+            report = qg.explain(step, *args)
             runs.append({each["name"]: each["milliseconds"] for each in report.passes})
             nodes[depth] = report.passes[0]["nodes_before"]
         milliseconds[depth] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     share = None
     if compile_layers:
-        step, batch = build(compile_layers)
+        step, args = build(compile_layers)
         compiled = torch.compile(step, backend="qgalore", fullgraph=True, options={"strict": True})
         with fresh_cache():
-            start = time.perf_counter()
-            compiled(batch)
-            seconds = time.perf_counter() - start
+            seconds = seconds_of(lambda: compiled(*args))
         passes = sum(each["milliseconds"] for each in qg.report(compiled).passes) / 1e3
         share = {"layers": compile_layers, "first_step_s": seconds, "passes_s": passes, "share": passes / seconds}
     table = Table("pass", *(f"{depth} layers, ms" for depth in milliseconds), "ms a layer, deepest / shallowest")
@@ -78,10 +66,16 @@ def main(
         table.add_row(name, *(f"{row[depth]:.0f}" for depth in row), f"{ratio:.2f}")
     Console().print(table)
     Console().print({"nodes": nodes, "compile": share})
-    result = {"milliseconds": milliseconds, "all": totals, "nodes": nodes, "compile": share, "repeats": repeats,
-              "command": f"benchmarks/passes.py --layers {layers} --repeats {repeats} --compile {compile_layers}",
-              "machine": machine()}  # fmt: skip
-    RESULTS.joinpath("passes-tiny.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "milliseconds": milliseconds,
+        "all": totals,
+        "nodes": nodes,
+        "compile": share,
+        "repeats": repeats,
+        "command": f"benchmarks/passes.py --layers {layers} --repeats {repeats} --compile {compile_layers}",
+        "machine": machine(),
+    }
+    write_result(RESULTS / "passes-tiny.json", result)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,10 @@ def run_apart(spec: RunSpec, folder: Path, work: Path, threads: int) -> int:
     work.mkdir(parents=True, exist_ok=True)
     cache = str((work / "inductor").resolve())  # torch has put its own choice into this process's environment
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(threads)}
-    command = [
-        sys.executable, str(HERE / "quality_run.py"), "--scale", spec.scale.name, "--case", spec.case.name,
-        "--lr", f"{spec.lr:g}", "--seed", str(spec.seed), "--folder", str(folder), "--work", str(work),
-    ]  # fmt: skip
+    options = {"scale": spec.scale.name, "case": spec.case.name, "lr": f"{spec.lr:g}", "seed": str(spec.seed)}
+    options |= {"folder": str(folder), "work": str(work)}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, str(HERE / "quality_run.py"), *words]
     with (work / f"{spec.name}.log").open("w") as log:
         return subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
 

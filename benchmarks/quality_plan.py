@@ -131,15 +131,31 @@ METHODS = (
     Case("adamw", "AdamW", "adamw", ADAMW_LR, int8=False, moments="32bit", seeds=3),
     # GaLore's α gives projected weights a smaller rate than embedding and head: the same split at full rank tells
     # what that does from what the projection does.
-    Case("adamw-scaled", "AdamW, α on the blocks", "adamw", GALORE_LR, int8=False, moments="32bit",
-         keys={"scale": 0.25}, seeds=3),
+    Case(
+        "adamw-scaled",
+        "AdamW, α on the blocks",
+        "adamw",
+        GALORE_LR,
+        int8=False,
+        moments="32bit",
+        keys={"scale": 0.25},
+        seeds=3,
+    ),
     Case("galore-torch", "GaLore (galore-torch)", "galore-torch", GALORE_LR, int8=False, moments="32bit", seeds=3),
-    Case("galore", "GaLore (ours, unquantised, fixed gap)", "qgalore", GALORE_LR, int8=False, moments="32bit",
-         keys={**PUBLISHED, "gamma_proj": 1, "quant": False}, seeds=3),
+    Case(
+        "galore",
+        "GaLore (ours, unquantised, fixed gap)",
+        "qgalore",
+        GALORE_LR,
+        int8=False,
+        moments="32bit",
+        keys={**PUBLISHED, "gamma_proj": 1, "quant": False},
+        seeds=3,
+    ),
     Case("qgalore-official", "Q-GaLore, published rules", "qgalore", GALORE_LR, keys=dict(PUBLISHED), seeds=3),
     Case("qgalore", "Q-GaLore, ours, by SVD", "qgalore", GALORE_LR, seeds=3),
     Case("qgalore-default", "Q-GaLore, ours", "qgalore", seeds=3),
-)  # fmt: skip
+)
 OURS, DEFAULT = METHODS[-2:]
 SEARCHED = tuple(case for case in METHODS if case.lr is not None)
 
@@ -217,11 +233,20 @@ class RunSpec:
         """All that decides what the run computes: a result belongs to the run whose settings it holds."""
         scale, case = self.scale, self.case
         settings = {
-            "preset": scale.preset, "steps": scale.steps, "batch": scale.batch, "seq": scale.seq,
-            "final_tokens": scale.final_tokens, "compiled": scale.compiled,
-            "optimizer": case.optimizer, "int8": case.int8, "moments": case.moments, "rank": self.rank,
-            "keys": self.keys, "lr": self.lr, "seed": self.seed,
-        }  # fmt: skip
+            "preset": scale.preset,
+            "steps": scale.steps,
+            "batch": scale.batch,
+            "seq": scale.seq,
+            "final_tokens": scale.final_tokens,
+            "compiled": scale.compiled,
+            "optimizer": case.optimizer,
+            "int8": case.int8,
+            "moments": case.moments,
+            "rank": self.rank,
+            "keys": self.keys,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
         if scale.device != "cpu":  # of results on CPUs it has never been a part
             settings["device"] = scale.device
         loaded: Result = json.loads(json.dumps(settings))

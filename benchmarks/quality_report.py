@@ -20,17 +20,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import write_whole
 from matplotlib.figure import Figure
 from quality_plan import METHODS, OURS, SEARCHED, VARIANTS, Case, Plan, Result, RunSpec, Scale, loss_of
-from quality_run import write_whole
 
 MIB = 2**20
 METHODS_HEAD = (
-    "method", "lr", "seeds", "loss, nats per byte", "refreshes a weight", "of fixed gap's", "time in refreshes",
-    "tokens/s", "weights + state, MiB", "peak memory, MiB", "graphs",
-)  # fmt: skip
-VARIANTS_HEAD = ("ours, but", "seeds", "loss", "less ours'", "refreshes a weight", "time in refreshes",
-                 "weights + state, MiB")  # fmt: skip
+    "method",
+    "lr",
+    "seeds",
+    "loss, nats per byte",
+    "refreshes a weight",
+    "of fixed gap's",
+    "time in refreshes",
+    "tokens/s",
+    "weights + state, MiB",
+    "peak memory, MiB",
+    "graphs",
+)
+VARIANTS_HEAD = (
+    "ours, but",
+    "seeds",
+    "loss",
+    "less ours'",
+    "refreshes a weight",
+    "time in refreshes",
+    "weights + state, MiB",
+)
 
 
 @dataclass(frozen=True)
@@ -75,30 +91,54 @@ class Row:
         losses, differences = self.losses, self.differences
         live = self.results[0]["live_bytes"]
         return {
-            "scale": self.scale.name, "case": self.case.name, "title": self.case.title, "lr": self.lr,
-            "seeds": len(losses), "loss_mean": statistics.fmean(losses), "loss_min": min(losses),
+            "scale": self.scale.name,
+            "case": self.case.name,
+            "title": self.case.title,
+            "lr": self.lr,
+            "seeds": len(losses),
+            "loss_mean": statistics.fmean(losses),
+            "loss_min": min(losses),
             "loss_max": max(losses),
             "difference_mean": statistics.fmean(differences) if differences else None,
-            "difference_min": min(differences, default=None), "difference_max": max(differences, default=None),
-            "refreshes_a_weight": self.mean("refreshes_a_weight"), "fixed_gap_refreshes": self.fixed_refreshes,
-            "refresh_seconds": self.mean("refresh_seconds"), "refresh_share": self.mean("refresh_share"),
-            "tokens_per_second": self.mean("tokens_per_second"), "median_step_ms": self.mean("median_step_ms"),
-            "weights_bytes": live["weights"], "state_bytes": live["state"], "peak_mib": self.peak_mib,
+            "difference_min": min(differences, default=None),
+            "difference_max": max(differences, default=None),
+            "refreshes_a_weight": self.mean("refreshes_a_weight"),
+            "fixed_gap_refreshes": self.fixed_refreshes,
+            "refresh_seconds": self.mean("refresh_seconds"),
+            "refresh_share": self.mean("refresh_share"),
+            "tokens_per_second": self.mean("tokens_per_second"),
+            "median_step_ms": self.mean("median_step_ms"),
+            "weights_bytes": live["weights"],
+            "state_bytes": live["state"],
+            "peak_mib": self.peak_mib,
             "graphs": max(result["graphs"] for result in self.results),
-        }  # fmt: skip
+        }
 
     def as_method(self) -> list[str]:
         return [
-            self.case.title, f"{self.lr:g}", str(len(self.results)), spread(self.losses), *self._refreshed(),
-            f"{self.mean('tokens_per_second'):,.0f}", f"{self.live_mib:.1f}", f"{self.peak_mib:,.0f}",
+            self.case.title,
+            f"{self.lr:g}",
+            str(len(self.results)),
+            spread(self.losses),
+            *self._refreshed(),
+            f"{self.mean('tokens_per_second'):,.0f}",
+            f"{self.live_mib:.1f}",
+            f"{self.peak_mib:,.0f}",
             str(max(result["graphs"] for result in self.results)),
-        ]  # fmt: skip
+        ]
 
     def as_variant(self) -> list[str]:
         refreshes, _, share = self._refreshed()
         differences = spread(self.differences, "+.4f") if self.differences else "–"
-        return [self.case.title, str(len(self.results)), spread(self.losses), differences, refreshes, share,
-                f"{self.live_mib:.1f}"]  # fmt: skip
+        return [
+            self.case.title,
+            str(len(self.results)),
+            spread(self.losses),
+            differences,
+            refreshes,
+            share,
+            f"{self.live_mib:.1f}",
+        ]
 
     def _refreshed(self) -> list[str]:
         refreshes = self.mean("refreshes_a_weight")
@@ -185,8 +225,12 @@ def _table(head: Sequence[str], rows: list[list[str]]) -> str:
 def _flat(run: Result) -> dict[str, Any]:
     """A run as one row: what is a number or a name, and the bytes."""
     plain = {key: value for key, value in run.items() if not isinstance(value, dict | list)}
-    return {**plain, "weights_bytes": run["live_bytes"]["weights"], "state_bytes": run["live_bytes"]["state"],
-            "commit": run["machine"]["commit"]}  # fmt: skip
+    return {
+        **plain,
+        "weights_bytes": run["live_bytes"]["weights"],
+        "state_bytes": run["live_bytes"]["state"],
+        "commit": run["machine"]["commit"],
+    }
 
 
 def _csv(table: list[dict[str, Any]]) -> str:
@@ -217,8 +261,13 @@ def _curves(scale: Scale, methods: list[Row], path: Path) -> Path:
     for row in methods:
         curves = [[_number(loss) for _, loss in result["curve"]] for result in row.results]
         steps = [step for step, _ in row.results[0]["curve"]]
-        (line,) = axes.plot(steps, [statistics.fmean(at) for at in zip(*curves, strict=True)], "o-", ms=3,
-                            label=f"{row.case.title}, lr {row.lr:g}")  # fmt: skip
+        (line,) = axes.plot(
+            steps,
+            [statistics.fmean(at) for at in zip(*curves, strict=True)],
+            "o-",
+            ms=3,
+            label=f"{row.case.title}, lr {row.lr:g}",
+        )
         low, high = ([choose(at) for at in zip(*curves, strict=True)] for choose in (min, max))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
     title = f"{scale.preset}: mean and range over seeds"
@@ -236,8 +285,12 @@ def _rates(plan: Plan, scale: Scale, path: Path) -> Path:
         points = [(result["lr"], _number(result["val_loss"])) for result in found if result is not None]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", label=case.title)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss, nats per byte",
-             title=f"{scale.preset}: one seed")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="peak learning rate",
+        ylabel="held-out loss, nats per byte",
+        title=f"{scale.preset}: one seed",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -251,8 +304,11 @@ def _variants(scale: Scale, variants: list[Row], path: Path) -> Path:
         axes.plot(row.differences, [place] * len(row.differences), "o", color="tab:blue", ms=5, alpha=0.8)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(rows)), [row.case.title for row in rows])
-    axes.set(xlabel="held-out loss less ours', nats per byte (right is worse)", title=f"{scale.preset}: one dot a seed",
-             ylim=(len(rows) - 0.5, -0.5))  # fmt: skip
+    axes.set(
+        xlabel="held-out loss less ours', nats per byte (right is worse)",
+        title=f"{scale.preset}: one dot a seed",
+        ylim=(len(rows) - 0.5, -0.5),
+    )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     return path

@@ -13,9 +13,7 @@ code, which runs of one case then share.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 import shlex
 import statistics
@@ -31,7 +29,7 @@ from unittest import mock
 
 import torch
 import typer
-from backends import RESULTS, machine
+from common import RESULTS, machine, write_result
 from quality_plan import CASES, NANO, SCALES, RunSpec
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -88,11 +86,20 @@ def config_of(spec: RunSpec) -> TrainConfig:
     ours = case.optimizer == "qgalore"
     kind = ("qgalore" if case.int8 else "galore") if ours else "adamw"
     return TrainConfig.from_preset(
-        scale.preset, optimizer=kind, device=scale.device,
+        scale.preset,
+        optimizer=kind,
+        device=scale.device,
         backend=("qgalore" if ours else "inductor") if scale.compiled else "eager",
-        steps=scale.steps, batch=scale.batch, seq=scale.seq, update_proj_gap=scale.gap, rank=spec.rank, lr=spec.lr,
-        seed=spec.seed, eval_every=math.ceil(scale.steps / scale.evaluations), eval_tokens=scale.curve_tokens,
-    )  # fmt: skip
+        steps=scale.steps,
+        batch=scale.batch,
+        seq=scale.seq,
+        update_proj_gap=scale.gap,
+        rank=spec.rank,
+        lr=spec.lr,
+        seed=spec.seed,
+        eval_every=math.ceil(scale.steps / scale.evaluations),
+        eval_tokens=scale.curve_tokens,
+    )
 
 
 def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
@@ -231,7 +238,7 @@ def train(spec: RunSpec, corpus: Corpus, *, folder: Path, work: Path) -> Path:
     measured.wall_seconds = earlier + time.perf_counter() - started
     result = _result(spec, run, measured, loss, before)
     path = folder / f"{spec.name}.json"
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    write_result(path, result, indent=1)
     checkpoint.unlink(missing_ok=True)
     return path
 
@@ -264,8 +271,13 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
     command = ["benchmarks/quality_run.py", "--scale", spec.scale.name, "--case", spec.case.name]
     refreshes = measured.refreshes
     result = {
-        "name": spec.name, "scale": spec.scale.name, "case": spec.case.name, "title": spec.case.title,
-        "lr": spec.lr, "seed": spec.seed, "val_loss": loss,
+        "name": spec.name,
+        "scale": spec.scale.name,
+        "case": spec.case.name,
+        "title": spec.case.title,
+        "lr": spec.lr,
+        "seed": spec.seed,
+        "val_loss": loss,
         "curve": [[step, finite({"loss": value})["loss"]] for step, value in measured.curve],
         "refreshes": refreshes,
         "refreshes_a_weight": refreshes / max(1, len(select_linears(run.model))),
@@ -273,24 +285,21 @@ def _result(spec: RunSpec, run: Run, measured: Measured, loss: float, before: in
         "refresh_share": measured.refresh_seconds / training if training else 0.0,
         "tokens_per_second": tokens * len(seconds) / sum(seconds),
         "median_step_ms": 1e3 * statistics.median(seconds),
-        "rss_before": before, "peak_rss": measured.peak_rss, "peak_rss_steps": measured.peak_rss_steps or None,
+        "rss_before": before,
+        "peak_rss": measured.peak_rss,
+        "peak_rss_steps": measured.peak_rss_steps or None,
         "peak_device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
         "live_bytes": live_bytes(run.model, run.optimizer),
-        "graphs": run.graphs, "compile_seconds": measured.compile_seconds, "wall_seconds": measured.wall_seconds,
-        "processes": measured.processes, "skipped_steps": run.skipped_steps,
+        "graphs": run.graphs,
+        "compile_seconds": measured.compile_seconds,
+        "wall_seconds": measured.wall_seconds,
+        "processes": measured.processes,
+        "skipped_steps": run.skipped_steps,
         "settings": spec.settings(),
         "machine": machine(),
         "command": shlex.join([*command, "--lr", f"{spec.lr:g}", "--seed", str(spec.seed)]),
-    }  # fmt: skip
+    }
     return finite(result)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds either what it did or all of `text`, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(

@@ -18,7 +18,6 @@ Writes `results/refresh.json` and `results/refresh.csv`; `--name` puts another n
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import time
@@ -29,11 +28,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from backends import RESULTS, machine
+from common import RESULTS, Rounds, cell, interleaved, machine, spread, write_result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_step import spread
 
 from qgalore_compile.subspace.cost import described
 from qgalore_compile.subspace.finder import leading_subspace
@@ -83,22 +81,33 @@ class Parameter:
         self.moments = encode(moments, moments.square() * 2, eight_bit=True)
 
     def refresh(self, side: Side) -> None:
+        rotated = Moments(self.moments, torch.tensor(10.0), "rotate", torch.tensor([0.9, 0.999], dtype=torch.float64))
         refresh_(
-            self.low, self.stored, self.schedule, self.factors, shape=self.shape, rank=self.rank, form=INT4,
-            method=side.method, rule=RULE, seed=0, param=0, power_iterations=side.iterations,
-            moments=Moments(self.moments, torch.tensor(10.0), "rotate", (0.9, 0.999)) if side.rotated else None,
-        )  # fmt: skip
+            self.low,
+            self.stored,
+            self.schedule,
+            self.factors,
+            shape=self.shape,
+            rank=self.rank,
+            form=INT4,
+            method=side.method,
+            rule=RULE,
+            seed=0,
+            param=0,
+            power_iterations=side.iterations,
+            moments=rotated if side.rotated else None,
+        )
 
 
 def timed(sides: dict[Side, Callable[[], None]], rounds: int) -> dict[Side, list[tuple[float, float]]]:
     """(seconds, seconds of a core) of each side in each round, one round discarded."""
-    seconds: dict[Side, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _ in range(1 + rounds):
-        for side, call in sides.items():
-            start, cores = time.perf_counter(), time.process_time()
-            call()
-            seconds[side].append((time.perf_counter() - start, time.process_time() - cores))
-    return {side: values[1:] for side, values in seconds.items()}
+
+    def measure(call: Callable[[], None], _: int) -> tuple[float, float]:
+        start, cores = time.perf_counter(), time.process_time()
+        call()
+        return time.perf_counter() - start, time.process_time() - cores
+
+    return interleaved({side: partial(measure, call) for side, call in sides.items()}, rounds, warm_up=1)
 
 
 # -- energy -----------------------------------------------------------------------------------------------------------
@@ -146,7 +155,7 @@ def energies(grad: Tensor, before: Tensor, rank: int) -> dict[str, float]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=2)] = 7,
+    rounds: Rounds = 7,
     dtype: Annotated[str, typer.Option(help="Of the factors.")] = "bfloat16",
     shapes: Annotated[int, typer.Option(help="How many of the shapes, smallest first.")] = len(SHAPES),
     steps: Annotated[int, typer.Option(help="Steps of the run that gradients come from; 0 for none.")] = 60,
@@ -166,11 +175,9 @@ def main(
             seconds, cores = (spread(list(each)) for each in zip(*values, strict=True))
             weight = f"{m}×{n}, {rank}, {tokens}"
             operations = described(side.method, m, n, rank, side.iterations, 1)
-            result["time"].setdefault(weight, {})[side.title] = {
-                "seconds": seconds, "core_seconds": cores, "operations": operations
-            }  # fmt: skip
-            texts = ("{median:.2f} ({p10:.2f}-{p90:.2f})".format(**each) for each in (seconds, cores))
-            table.add_row(weight, side.title, *texts)
+            found = {"seconds": seconds, "core_seconds": cores, "operations": operations}
+            result["time"].setdefault(weight, {})[side.title] = found
+            table.add_row(weight, side.title, cell(seconds, ".2f"), cell(cores, ".2f"))
             rows.append({"what": "seconds", "weight": weight, "method": side.title, **seconds})
             rows.append({"what": "core seconds", "weight": weight, "method": side.title, **cores})
     result["load_after"] = os.getloadavg()
@@ -189,8 +196,7 @@ def main(
         table = Table("rank", "subspace", "energy, of the exact one's: median (p10-p90)", "least")
         for (rank, method), values in sorted(measured.items(), key=lambda item: -item[0][0]):
             share = spread(values)
-            text = "{median:.4f} ({p10:.4f}-{p90:.4f})".format(**share)
-            table.add_row(str(rank), method, text, f"{share['min']:.4f}")
+            table.add_row(str(rank), method, cell(share, ".4f"), f"{share['min']:.4f}")
             rows.append({"what": "energy", "weight": f"tiny, rank {rank}", "method": method, **share})
         Console(width=120).print(table)
     result |= {
@@ -198,7 +204,7 @@ def main(
         "command": f"benchmarks/refresh.py --rounds {rounds} --dtype {dtype} --steps {steps} --keep-every {keep_every}",
         "machine": machine(),
     }
-    RESULTS.joinpath(f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULTS / f"{name}.json", result)
     with RESULTS.joinpath(f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

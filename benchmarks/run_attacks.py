@@ -13,7 +13,6 @@ if anything was loaded wrong, ended in a traceback, changed a model after an err
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,11 +23,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import run_attacks_corruptions
 import torch
+from common import parser_of
 from run_attacks_corruptions import corruptions
 from run_attacks_runs import STEPS, arguments_of, command, config_of, ended, outcome, start
 
@@ -66,12 +67,9 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
         shutil.rmtree(config.out, ignore_errors=True)
         if again:
             number = signal.SIGKILL
-            _with_long_lines(Path(half.out), Path(config.out))
-            # the settings of the whole run, so that the rest of it is the same
-            child = start([*arguments_of(config, resume=True), "--steps", str(STEPS)], said_by)
-            if not _wait_for_rewriting(Path(config.out), child):
+            child = _start_rewriting(half, config, said_by)
+            if child is None:
                 found["came too late for the rewriting"] += 1
-                ended(child)
                 continue
             time.sleep(draw.random() * 0.02)
         else:
@@ -79,9 +77,8 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
             # by steps, not by the clock alone: on a busy machine a run ends long before the time that one took
             _wait_for_lines(Path(config.out, "metrics.jsonl"), draw.randrange(STEPS), child)
             time.sleep(draw.random() * 2 * seconds / STEPS)
-        os.kill(child, number)
-        status = ended(child)
-        partial = [name for name in os.listdir(config.out) if ".partial" in name] if Path(config.out).exists() else []
+        os.kill(_pid(child), number)
+        status, partial = ended(child), _partial(config)
         if again and not any(name.startswith(".metrics") for name in partial):
             found["came too late for the rewriting"] += 1
             continue
@@ -95,22 +92,43 @@ def kills(folder: Path, count: int, rewriting: int, seed: int = 0) -> Counter[st
         if number == signal.SIGTERM and status != 143:
             found["ANOTHER STATUS"] += 1
             print(said_by.read_text(), file=sys.stderr)
-        found["LINES LOST"] += _lost_lines(config)
-        has_checkpoint = Path(config.out, "checkpoint.pt").exists()
-        found["before the first checkpoint"] += not has_checkpoint
-        more = ["--steps", str(STEPS)] if has_checkpoint else []
-        status, said = command([*arguments_of(config, resume=has_checkpoint), *more])
-        if status not in (0, 1):
-            found["DOES NOT GO ON"] += 1
-            print(said, file=sys.stderr)
-            continue
-        metrics, state = outcome(config)
-        expected = reference if not again else _of_two_halves(folder, half)
-        found["METRICS DIFFER"] += metrics != expected[0]
-        found["STATE DIFFERS"] += state != expected[1]
-        found["resumed exactly"] += (metrics, state) == expected
-        found["LEFT BEHIND"] += any(".partial" in name for name in os.listdir(config.out))
+        found += _continued(config, _of_two_halves(folder, half) if again else reference)
     return +found
+
+
+def _start_rewriting(half: TrainConfig, config: TrainConfig, said_by: Path) -> BaseProcess | None:
+    """A run that goes on from `half` and is rewriting its metrics; None if that was not seen before it ended."""
+    _with_long_lines(Path(half.out), Path(config.out))
+    # the settings of the whole run, so that the rest of it is the same
+    child = start([*arguments_of(config, resume=True), "--steps", str(STEPS)], said_by)
+    if _wait_for_rewriting(Path(config.out), child):
+        return child
+    ended(child)
+    return None
+
+
+def _partial(config: TrainConfig) -> list[str]:
+    """Names of half written files in the run's folder."""
+    return [name for name in os.listdir(config.out) if ".partial" in name] if Path(config.out).exists() else []
+
+
+def _continued(config: TrainConfig, expected: tuple[list[Any], str]) -> Counter[str]:
+    """What a killed run has lost, and what comes of it when it goes on to its end, where `expected` should come."""
+    found = Counter({"LINES LOST": _lost_lines(config)})
+    has_checkpoint = Path(config.out, "checkpoint.pt").exists()
+    found["before the first checkpoint"] += not has_checkpoint
+    more = ["--steps", str(STEPS)] if has_checkpoint else []
+    status, said = command([*arguments_of(config, resume=has_checkpoint), *more])
+    if status not in (0, 1):
+        found["DOES NOT GO ON"] += 1
+        print(said, file=sys.stderr)
+        return found
+    metrics, state = outcome(config)
+    found["METRICS DIFFER"] += metrics != expected[0]
+    found["STATE DIFFERS"] += state != expected[1]
+    found["resumed exactly"] += (metrics, state) == expected
+    found["LEFT BEHIND"] += bool(_partial(config))
+    return found
 
 
 def _with_long_lines(half: Path, folder: Path) -> None:
@@ -134,16 +152,21 @@ def _of_two_halves(folder: Path, half: TrainConfig) -> tuple[list[Any], str]:
     return _halves[folder]
 
 
-def _wait_for_lines(path: Path, count: int, child: int) -> None:
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+def _pid(child: BaseProcess) -> int:
+    assert child.pid is not None  # it has been started
+    return child.pid
+
+
+def _wait_for_lines(path: Path, count: int, child: BaseProcess) -> None:
+    while child.is_alive():
         if not count or (path.exists() and path.read_bytes().count(b"\n") >= count):
             return
         time.sleep(0.001)
 
 
-def _wait_for_rewriting(folder: Path, child: int) -> bool:
+def _wait_for_rewriting(folder: Path, child: BaseProcess) -> bool:
     """Whether the new metrics' file was seen before the child ended."""
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while child.is_alive():
         if any(name.startswith(".metrics") for name in os.listdir(folder)):
             return True
         time.sleep(0.0005)
@@ -167,18 +190,18 @@ def two_runs(folder: Path) -> Counter[str]:
     child = start(arguments_of(config), folder / "first")
     while not Path(config.out, "checkpoint.pt").exists():
         time.sleep(0.01)
-    os.kill(child, signal.SIGSTOP)  # so that it is there for as long as that takes
+    os.kill(_pid(child), signal.SIGSTOP)  # so that it is there for as long as that takes
     for resume in (True, False) * 2 + (True,):
         status, said = command(arguments_of(config, resume=resume))
-        right = status == 2 and f"is in use: process {child} on " in said
+        right = status == 2 and f"is in use: process {child.pid} on " in said
         found["second runs refused, naming the first" if right else "SECOND RUN NOT REFUSED"] += 1
-    os.kill(child, signal.SIGCONT)
+    os.kill(_pid(child), signal.SIGCONT)
     found["FIRST RUN DISTURBED"] += ended(child) not in (0, 1) or len(outcome(config)[0]) != STEPS
     return +found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = parser_of(__doc__)
     parser.add_argument("--corruptions", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -186,7 +209,6 @@ def main() -> int:
     torch.set_num_threads(1)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        # children first: threads that training here starts would be missing in them
         attacks: list[tuple[str, Callable[[], Counter[str]]]] = [
             ("kills", lambda: kills(Path(folder), given.kills, given.kills // 4, given.seed)),
             ("two runs in one folder", lambda: two_runs(Path(folder))),

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,9 +28,14 @@ from qgalore_compile.training.run import Run
 
 Trial = Callable[[bytes, random.Random], bytes]
 FAILURES = (
-    "LOADED WRONG", "TRACEBACK", "MODEL CHANGED after an error", "REFUSED WITHOUT THE FILE'S NAME",
-    "COMMAND ENDED OTHERWISE", "FILES CHANGED after an error", "WHOLE FILE DOES NOT RESUME",
-)  # fmt: skip
+    "LOADED WRONG",
+    "TRACEBACK",
+    "MODEL CHANGED after an error",
+    "REFUSED WITHOUT THE FILE'S NAME",
+    "COMMAND ENDED OTHERWISE",
+    "FILES CHANGED after an error",
+    "WHOLE FILE DOES NOT RESUME",
+)
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -130,11 +136,17 @@ def _foreign(whole: bytes, draw: random.Random) -> bytes:
 
 
 CORRUPTIONS: dict[str, Trial] = {
-    "bits flipped in tensors": _flip("tensor"), "bits flipped in pickles": _flip("pickle"),
-    "bits flipped in zip headers": _flip("header"), "truncated": _truncated, "bytes swapped": _swapped,
-    "ranges zeroed": _zeroed, "bytes appended": _appended, "entries duplicated": _duplicated,
-    "archives packed anew": _rezipped, "foreign files": _foreign,
-}  # fmt: skip
+    "bits flipped in tensors": _flip("tensor"),
+    "bits flipped in pickles": _flip("pickle"),
+    "bits flipped in zip headers": _flip("header"),
+    "truncated": _truncated,
+    "bytes swapped": _swapped,
+    "ranges zeroed": _zeroed,
+    "bytes appended": _appended,
+    "entries duplicated": _duplicated,
+    "archives packed anew": _rezipped,
+    "foreign files": _foreign,
+}
 OTHERS = "other models' and other values"
 
 
@@ -144,19 +156,28 @@ OTHERS = "other models' and other values"
 def _others(folder: Path) -> list[Path]:
     """Whole files that do not fit: of models of other shapes, and of this one with values that cannot be."""
     found = []
-    for index, options in enumerate((dict(rank=4), dict(tied=True), dict(optimizer="adamw"), dict(dtype="bfloat16"),
-                                     dict(vocab_size=300), dict(optimizer="galore"))):  # fmt: skip
+    for index, options in enumerate(
+        (
+            dict(rank=4),
+            dict(tied=True),
+            dict(optimizer="adamw"),
+            dict(dtype="bfloat16"),
+            dict(vocab_size=300),
+            dict(optimizer="galore"),
+        )
+    ):
         config = config_of(folder, f"other{index}", steps=1, **options)
         pretrain(config, console=Console(file=io.StringIO()))
         found.append(Path(config.out, "checkpoint.pt"))
-    for index, change in enumerate((
+    changes: list[Callable[[dict[str, Any]], Any]] = [
         lambda s: s["optimizer"]["state"][0]["schedule"].fill_(-1),
         lambda s: s["optimizer"]["state"][0]["projector_scale"].fill_(torch.nan),
         lambda s: s["optimizer"]["param_groups"][0].update(betas=(2.0, 0.0)),
         lambda s: s["model"].pop("norm.weight"),
         lambda s: s["scheduler"].update(last_epoch=7),
         lambda s: s.update(step="three"),
-    )):  # fmt: skip
+    ]
+    for index, change in enumerate(changes):
         saved = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
         change(saved)
         found.append(folder / f"changed{index}.pt")

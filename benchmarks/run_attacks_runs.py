@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
-import traceback
-import warnings
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from qgalore_compile import cli
 from qgalore_compile.training.checkpoint_file import load_checkpoint
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.llama import PRESETS, LlamaConfig, Preset
+from qgalore_compile.training.pretrain import pretrain
 from qgalore_compile.training.telemetry import read_metrics
 
 STEPS, EVERY = 60, 4
@@ -63,33 +67,59 @@ def without_config(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "config"}
 
 
-def start(arguments: list[str], said: Path) -> int:
-    """`qgalore train` in a child that has everything imported already; its process number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads: none of torch's has started
-        child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(each, "w", closefd=False)) for each in (1, 2))
-        sys.argv = ["qgalore", "train", *arguments]
-        cli.main()
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+def start(arguments: list[str], said: Path) -> BaseProcess:
+    """`qgalore train` in a child, which writes what it says into the file `said`."""
+    return _forked(_train, arguments, said)
 
 
-def ended(child: int) -> int:
+def killed_at(place: int, name: str, config: TrainConfig) -> bool:
+    """Whether a run of `config` came to its `place`-th call of `os.<name>`, where SIGKILL ends it."""
+    status = ended(_forked(_pretrain_up_to, place, name, config))
+    assert status in (0, -signal.SIGKILL), "the run failed; its traceback is on standard error"
+    return status == -signal.SIGKILL
+
+
+def _forked(run: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A child that runs a function of this file.
+
+    It is forked from a server that has imported torch and started none of its threads: a child of a process whose
+    OpenMP threads run waits for them forever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qgalore_compile.cli", "qgalore_compile.training.pretrain"])
+    child = context.Process(target=run, args=arguments)
+    child.start()
+    return child
+
+
+def _train(arguments: list[str], said: Path) -> None:
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(each, "w", closefd=False)) for each in (1, 2))
+    sys.argv = ["qgalore", "train", *arguments]
+    cli.main()
+
+
+def _pretrain_up_to(place: int, name: str, config: TrainConfig) -> None:
+    whole, calls = getattr(os, name), 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments)
+
+    setattr(os, name, counted)
+    pretrain(config, console=Console(file=io.StringIO()))
+
+
+def ended(child: BaseProcess) -> int:
     """Wait for a child; its exit status, negative for a signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
 
 
 def command(arguments: list[str]) -> tuple[int, str]:

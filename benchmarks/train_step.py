@@ -20,20 +20,35 @@ a step, neither as it is (its profiling wrapper breaks the graph) nor unwrapped 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 import typer
-from backends import RESULTS, machine
+from common import (
+    RESULTS,
+    WARM_UP,
+    Batch,
+    Layers,
+    Out,
+    Preset,
+    Rounds,
+    Seq,
+    Sides,
+    cell,
+    command,
+    compile_something,
+    interleaved,
+    machine,
+    ratios,
+    spread,
+    training_step,
+    write_result,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -45,7 +60,6 @@ from qgalore_compile.subspace.scheduler import Schedule
 from qgalore_compile.training.llama import Llama, LlamaConfig, find_preset, move_
 from qgalore_compile.training.run import compiled_graphs
 
-WARM_UP = 3
 NEVER = 10**9  # as update_proj_gap: no refresh but the one that is asked for
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,6 +75,7 @@ SIDES = {
     "inductor": Side("QGaLoreAdamW, inductor", True, "inductor"),
     "qgalore": Side("QGaLoreAdamW, qgalore", True, "qgalore"),
 }
+ALL = ",".join(SIDES)
 
 
 @dataclass(frozen=True)
@@ -145,15 +160,7 @@ def _build_qgalore(model: nn.Module, settings: Settings) -> tuple[Step, list[Ten
     preset = find_preset(settings.preset)
     qg.quantize_(model)
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=preset.rank, update_proj_gap=NEVER), lr=preset.lr)
-
-    def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = model(tokens, targets)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    return step, [state["schedule"] for state in opt.state.values() if "schedule" in state]
+    return training_step(model, opt), [state["schedule"] for state in opt.state.values() if "schedule" in state]
 
 
 def compile_step(step: Step, side: Side) -> Step:
@@ -180,77 +187,79 @@ def timed(step: Step, tokens: tuple[Tensor, Tensor]) -> float:
     return seconds
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, first and last decile, smallest and largest."""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    ends = {"p10": deciles[0], "p90": deciles[-1], "min": min(values), "max": max(values)}
-    return {"median": statistics.median(values), **ends}
+def first_calls(side: Side, settings: Settings) -> tuple[Step, list[Tensor], dict[str, Any]]:
+    """The side's compiled step, its schedules, and what its first two calls took: one compiles, one refreshes."""
+    plain, schedules = build(side, settings)
+    step = compile_step(plain, side)
+    set_due(schedules, False)
+    graphs = compiled_graphs()
+    with fresh_cache():  # each side compiles from nothing: they share kernels
+        first = timed(step, settings.tokens(0))
+    set_due(schedules, True)
+    second = timed(step, settings.tokens(1))
+    print(f"{side.title}: first call {first:.1f} s, second {second:.2f} s", flush=True)
+    row = {"title": side.title, "graphs": compiled_graphs() - graphs, "first_call_s": first, "second_call_s": second}
+    return step, schedules, row
+
+
+def rounds_of(steps: dict[str, Step], settings: Settings, rounds: int, first: int = 0) -> dict[str, list[float]]:
+    """Seconds of each step in each round; a round's tokens are those of ``first`` plus its number."""
+
+    def measure(step: Step, index: int) -> float:
+        return timed(step, settings.tokens(first + index))
+
+    return interleaved({name: partial(measure, step) for name, step in steps.items()}, rounds)
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The settings in a result."""
+    return {**dataclasses.asdict(settings), "model": dataclasses.asdict(settings.model), "dtype": "bfloat16"}
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="Model and rank.")] = "60m",
-    layers: Annotated[int | None, typer.Option(help="Layers, in place of the preset's.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=2)] = 21,
-    sides: Annotated[str, typer.Option(help="Sides, by comma.")] = ",".join(SIDES),
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
+    preset: Preset = "60m",
+    layers: Layers = None,
+    batch: Batch = 4,
+    seq: Seq = 256,
+    rounds: Rounds = 21,
+    sides: Sides = ALL,
+    out: Out = RESULTS,
 ) -> None:
     settings = Settings(preset, layers, batch, seq)
-    names = chosen(sides)
-    with fresh_cache():  # what the first compilation of a process pays, whichever side it is
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(100))
+    compile_something()
     steps: dict[str, Step] = {}
     schedules: dict[str, list[Tensor]] = {}
     report: dict[str, dict[str, Any]] = {}
-    for name in names:
-        plain, schedules[name] = build(SIDES[name], settings)
-        steps[name] = compile_step(plain, SIDES[name])
-        set_due(schedules[name], False)
-        graphs = compiled_graphs()
-        with fresh_cache():  # each side compiles from nothing: they share kernels
-            first = timed(steps[name], settings.tokens(0))
-        set_due(schedules[name], True)
-        second = timed(steps[name], settings.tokens(1))
-        report[name] = {"title": SIDES[name].title, "graphs": compiled_graphs() - graphs}
-        report[name] |= {"first_call_s": first, "second_call_s": second}
-        print(f"{SIDES[name].title}: first call {first:.1f} s, second {second:.2f} s", flush=True)
-    all_schedules = [schedule for name in names for schedule in schedules[name]]
+    for name in chosen(sides):
+        steps[name], schedules[name], report[name] = first_calls(SIDES[name], settings)
     graphs = compiled_graphs()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(WARM_UP + rounds):
-        tokens = settings.tokens(2 + index)
-        for name in names:
-            seconds[name].append(timed(steps[name], tokens))
-    seconds = {name: values[WARM_UP:] for name, values in seconds.items()}
-    if any(Schedule.from_tensor(each).refreshes != 1 for each in all_schedules) or compiled_graphs() != graphs:
+    seconds = rounds_of(steps, settings, rounds, first=2)
+    refreshes = {Schedule.from_tensor(each).refreshes for side in schedules.values() for each in side}
+    if refreshes - {1} or compiled_graphs() != graphs:
         raise RuntimeError("a timed step refreshed a subspace or compiled a graph: these are no steady steps")
 
     table = Table("side", "ms a step: median (p10-p90)", "tokens/s", "ms ÷ qgalore's", "compile, s", "graphs")
-    for name in names:
-        row = report[name]
+    for name, row in report.items():
         row["ms"] = spread([1e3 * value for value in seconds[name]])
         median_s = row["ms"]["median"] / 1e3
         row["tokens_per_second"] = batch * seq / median_s
         row["compile_s"] = row["first_call_s"] - median_s
         row["refresh_s"] = max(0.0, row["second_call_s"] - median_s) if schedules[name] else None
         ratio = "–"
-        if "qgalore" in names:
-            row["time_to_qgalore"] = spread([a / c for a, c in zip(seconds[name], seconds["qgalore"], strict=True)])
-            ratio = "{median:.3f} ({p10:.3f}-{p90:.3f})".format(**row["time_to_qgalore"])
-        times = "{median:.1f} ({p10:.1f}-{p90:.1f})".format(**row["ms"])
+        if "qgalore" in seconds:
+            row["time_to_qgalore"] = spread(ratios(seconds[name], seconds["qgalore"]))
+            ratio = cell(row["time_to_qgalore"], ".3f")
         rate = f"{row['tokens_per_second']:,.0f}"
-        table.add_row(name, times, rate, ratio, f"{row['compile_s']:.1f}", str(row["graphs"]))
+        table.add_row(name, cell(row["ms"], ".1f"), rate, ratio, f"{row['compile_s']:.1f}", str(row["graphs"]))
     Console().print(table)
-    described = {**dataclasses.asdict(settings), "model": dataclasses.asdict(settings.model), "dtype": "bfloat16"}
+    rank = find_preset(preset).rank
     result = {
-        "settings": described | {"rank": find_preset(preset).rank, "rounds": rounds, "warm_up": WARM_UP},
+        "settings": described(settings) | {"rank": rank, "rounds": rounds, "warm_up": WARM_UP},
         "machine": machine(),
-        "command": shlex.join(["benchmarks/train_step.py", *sys.argv[1:]]),
+        "command": command(),
         "sides": report,
     }
-    out.mkdir(exist_ok=True, parents=True)
-    (out / f"train-step-{settings.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out / f"train-step-{settings.name}.json", result)
 
 
 if __name__ == "__main__":

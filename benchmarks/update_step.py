@@ -21,11 +21,9 @@ beside copying its bytes.  Writes `results/update-step.json`.
 
 from __future__ import annotations
 
-import json
-import statistics
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from types import FunctionType
 from typing import Annotated, Any
@@ -33,14 +31,14 @@ from typing import Annotated, Any
 import torch
 import torch._dynamo
 import typer
-from backends import RESULTS, machine
 from baseline_update import Baseline
+from common import RESULTS, cell, interleaved, machine, ratios, seconds_of, spread, write_result
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
-from train_step import set_due, spread
+from train_step import set_due
 
 import qgalore_compile as qg
 from qgalore_compile.kernels.cpp import gemm as gemm_cpu
@@ -48,7 +46,6 @@ from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 SHAPES = ((512, 1376, 128), (2048, 2048, 512), (4096, 4096, 1024), (4096, 11008, 1024))
 TARGETS = {(512, 1376): 2.0, (2048, 2048): 1.25, (4096, 4096): 1.1, (4096, 11008): 1.1}
 OTHERS_AT = (2048, 2048)  # galore-torch's first step of a larger weight is an SVD of minutes
-WARM_UP = 3
 NEVER = 10**9
 _NUMBERS = count()
 
@@ -195,13 +192,11 @@ def unprojected(elements: int = 1 << 24) -> dict[str, Callable[[], Any]]:
 
 def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each side in each round."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(WARM_UP + rounds):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: values[WARM_UP:] for name, values in times.items()}
+
+    def measure(step: Callable[[], Any], _: int) -> float:
+        return 1e3 * seconds_of(step)
+
+    return interleaved({name: partial(measure, step) for name, step in sides.items()}, rounds)
 
 
 def main(
@@ -221,20 +216,19 @@ def main(
         for name, values in times.items():
             row = {"ms": spread(values)}
             for other in ("gemms", "qgalore"):
-                row[f"to_{other}"] = spread([a / b for a, b in zip(values, times[other], strict=True)])
+                row[f"to_{other}"] = spread(ratios(values, times[other]))
             entry["sides"][name] = row
-            texts = ["{median:.2f} ({p10:.2f}-{p90:.2f})".format(**part) for part in row.values()]
-            table.add_row(f"{m}×{n}, {rank}", name, *texts)
+            table.add_row(f"{m}×{n}, {rank}", name, *(cell(part, ".2f") for part in row.values()))
         report[f"{m}x{n}"] = entry
     times = timed(unprojected(), rounds)
-    ratio = spread([a / b for a, b in zip(times["qgalore"], times["copy"], strict=True)])
-    report["unprojected"] = {"elements": 1 << 24, "ms": {name: spread(values) for name, values in times.items()},
-                             "to_copy": ratio}  # fmt: skip
+    ratio = spread(ratios(times["qgalore"], times["copy"]))
+    milliseconds = {name: spread(values) for name, values in times.items()}
+    report["unprojected"] = {"elements": 1 << 24, "ms": milliseconds, "to_copy": ratio}
     Console().print(table)
-    median = statistics.median(times["qgalore"])
+    median = milliseconds["qgalore"]["median"]
     print(f"8-bit Adam, 16 M bf16 elements: {median:.1f} ms, {ratio['median']:.2f} × copying 12 bytes an element")
     result = {"rounds": rounds, "machine": machine(), "shapes": report}
-    RESULTS.joinpath("update-step.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULTS / "update-step.json", result)
 
 
 if __name__ == "__main__":

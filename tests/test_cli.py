@@ -166,8 +166,11 @@ def wrapped(cause: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (NoCompilerError("found no C++ compiler\n\nSet TORCHDYNAMO_VERBOSE=1", first_useful_frame=None), 2,
-         "error: found no C++ compiler"),
+        (
+            NoCompilerError("found no C++ compiler\n\nSet TORCHDYNAMO_VERBOSE=1", first_useful_frame=None),
+            2,
+            "error: found no C++ compiler",
+        ),
         (wrapped(InvalidCxxCompiler()), 2, "error: No working C++ compiler found"),
         (job.SavingError("cannot write x: No space left on device"), 74, "error: cannot write x"),
         (OSError(28, "No space left on device", "cache"), 74, "error: cache: No space left on device"),
@@ -181,7 +184,7 @@ def wrapped(cause: Exception) -> Exception:
         (Stopped(signal.SIGHUP), 129, "stopped at once by SIGHUP"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_ends_a_run_has_a_line_and_a_status(
     error: BaseException, status: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,7 @@ from qgalore_compile import _torch
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "qgalore_compile" / "_torch.py"
-SOURCES = sorted(
-    path for folder in ("qgalore_compile", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")
-)  # fmt: skip
+SOURCES = sorted(path for folder in ("qgalore_compile", "passes", "kernels") for path in (ROOT / folder).rglob("*.py"))
 
 
 def private(dotted: str) -> bool:

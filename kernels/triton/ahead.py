@@ -182,22 +182,11 @@ def compile_kernel(
         TypeError: ``fn`` is wrapped, or was defined under ``TRITON_INTERPRET``.
     """
     import triton
-    from triton.compiler import ASTSource
     from triton.errors import TritonError
 
     if not isinstance(fn, triton.JITFunction):
         raise TypeError(f"not a function that triton.jit made to be compiled: {fn!r}")
-    names = fn.arg_names
-    if sorted(names) != sorted([*signature, *constexprs]):
-        raise ValueError(f"arguments of {fn.__name__} are {names}, not {[*signature, *constexprs]}")
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
-    aligned = {name for name, kind in types.items() if kind.startswith("*")}.difference(unaligned).union(multiples)
-    source = ASTSource(
-        fn,
-        types,
-        constexprs={(names.index(name),): value for name, value in constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+    source = _source(fn, signature, constexprs, unaligned, multiples)
     every = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion, **(options or {})}
     try:
         with _cached_in(cache):
@@ -207,14 +196,44 @@ def compile_kernel(
     except (TritonError, RuntimeError, ValueError, AssertionError) as error:
         raise CompileError(fn.__name__, target.name, str(error)) from error
     binary = _binary(compiled, target)
+    if excess := _excess(binary, target):
+        raise CompileError(fn.__name__, target.name, excess)
+    return binary
+
+
+def _source(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, object],
+    unaligned: Collection[str],
+    multiples: Collection[str],
+) -> Any:
+    """The kernel with its arguments' types, values and alignments, as Triton's compiler takes it."""
+    from triton.compiler import ASTSource
+
+    names = fn.arg_names
+    if sorted(names) != sorted([*signature, *constexprs]):
+        raise ValueError(f"arguments of {fn.__name__} are {names}, not {[*signature, *constexprs]}")
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
+    aligned = {name for name, kind in types.items() if kind.startswith("*")}.difference(unaligned).union(multiples)
+    return ASTSource(
+        fn,
+        types,
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+
+
+def _excess(binary: Binary, target: Target) -> str:
+    """Which limit of the target, unknown to the compiler, the kernel exceeds and by how much; empty for none."""
     for what, used, most in (
         ("bytes of shared memory", binary.shared, target.shared_per_block),
         ("columns of tensor memory", binary.tensor_memory, _TENSOR_MEMORY),
         ("threads a block", binary.warps * target.warp_size, target.threads_per_block),
     ):
         if used > most:
-            raise CompileError(fn.__name__, target.name, f"{used} {what}, of at most {most}")
-    return binary
+            return f"{used} {what}, of at most {most}"
+    return ""
 
 
 @contextmanager

@@ -123,12 +123,7 @@ def check(
     from qgalore_compile._torch import inductor_config as config
 
     roots = {"": step, **bound(step, args, kwargs)}
-    before = entries(roots)
-    if not before:
-        raise ValueError(
-            "check compares tensors, and this step reaches none; pass a step that has model and optimizer as closure "
-            "variables, globals, attributes of its object, or arguments"
-        )
+    before = _reached(roots)
     call = (step, args, kwargs)
     states = generators()
     try:
@@ -156,6 +151,16 @@ def check(
         errors.insert(0, wrong("torch's generator", "it goes on elsewhere than behind the eager step").error)
     precision = _lowest({products, *watch.dtypes})
     return CheckResult(tuple(errors), str(precision).removeprefix("torch."))
+
+
+def _reached(roots: dict[str, Any]) -> dict[str, Entry]:
+    """The tensors that a step reaches, by name; ValueError where there is none."""
+    if not (found := entries(roots)):
+        raise ValueError(
+            "check compares tensors, and this step reaches none; pass a step that has model and optimizer as closure "
+            "variables, globals, attributes of its object, or arguments"
+        )
+    return found
 
 
 _PRECISION = (torch.float32, torch.float16, torch.bfloat16)

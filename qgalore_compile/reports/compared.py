@@ -102,9 +102,15 @@ def compare(name: str, before: Entry | None, compiled: Run, runs: Sequence[Run])
     apart, moved, size = _apart(value, values[0]), _norm(_apart(values[0], start), finite=True), _norm(values[0], True)
     scale = (size if new else moved) or size
     error = TensorError(
-        name, float(apart.max()) if apart.numel() else 0.0, moved, _over(_norm(apart), scale), 0.0, True,
-        *_codes(found, expected), rounding=max(_over(_norm(_apart(x, values[0])), scale) for x in values),
-    )  # fmt: skip
+        name,
+        float(apart.max()) if apart.numel() else 0.0,
+        moved,
+        _over(_norm(apart), scale),
+        0.0,
+        True,
+        *_codes(found, expected),
+        rounding=max(_over(_norm(_apart(x, values[0])), scale) for x in values),
+    )
     if expected.key == "schedule":  # clocks, then energies and similarities
         if not _among(value[:EXACT], [x[:EXACT] for x in values]):
             return Compared(replace(error, ok=False, note="must be exact"), {})
@@ -121,11 +127,16 @@ def compare(name: str, before: Entry | None, compiled: Run, runs: Sequence[Run])
     stacked = torch.stack([_only(x, finite) for x in values])
     flip, spare = (None, 0) if new else _flip(expected, stacked[0])
     sample = Sample(
-        value, stacked, start, new, flip, spare,
+        value,
+        stacked,
+        start,
+        new,
+        flip,
+        spare,
         f"{'new' if new else expected.key or 'value'} {expected.tensor.dtype} {flip is None}",
         2 * torch.finfo(expected.tensor.dtype).eps if expected.tensor.is_floating_point() else 0.0,
         bound=_UNEXPLAINED[new] * scale if new or expected.key.startswith("exp_avg") else math.inf,
-    )  # fmt: skip
+    )
     samples = {"": sample}
     home = _projector_of(expected.tensor, runs[0])
     if home is not None and not new and float(sample.rounding()) > 20 * float(sample.floor.max()):

@@ -91,8 +91,11 @@ class Copier:
         except CopyError:
             raise
         except Exception as error:
-            raise self._refused(x, f"{error}; give check a step that does not reach it, such as a function of the "
-                                   "model, the optimizer and the data alone") from error  # fmt: skip
+            raise self._refused(
+                x,
+                f"{error}; give check a step that does not reach it, such as a function of the "
+                "model, the optimizer and the data alone",
+            ) from error
 
     def _refused(self, x: Any, why: str) -> CopyError:
         name = next((name for name, each in walk(self._roots) if each is x), "") or "the step itself"
@@ -100,8 +103,11 @@ class Copier:
 
     def _tensor(self, x: Tensor) -> Tensor:
         if not x.is_leaf:
-            raise self._refused(x, "it is the result of a computation that gradients flow back through; detach() it, "
-                                   "or compute it inside the step")  # fmt: skip
+            raise self._refused(
+                x,
+                "it is the result of a computation that gradients flow back through; detach() it, "
+                "or compute it inside the step",
+            )
         if type(x) not in (Tensor, nn.Parameter) or not _storage(x):
             new: Tensor = x.__deepcopy__(self._memo)
         else:
@@ -131,8 +137,11 @@ class Copier:
         found, sets = globals_of(x)
         for name, value in found.items():
             if "." in name and moves(value):
-                raise self._refused(value, f"{x.__qualname__} reads it as {name}, from a module that is not copied; "
-                                           "import the name itself, or pass it as an argument")  # fmt: skip
+                raise self._refused(
+                    value,
+                    f"{x.__qualname__} reads it as {name}, from a module that is not copied; "
+                    "import the name itself, or pass it as an argument",
+                )
         moved = {name: value for name, value in found.items() if "." not in name and moves(value)}
         scope = x.__globals__
         if moved or sets:

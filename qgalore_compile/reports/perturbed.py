@@ -24,15 +24,24 @@ AMPLITUDE = {torch.float64: 8.0, torch.float32: 8.0, torch.float16: 2.0, torch.b
 """Largest error in units of the dtype's eps, uniform.  A sum of n terms in another order is off by a few eps, so eight
 for the wide types; an operation in the narrow ones rounds once, from sums in float32, by half an eps."""
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "convolution",
-            "convolution_backward", "_scaled_mm", "_grouped_mm", "einsum"}  # fmt: skip
-_SUMS = ("sum", "mean", "var", "std", "norm", "softmax", "logsumexp", "cumsum", "prod", "loss", "avg_pool", "upsample",
-         "fft", "embedding_dense_backward", "index_add", "scatter_add", "scatter_reduce", "index_put", "gelu", "silu",
-         "grid_sampler", "linalg", "cdist", "rnn", "lstm", "gru", "refresh_", "sum_rows", "trace", "glu")  # fmt: skip
-_EXACT = {"abs", "neg", "relu", "where", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin",
-          "sign", "sgn", "floor", "ceil", "round", "trunc", "masked_fill", "threshold", "threshold_backward",
-          "hardtanh", "hardtanh_backward", "clone", "copy", "positive", "heaviside", "copysign", "nan_to_num",
-          "ldexp", "frexp", "frac", "real", "imag", "conj", "bernoulli", "native_dropout", "leaky_relu"}  # fmt: skip
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PRODUCTS = _words("""
+    mm addmm bmm baddbmm mv addmv dot linear matmul convolution convolution_backward _scaled_mm _grouped_mm einsum
+""")
+_SUMS = _words("""
+    sum mean var std norm softmax logsumexp cumsum prod loss avg_pool upsample fft embedding_dense_backward
+    index_add scatter_add scatter_reduce index_put gelu silu grid_sampler linalg cdist rnn lstm gru refresh_
+    sum_rows trace glu
+""")
+_EXACT = _words("""
+    abs neg relu where clamp clamp_min clamp_max maximum minimum fmax fmin sign sgn floor ceil round trunc
+    masked_fill threshold threshold_backward hardtanh hardtanh_backward clone copy positive heaviside copysign
+    nan_to_num ldexp frexp frac real imag conj bernoulli native_dropout leaky_relu
+""")
 
 
 def _name(func: Any) -> str:

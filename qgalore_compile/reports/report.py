@@ -136,10 +136,15 @@ def _layer_table(layers: list[Record]) -> Table:
                 gradient = f"formed: {layer.get('not_reassociated', 'no pass took it apart')}"
                 gradient += f"; {layer['inequality']}" if "inequality" in layer else ""
             table.add_row(
-                layer["name"], "×".join(map(str, layer["shape"])), layer["side"], str(layer["rank"]), gradient,
+                layer["name"],
+                "×".join(map(str, layer["shape"])),
+                layer["side"],
+                str(layer["rank"]),
+                gradient,
                 f"{layer.get('refresh_takes', 'no refresh op')}; {layer.get('refresh_cost', '')}".rstrip("; "),
-                _update(layer), str(layer.get("ops", "")),
-            )  # fmt: skip
+                _update(layer),
+                str(layer.get("ops", "")),
+            )
     return table
 
 
@@ -175,9 +180,14 @@ def _pass_table(passes: list[Record]) -> Table:
         shown = ", ".join(f"{_short(name)} {change:+d}" for name, change in largest[:6])
         shown += f", {len(largest) - 6} more" if len(largest) > 6 else ""
         table.add_row(
-            each["name"], each["tier"], str(len(each["matches"])), str(len(each["skipped"])),
-            f"{each['nodes_before']:,} → {each['nodes_after']:,}", shown or "–", f"{each['milliseconds']:.0f}",
-        )  # fmt: skip
+            each["name"],
+            each["tier"],
+            str(len(each["matches"])),
+            str(len(each["skipped"])),
+            f"{each['nodes_before']:,} → {each['nodes_after']:,}",
+            shown or "–",
+            f"{each['milliseconds']:.0f}",
+        )
     return table
 
 

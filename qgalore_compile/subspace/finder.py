@@ -180,27 +180,23 @@ def leading_subspace(
 
     Returns:
         (r, n) on the right, (m, r) on the left, orthonormal to 1e-5 whatever the gradient's condition, rank and scale
-        are.  Signs are canonical: the entry of largest magnitude of
-        each vector is positive, since a singular vector's sign is arbitrary and moments outlive a refresh.  Where the
-        gradient's numerical rank is smaller, random directions orthogonal to the rest complete it, the same on every
-        path, rather than whatever LAPACK leaves there.
+        are.  Each vector's entry of largest magnitude is positive: a singular vector's sign is arbitrary, and moments
+        outlive a refresh.  Where the gradient's numerical rank is smaller, random directions orthogonal to the rest
+        complete it, the same on every path, rather than whatever LAPACK leaves there.
 
     Raises:
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
     gradient = Gradient.of(factors)
-    warm = method == "power" and low is not None and bool(low.any())
+    start = low if method == "power" and low is not None and bool(low.any()) else None
     d = gradient.shape[0 if side == "left" else 1]
     few = gradient.tokens is not None and gradient.tokens < rank
-    if exact and (few or method == "svd" or (not warm and rank + OVERSAMPLING >= d)):
-        if few or _through_factors(gradient, "svd", rank, power_iterations):
-            vectors, values = _from_factors(*gradient.joined(side), driver)
-        else:
-            vectors, values = _svd(_Operator(gradient, side, False).matrix, driver)
-    elif warm:
-        assert low is not None
+    if exact and (few or method == "svd" or (start is None and rank + OVERSAMPLING >= d)):
+        through = few or _through_factors(gradient, "svd", rank, power_iterations)
+        vectors, values = _exact(gradient, side, through, driver)
+    elif start is not None:
         operator = _Operator(gradient, side, _through_factors(gradient, "power", rank, power_iterations))
-        start = low if side == "right" else low.t()
+        start = start if side == "right" else start.t()
         # columns of one size: what is rounding beside the largest is then rounding of the product
         basis = None if ordered else _orthonormal(operator(_unit_columns(start)))
         if basis is not None:
@@ -211,6 +207,13 @@ def leading_subspace(
         sketch = rng.normal((d, min(rank + OVERSAMPLING, d)), seed=seed, step=step, param=param, stream=_SKETCH)
         vectors, values = _range_finder(operator, sketch.to(operator.device), power_iterations)
     return _laid_out(_complete(vectors[:, :rank], values[:rank], rank, (seed, step, param)), side)
+
+
+def _exact(gradient: Gradient, side: Side, through_factors: bool, driver: str | None) -> tuple[Tensor, Tensor]:
+    """Singular vectors on ``side``, as columns, and values, of G or of its factors."""
+    if through_factors:
+        return _from_factors(*gradient.joined(side), driver)
+    return _svd(_Operator(gradient, side, False).matrix, driver)
 
 
 def sketched_subspace(

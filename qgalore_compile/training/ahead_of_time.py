@@ -76,9 +76,16 @@ class Row:
 
 
 def compile_ahead(
-    preset: str, target: str, out: str | Path, *, dtype: str = "bfloat16", tf32: bool = False, batch: int | None = None,
-    seq: int | None = None, progress: Callable[[str], None] = lambda _: None,
-) -> list[Row]:  # fmt: skip
+    preset: str,
+    target: str,
+    out: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    tf32: bool = False,
+    batch: int | None = None,
+    seq: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
     """Compile every generated kernel of a preset's training step for a GPU.
 
     Args:
@@ -118,9 +125,15 @@ def compile_ahead(
 
 
 def traced(
-    preset: str, target: Target, dtype: torch.dtype, *, tf32: bool = False, batch: int | None = None,
-    seq: int | None = None, look: bool = False,
-) -> dict[Kernel, int]:  # fmt: skip
+    preset: str,
+    target: Target,
+    dtype: torch.dtype,
+    *,
+    tf32: bool = False,
+    batch: int | None = None,
+    seq: int | None = None,
+    look: bool = False,
+) -> dict[Kernel, int]:
     """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each; ``look``: their tiles are
     those that a GPU would take, without spills."""
     from qgalore_compile._torch import FakeTensorMode, dynamo_config
@@ -159,11 +172,25 @@ def row(kernel: Kernel, binary: Binary, name: str, calls: int) -> Row:
     widths = {**binary.loads, **binary.stores}
     bound = floor(kernel, binary.target, max(1, binary.occupancy.blocks))
     return Row(
-        name, what(kernel), calls, binary.registers, spills(binary), binary.shared,
-        round(binary.occupancy.fraction, 3), sum(binary.tensor.values()), max(widths), min(widths), bound.least,
-        bound.issued, bound.dram, bound.operations, round(bound.seconds * 1e6, 4), bound.limit,
-        kernel.blocks, "; ".join(kernel.passed),
-    )  # fmt: skip
+        name,
+        what(kernel),
+        calls,
+        binary.registers,
+        spills(binary),
+        binary.shared,
+        round(binary.occupancy.fraction, 3),
+        sum(binary.tensor.values()),
+        max(widths),
+        min(widths),
+        bound.least,
+        bound.issued,
+        bound.dram,
+        bound.operations,
+        round(bound.seconds * 1e6, 4),
+        bound.limit,
+        kernel.blocks,
+        "; ".join(kernel.passed),
+    )
 
 
 class Floor(NamedTuple):
@@ -248,14 +275,39 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 def table(rows: Iterable[Row], target: str, preset: str) -> Table:
     """The rows for a terminal."""
     found = Table(title=f"{preset} on {target}: bytes as least / issued / DRAM by the model of its L2, MB")
-    for column in ("kernel", "what", "calls", "registers", "spills", "shared", "occupancy", "tensor", "access",
-                   "bytes", "operations", "floor, µs", "block", "passed over"):  # fmt: skip
+    for column in (
+        "kernel",
+        "what",
+        "calls",
+        "registers",
+        "spills",
+        "shared",
+        "occupancy",
+        "tensor",
+        "access",
+        "bytes",
+        "operations",
+        "floor, µs",
+        "block",
+        "passed over",
+    ):
         found.add_column(column, justify="left" if column in ("kernel", "what", "block", "passed over") else "right")
     for each in rows:
         moved = " / ".join(f"{count / 1e6:.3g}" for count in (each.bytes, each.issued, each.dram))
         found.add_row(
-            each.kernel, each.what, str(each.calls), str(each.registers), str(each.spills), str(each.shared),
-            f"{each.occupancy:.2f}", str(each.tensor), f"{each.narrowest}-{each.widest}", moved,
-            f"{each.operations:.3g}", f"{each.floor_us:.1f} ({each.limit})", each.block, each.passed,
-        )  # fmt: skip
+            each.kernel,
+            each.what,
+            str(each.calls),
+            str(each.registers),
+            str(each.spills),
+            str(each.shared),
+            f"{each.occupancy:.2f}",
+            str(each.tensor),
+            f"{each.narrowest}-{each.widest}",
+            moved,
+            f"{each.operations:.3g}",
+            f"{each.floor_us:.1f} ({each.limit})",
+            each.block,
+            each.passed,
+        )
     return found

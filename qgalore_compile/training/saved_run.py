@@ -36,8 +36,11 @@ def check_model(saved: dict[str, Any], model: nn.Module) -> None:
     own = model.state_dict()
     if own.keys() != saved.keys():
         missing, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-        parts = [f"it {has} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-                 for has, names in (("lacks", missing), ("has", more)) if names]  # fmt: skip
+        parts = [
+            f"it {has} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            for has, names in (("lacks", missing), ("has", more))
+            if names
+        ]
         raise ValueError(f"the saved model is another one than this run's: {'; '.join(parts)}")
     for name, tensor in own.items():
         if (looks := _looks(tensor)) != (found := _looks(saved[name])):

@@ -86,8 +86,9 @@ def _kinds(names: list[str]) -> dict[str, list[str]]:
     short = [kind.split("*.", 1)[-1] for kind in kinds]
     if len(set(short)) == len(kinds):
         kinds = dict(zip(short, kinds.values(), strict=True))
-    return {kind: sorted(each, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-            for kind, each in kinds.items()}  # fmt: skip
+    return {
+        kind: sorted(each, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]) for kind, each in kinds.items()
+    }
 
 
 def _history(rows: list[list[dict[str, Any]]], key: str, last: int) -> NDArray[np.float64]:
@@ -106,9 +107,13 @@ def _history(rows: list[list[dict[str, Any]]], key: str, last: int) -> NDArray[n
 def _heat_map(axes: Axes, values: NDArray[np.float64], last: int, norm: Normalize, title: str, colours: str) -> None:
     axes.set(title=title, facecolor=_UNKNOWN)
     image = axes.imshow(
-        values, aspect="auto", interpolation="nearest", norm=norm, cmap=colours,
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        norm=norm,
+        cmap=colours,
         extent=(0.5, last + 0.5, len(values) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     figure = axes.figure
     assert isinstance(figure, Figure)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)

@@ -209,12 +209,26 @@ def parse_metrics(line: bytes, *, whole: bool = False) -> dict[str, Any] | str:
 
 _NUMBER = (int, float, NoneType)
 _KINDS: dict[str, Any] = {
-    "step": int, "loss": _NUMBER, "lr": _NUMBER, "grad_norm": _NUMBER, "tokens_per_second": _NUMBER, "rss": int,
-    "refreshes": int, "refreshed": list, "skipped_steps": int, "graphs": int, "val_loss": _NUMBER,
-}  # fmt: skip
+    "step": int,
+    "loss": _NUMBER,
+    "lr": _NUMBER,
+    "grad_norm": _NUMBER,
+    "tokens_per_second": _NUMBER,
+    "rss": int,
+    "refreshes": int,
+    "refreshed": list,
+    "skipped_steps": int,
+    "graphs": int,
+    "val_loss": _NUMBER,
+}
 _TURN_KINDS: dict[str, Any] = {
-    "name": str, "refreshed": bool, "gap": int, "similarity": _NUMBER, "energy": _NUMBER, "seconds": (int, float),
-}  # fmt: skip
+    "name": str,
+    "refreshed": bool,
+    "gap": int,
+    "similarity": _NUMBER,
+    "energy": _NUMBER,
+    "seconds": (int, float),
+}
 
 
 def _is_turn(turn: object) -> bool:
@@ -239,9 +253,14 @@ class Display:
         if self._output.console.is_terminal:
             # drawn by this thread alone: an output that is lost is found where it can be answered
             self._bar = Progress(
-                TextColumn(title), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=self._output.console, auto_refresh=False,
-            )  # fmt: skip
+                TextColumn(title),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self._output.console,
+                auto_refresh=False,
+            )
             self._task = self._bar.add_task(title, total=steps, completed=done, text="first step …")
         self._val_loss: float | None = None
 

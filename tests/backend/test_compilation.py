@@ -69,12 +69,24 @@ def without(key: str) -> Callable[[bytes], bytes]:
 
 DAMAGE: list[Callable[[bytes], bytes]] = [
     *(without(key) for key in ("version", "sha256", "layers", "passes", "program", "graph")),
-    *(change(**{key: value}) for key in ("layers", "passes", "program", "graph", "sha256", "version")
-      for value in (None, 3, "text", [3], {"a": 1}, [{}])),
-    lambda text: b"", lambda text: text[:-1], lambda text: text + b"x", lambda text: b"\xff\xfe" + text,
-    lambda text: b"[]", lambda text: b"null", lambda text: b"3", lambda text: b"{}", lambda text: b"[" * 200_000,
-    lambda text: b"9" * 10_000, lambda text: text.replace(b"update", b"updatf"), lambda text: bytes(len(text)),
-]  # fmt: skip
+    *(
+        change(**{key: value})
+        for key in ("layers", "passes", "program", "graph", "sha256", "version")
+        for value in (None, 3, "text", [3], {"a": 1}, [{}])
+    ),
+    lambda text: b"",
+    lambda text: text[:-1],
+    lambda text: text + b"x",
+    lambda text: b"\xff\xfe" + text,
+    lambda text: b"[]",
+    lambda text: b"null",
+    lambda text: b"3",
+    lambda text: b"{}",
+    lambda text: b"[" * 200_000,
+    lambda text: b"9" * 10_000,
+    lambda text: text.replace(b"update", b"updatf"),
+    lambda text: bytes(len(text)),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=map(str, range(len(DAMAGE))))

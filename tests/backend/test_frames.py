@@ -144,9 +144,16 @@ def before_everything(net: nn.Module, opt: qg.QGaLoreAdamW) -> Step:
 
 
 BROKEN = [
-    in_a_helper, in_a_try_of_a_helper, in_a_try, in_a_try_behind_the_model, in_a_with, in_a_loop, in_forward,
-    in_a_module_hook, before_everything,
-]  # fmt: skip
+    in_a_helper,
+    in_a_try_of_a_helper,
+    in_a_try,
+    in_a_try_behind_the_model,
+    in_a_with,
+    in_a_loop,
+    in_forward,
+    in_a_module_hook,
+    before_everything,
+]
 GIVEN_UP = [in_a_try, in_a_try_behind_the_model, in_a_with, in_a_loop]
 
 
@@ -175,8 +182,9 @@ def test_a_broken_step_trains_as_eager_does_and_its_report_tells_of_the_break(ma
     text = str(report)
     assert "1 graph" not in text
     assert "in pieces, " in text.splitlines()[0]
-    assert any("`print`" in reason and "test_frames.py:" in reason
-               for reason in (*report.graph_breaks, *report.skipped_frames))  # fmt: skip
+    assert any(
+        "`print`" in reason and "test_frames.py:" in reason for reason in (*report.graph_breaks, *report.skipped_frames)
+    )
 
 
 @pytest.mark.parametrize("make", GIVEN_UP)

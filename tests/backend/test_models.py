@@ -31,10 +31,16 @@ def transformers_llama(*, layers: int, tied: bool) -> nn.Module:
 
     return LlamaForCausalLM(
         Config(
-            hidden_size=32, intermediate_size=84, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=tied, use_cache=False,
+            hidden_size=32,
+            intermediate_size=84,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=tied,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
 
 
 def own_llama(*, layers: int, tied: bool) -> nn.Module:
@@ -138,18 +144,29 @@ def test_the_transposed_weights_of_gpt2_are_matched() -> None:
 
     model = GPT2LMHeadModel(
         GPT2Config(
-            n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=16, use_cache=False, bos_token_id=0,
-            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            n_embd=32,
+            n_layer=1,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
-    )  # fmt: skip
+    )
     model.loss_type = "ForCausalLM"  # else transformers logs once that it guessed it, which breaks the graph
     weights = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     named = dict(model.named_parameters())
     groups = [
         {"params": [named[name] for name in weights], "param_names": list(weights), "rank": 8},
-        {"params": [p for name, p in named.items() if name not in weights],
-         "param_names": [name for name in named if name not in weights]},
-    ]  # fmt: skip
+        {
+            "params": [p for name, p in named.items() if name not in weights],
+            "param_names": [name for name in named if name not in weights],
+        },
+    ]
     batch = torch.randint(0, VOCABULARY, TOKENS)
     report = explained(model, groups, lambda tokens: model(input_ids=tokens, labels=tokens).loss, batch)
     matched = [layer for layer in report.layers if layer["matched"]]
@@ -164,15 +181,25 @@ def test_a_vision_transformer_with_biases_is_matched() -> None:
 
     model = ViTForImageClassification(
         ViTConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16,
-            patch_size=4, num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=4,
+            num_labels=5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
     qg.quantize_(model, group_size=16)
     report = explained(
-        model, qg.param_groups(model, rank=8), lambda images, labels: model(pixel_values=images, labels=labels).loss,
-        torch.randn(2, 3, 16, 16), torch.tensor([1, 2]),
-    )  # fmt: skip
+        model,
+        qg.param_groups(model, rank=8),
+        lambda images, labels: model(pixel_values=images, labels=labels).loss,
+        torch.randn(2, 3, 16, 16),
+        torch.tensor([1, 2]),
+    )
     matched = [layer for layer in report.layers if layer["matched"]]
     assert len(matched) == 6
     assert all(layer["reassociated"] for layer in matched)
@@ -183,10 +210,17 @@ def test_a_mixture_of_experts_is_matched_but_for_its_three_dimensional_experts_w
 
     model = MixtralForCausalLM(
         MixtralConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            num_local_experts=4, num_experts_per_tok=2, vocab_size=VOCABULARY, use_cache=False,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=VOCABULARY,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     qg.quantize_(model, group_size=16)
     batch = torch.randint(0, VOCABULARY, TOKENS)
     report = explained(

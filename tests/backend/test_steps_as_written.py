@@ -7,9 +7,7 @@ passes too.
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from user_steps import CHOICES, REFUSED, UserStep
 from user_steps_run import Outcome, program, run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def old_objects_are_not_searched() -> Iterator[None]:
-    """By the garbage collector: a sixth of the time of tests that make many small objects."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @st.composite
@@ -74,8 +64,9 @@ def assert_as_eager_or_refused(step: UserStep, how: str) -> None:
     assert [name for name, g in compiled.gradients.items() if g is None] == [
         name for name, g in eager.gradients.items() if g is None
     ], f"gradients\n{where}"
-    mine, theirs = ({name: g.double() for name, g in each.gradients.items() if g is not None}
-                    for each in (compiled, eager))  # fmt: skip
+    mine, theirs = (
+        {name: g.double() for name, g in each.gradients.items() if g is not None} for each in (compiled, eager)
+    )
     assert_close(mine, theirs, {}, share, where)
     assert compiled.results == pytest.approx(eager.results, rel=share, abs=share), f"results\n{where}"
 

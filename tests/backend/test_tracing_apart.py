@@ -150,9 +150,7 @@ def test_a_number_of_tokens_may_become_a_symbol() -> None:
 
 
 def test_reports_of_two_steps_of_one_factory_are_apart() -> None:
-    steps = [
-        torch.compile(zero_first(*parts(width)), backend=Interpreted(), fullgraph=True) for width in (4, 9)
-    ]  # fmt: skip
+    steps = [torch.compile(zero_first(*parts(width)), backend=Interpreted(), fullgraph=True) for width in (4, 9)]
     for step in (*steps, *steps):
         step(batch(0))
     for step, width in zip(steps, (4, 9), strict=True):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed import killed_at
 from rich.console import Console
 
 from qgalore_compile.training.pretrain import pretrain
@@ -19,6 +18,11 @@ from qgalore_compile.training.pretrain import pretrain
 @pytest.fixture
 def attacks(module: Callable[[str], Any]) -> Any:
     return module("run_attacks")
+
+
+@pytest.fixture
+def runs(module: Callable[[str], Any]) -> Any:
+    return module("run_attacks_runs")
 
 
 @pytest.fixture
@@ -35,20 +39,20 @@ def test_no_damage_is_loaded_and_no_model_changes(corruptions: Any, attacks: Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["replace", pytest.param("fsync", marks=pytest.mark.more)])
-def test_a_kill_wherever_a_file_is_replaced_loses_no_line(attacks: Any, tmp_path: Path, name: str) -> None:
+def test_a_kill_wherever_a_file_is_replaced_loses_no_line(attacks: Any, runs: Any, tmp_path: Path, name: str) -> None:
     """Of metrics, checkpoints and results, in a run of four steps that was resumed after two."""
-    whole = attacks.config_of(tmp_path, "whole", steps=4, checkpoint_every=1, log_every=9)
+    whole = runs.config_of(tmp_path, "whole", steps=4, checkpoint_every=1, log_every=9)
     pretrain(replace(whole, steps=2), console=Console(file=io.StringIO()))
     pretrain(replace(whole, resume=True), console=Console(file=io.StringIO()))
-    expected = attacks.outcome(whole)
+    expected = runs.outcome(whole)
     place, killed = 0, True
     while killed:
         place += 1
         config = replace(whole, out=str(tmp_path / f"killed{place}"))
         pretrain(replace(config, steps=2), console=Console(file=io.StringIO()))
-        killed = killed_at(place, name, replace(config, resume=True))
+        killed = runs.killed_at(place, name, replace(config, resume=True))
         assert attacks._lost_lines(config) == 0
         pretrain(replace(config, resume=True), console=Console(file=io.StringIO()))
-        assert attacks.outcome(config) == expected
+        assert runs.outcome(config) == expected
         assert not [left for left in os.listdir(config.out) if left.endswith(".partial")]
     assert place > 5  # metrics, two checkpoints, result, curves, schedule

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -12,14 +13,20 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from kernels_support import Tensors
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 from torch._inductor.codecache import PyCodeCache
 from triton.runtime import interpreter
 
+from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.triton import kernels as triton_kernels
-from qgalore_compile.kernels.triton.kernels import Kernel
+from qgalore_compile.kernels.triton.kernels import Kernel, region_kernel
+from qgalore_compile.kernels.triton.printer import print_region
 from qgalore_compile.kernels.triton.targets import Target
+
+ODD = Space(3, 21, 8)
+"""A space whose groups end short."""
 
 _binary_op = interpreter.InterpreterBuilder.binary_op
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -103,6 +110,32 @@ def launch(kernel: Kernel, tensors: dict[str, Tensor], numbers: dict[str, int], 
     """In place of ``triton_kernels.launch``."""
     with mock.patch.object(triton_kernels, "tuned", interpreted), interpreter_put_right():
         triton_kernels.launch(kernel, tensors, numbers, m, n)
+
+
+def kernel_of(made: BlockProgram, rows: int | None = None) -> Kernel:
+    """A program's kernel, with so many groups an instance where that is said."""
+    kernel = region_kernel(made)
+    if rows is None:
+        return kernel
+    grid = -(-made.space.rows * made.space.groups // rows)
+    return dataclasses.replace(kernel, source=print_region(made, rows), grid=grid)
+
+
+def ran(
+    made: BlockProgram, tensors: Tensors, numbers: Mapping[str, int] | None = None, rows: int | None = None
+) -> Tensors:
+    """What the kernel leaves in the buffers; ``tensors`` stay."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    launch(kernel_of(made, rows), copies, dict(numbers or {}))
+    return copies
+
+
+def assert_same(one: Tensor, other: Tensor, why: str, *, zeros: bool = True) -> None:
+    """Bit for bit, but that NaN is NaN; ``zeros``: and -0 is not 0."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{why}: {text}")
+    if zeros and other.is_floating_point():
+        real = ~other.isnan()
+        assert torch.equal(one.signbit()[real], other.signbit()[real]), f"{why}: zeros of another sign"
 
 
 class Calls:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from graphs import Recorder, recorded
@@ -121,6 +122,17 @@ POINTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+class Values(NamedTuple):
+    """What updates read, by layer; ``parts`` are the inputs' stored tensors by their letter."""
+
+    parts: dict[str, list[list[Tensor]]]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    lows: list[Tensor]
+    projectors: list[list[Tensor]]
+    momenta: list[Tensor]
+
+
 @dataclass
 class Step:
     """A training step, as drawn.
@@ -178,8 +190,8 @@ class Step:
     def run(self, recorder: Recorder, given: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What the step returns, and new values of inputs by name."""
         parts = {kind: [self._parts(given, kind, index) for index in range(len(self.layers))] for kind in "wpmvqs"}
-        weights = [decode(layer.weight, stored, layer.n).to(self.dtype)
-                   for layer, stored in zip(self.layers, parts["w"], strict=True)]  # fmt: skip
+        stored = zip(self.layers, parts["w"], strict=True)
+        weights = [decode(layer.weight, each, layer.n).to(self.dtype) for layer, each in stored]
         products: list[list[Tensor]] = [[] for _ in self.layers]
         losses = []
         for index in range(len(self.tokens)):
@@ -187,58 +199,66 @@ class Step:
             losses.append(loss.to(torch.float64))
             for layer_products, product in zip(products, made, strict=True):
                 layer_products.append(product)
-        gradients = [self._gradient(layer, each, given["two"])
-                     for layer, each in zip(self.layers, products, strict=True)]  # fmt: skip
+        summed = zip(self.layers, products, strict=True)
+        gradients = [self._gradient(layer, each, given["two"]) for layer, each in summed]
         returned = [reduce(torch.add, losses)]
         writes: dict[str, Tensor] = {}
         lows, projectors = [], []
         for index, (layer, gradient) in enumerate(zip(self.layers, gradients, strict=True)):
             low = self._low(layer, gradient, self._projector(layer, parts["p"][index], gradient.dtype))
-            low, stored = self._refreshed(
+            low, projector = self._refreshed(
                 recorder, layer, index, low, gradient, parts["p"][index], parts["s"][index], writes
             )
             lows.append(low)
-            projectors.append(stored)
+            projectors.append(projector)
+        stored = zip(self.layers, parts["m"], strict=True)
+        momenta = [decode(layer.momentum, each, layer.low_shape[1], moment=True) for layer, each in stored]
+        values = Values(parts, weights, gradients, lows, projectors, momenta)
         fine = [torch.isfinite(low.square().sum()) for low in lows]
         all_fine = torch.isfinite(torch.stack([low.square().sum() for low in lows]).sum())
-        momenta = [decode(layer.momentum, stored, layer.low_shape[1], moment=True)
-                   for layer, stored in zip(self.layers, parts["m"], strict=True)]  # fmt: skip
-        for index, layer in enumerate(self.layers):
-            other = (index + 1) % len(self.layers)
-            momentum, second, update = self._optimizer(layer, lows[index], momenta[index], parts["v"][index][0])
-            if layer.flaw == "foreign state":
-                update = update + momenta[other].sum()
-                momentum = momentum + momenta[other].mean()
-            if layer.flaw == "product inside":
-                update = update @ (update.t() @ update)
-            projector = self._projector(layer, projectors[index], gradients[index].dtype)
-            back = self._up(layer, update.to(projector.dtype), projector, parts["q"][index][0].to(projector.dtype))
-            new = weights[index].to(torch.float32) - 0.125 * back.to(torch.float32)
-            if layer.decay is not None:
-                new = new - layer.decay * weights[index].to(torch.float32)
-            if layer.flaw == "gradient in the update":
-                new = new - 0.5 * gradients[index].to(torch.float32)
-            if layer.flaw == "written twice":
-                new = new + weights[other].sum().to(torch.float32) * 0 + parts["v"][other][0].sum()
-            if layer.flaw == "gradient in a state":
-                writes[f"q{other}.0"] = parts["q"][other][0] * gradients[index].to(self.dtype).sum()
-            if layer.flaw == "gradient returned":
-                returned.append(gradients[index].sum())
-            if layer.flaw == "one state for two":
-                momentum = momentum + momenta[other].sum() + lows[other].sum()
-            values = {
-                "w": encode(layer.weight, new.to(self.dtype)),
-                "m": encode(layer.momentum, momentum),
-                "v": [second],
-            }
+        for index in range(len(self.layers)):
             ok = {"none": None, "layer": fine[index], "step": all_fine}[self.guard]
-            for kind, news in values.items():
-                for part, (value, old) in enumerate(zip(news, parts[kind][index], strict=True)):
-                    writes[f"{kind}{index}.{part}"] = value if ok is None else torch.where(ok, value, old)
+            self._update(index, values, ok, returned, writes)
         if self.returns_norm:
             returned.append(torch.stack([low.square().sum() for low in lows]).sum().sqrt())
         writes["step"] = given["step"] + 1
         return returned, writes
+
+    def _update(
+        self, index: int, of: Values, ok: Tensor | None, returned: list[Tensor], writes: dict[str, Tensor]
+    ) -> None:
+        """One layer's update, written where ``ok``; its flaw may write or return something else beside."""
+        layer, other = self.layers[index], (index + 1) % len(self.layers)
+        momentum, second, update = self._optimizer(layer, of.lows[index], of.momenta[index], of.parts["v"][index][0])
+        if layer.flaw == "foreign state":
+            update = update + of.momenta[other].sum()
+            momentum = momentum + of.momenta[other].mean()
+        if layer.flaw == "product inside":
+            update = update @ (update.t() @ update)
+        projector = self._projector(layer, of.projectors[index], of.gradients[index].dtype)
+        foreign = of.parts["q"][index][0].to(projector.dtype)
+        back = self._up(layer, update.to(projector.dtype), projector, foreign)
+        new = of.weights[index].to(torch.float32) - 0.125 * back.to(torch.float32)
+        if layer.decay is not None:
+            new = new - layer.decay * of.weights[index].to(torch.float32)
+        if layer.flaw == "gradient in the update":
+            new = new - 0.5 * of.gradients[index].to(torch.float32)
+        if layer.flaw == "written twice":
+            new = new + of.weights[other].sum().to(torch.float32) * 0 + of.parts["v"][other][0].sum()
+        if layer.flaw == "gradient in a state":
+            writes[f"q{other}.0"] = of.parts["q"][other][0] * of.gradients[index].to(self.dtype).sum()
+        if layer.flaw == "gradient returned":
+            returned.append(of.gradients[index].sum())
+        if layer.flaw == "one state for two":
+            momentum = momentum + of.momenta[other].sum() + of.lows[other].sum()
+        values = {
+            "w": encode(layer.weight, new.to(self.dtype)),
+            "m": encode(layer.momentum, momentum),
+            "v": [second],
+        }
+        for kind, news in values.items():
+            for part, (value, old) in enumerate(zip(news, of.parts[kind][index], strict=True)):
+                writes[f"{kind}{index}.{part}"] = value if ok is None else torch.where(ok, value, old)
 
     def _parts(self, given: dict[str, Tensor], kind: str, index: int) -> list[Tensor]:
         found = []
@@ -286,21 +306,41 @@ class Step:
         return low.to(torch.float32)
 
     def _refreshed(
-        self, recorder: Recorder, layer: Layer, index: int, low: Tensor, gradient: Tensor, stored: list[Tensor],
-        schedule: list[Tensor], writes: dict[str, Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        index: int,
+        low: Tensor,
+        gradient: Tensor,
+        stored: list[Tensor],
+        schedule: list[Tensor],
+        writes: dict[str, Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
         """R and the projector's stored parts behind the refresh op, in its functional form."""
         if not layer.refresh:
             return low, stored
         bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
         places = {f"_projector_{at}_base_index": at + 1 for at in range(len(stored))}
         _, new_low, *new_stored, new_schedule = recorder.call(
-            FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, factors=[gradient], scales=None,
-            shape=[layer.m, layer.n], rank=layer.rank, bits=bits, group_size=GROUP,
-            method="svd", power_iterations=2, rule=schedule[1], seed=0, param=index, _low_base_index=0,
-            _projector_length=len(stored), **places, _schedule_base_index=len(stored) + 1,
+            FUNCTIONALIZED,
+            torch.ops.qgalore.refresh_.default,
+            factors=[gradient],
+            scales=None,
+            shape=[layer.m, layer.n],
+            rank=layer.rank,
+            bits=bits,
+            group_size=GROUP,
+            method="svd",
+            power_iterations=2,
+            rule=schedule[1],
+            seed=0,
+            param=index,
+            _low_base_index=0,
+            _projector_length=len(stored),
+            **places,
+            _schedule_base_index=len(stored) + 1,
             _all_bases=[low, *stored, schedule[0]],
-        )  # fmt: skip
+        )
         writes |= {f"p{index}.{at}": each for at, each in enumerate(new_stored)} | {f"s{index}.0": new_schedule}
         return new_low, new_stored
 

@@ -41,6 +41,12 @@ class Interpreted:
         return len(self.graphs)
 
 
+def compiled(step: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Interpreted]:
+    """A step compiled as one graph by :class:`Interpreted`, and that."""
+    backend = Interpreted(**options)
+    return torch.compile(step, backend=backend, fullgraph=True), backend
+
+
 class Toy(nn.Module):
     """Embedding, two linear layers in a block (one projected on the right, one on the left), norm and head."""
 
@@ -81,19 +87,7 @@ def tokens(batch: int = 4, length: int = 9, *, seed: int = 1) -> Tensor:
 
 def training_step(model: nn.Module, opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
     """The whole step: forward, backward and update over one or more micro-batches; ``clear`` the gradients."""
-
-    def step(*micro_batches: Tensor) -> Tensor:
-        total = torch.zeros(())
-        for batch in micro_batches:
-            loss = model(batch) / len(micro_batches)
-            loss.backward()
-            total = total + loss.detach()
-        opt.step()
-        if clear:
-            opt.zero_grad()
-        return total
-
-    return step
+    return _step(lambda batch, count: model(batch) / count, opt, clear)
 
 
 def small(*, int8: bool = False, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[nn.Module, qg.QGaLoreAdamW]:
@@ -111,11 +105,16 @@ def data(*, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def step_of(model: Callable[..., Tensor], opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
     """As :func:`training_step`, of a model that returns no loss but what is to be small."""
+    return _step(lambda batch, _: model(batch).float().square().mean(), opt, clear)
+
+
+def _step(loss_of: Callable[[Tensor, int], Tensor], opt: torch.optim.Optimizer, clear: bool) -> Callable[..., Tensor]:
+    """Backward from a loss of each micro-batch, which is told how many there are, then the update."""
 
     def step(*batches: Tensor) -> Tensor:
         total = torch.zeros(())
         for batch in batches:
-            loss = model(batch).float().square().mean()
+            loss = loss_of(batch, len(batches))
             loss.backward()
             total = total + loss.detach()
         opt.step()

@@ -15,8 +15,9 @@ from typing import Any
 from user_steps_text import BACKWARD, BREAKS, HOOKS
 
 
-def choice(*values: str) -> Any:
-    """What a step may be in one respect, the usual first."""
+def choice(names: str) -> Any:
+    """What a step may be in one respect, the usual first; names by comma."""
+    values = tuple(names.split(", "))
     return field(default=values[0], metadata={"values": values})
 
 
@@ -48,44 +49,38 @@ class UserStep:
     """
 
     form: str = choice(
-        "closure", "global", "method", "module", "callable", "lambda", "partial", "arguments", "shared arguments",
-        "nested", "optimizer", "model",
-    )  # fmt: skip
-    zero: str = choice(
-        "last", "first", "forward", "first kept", "last kept", "net first", "net last", "none first", "none last",
-        "outside", "never",
-    )  # fmt: skip
-    micro_batches: str = choice("one", "two", "every second")
-    backward: str = choice(
-        "plain", "retain", "of torch", "two losses", "grad", "inputs", "gradient", "checkpoint", "penalty", "chunks",
-    )  # fmt: skip
-    before: str = choice(
-        "nothing", "print", "item", "float", "isnan", "disabled", "logging", "graph_break", "inner", "try",
-        "with", "inner with",
-    )  # fmt: skip
-    after: str = choice(
-        "nothing", "print", "item", "if gradient", "loop", "disabled", "logging", "graph_break", "inner", "try"
+        "closure, global, method, module, callable, lambda, partial, arguments, shared arguments, nested, optimizer, "
+        "model"
     )
-    end: str = choice("nothing", "print", "item", "append", "disabled", "average")
-    clip: str = choice("none", "norm", "value", "max_grad_norm", "norm read")
+    zero: str = choice(
+        "last, first, forward, first kept, last kept, net first, net last, none first, none last, outside, never"
+    )
+    micro_batches: str = choice("one, two, every second")
+    backward: str = choice("plain, retain, of torch, two losses, grad, inputs, gradient, checkpoint, penalty, chunks")
+    before: str = choice(
+        "nothing, print, item, float, isnan, disabled, logging, graph_break, inner, try, with, inner with"
+    )
+    after: str = choice("nothing, print, item, if gradient, loop, disabled, logging, graph_break, inner, try")
+    end: str = choice("nothing, print, item, append, disabled, average")
+    clip: str = choice("none, norm, value, max_grad_norm, norm read")
     hook: str = choice(
-        "none", "parameter", "post accumulate", "activation", "forward", "forward pre", "backward", "step pre",
-        "step post", "global step post",
-    )  # fmt: skip
-    step: str = choice("plain", "with closure", "zero in closure", "scaler", "unscaled", "skip_parameter")
-    other: str = choice("none", "SGD", "AdamW", "ours", "two rounds")
-    schedule: str = choice("none", "outside", "inside")
-    net: str = choice("plain", "deep", "shared", "frozen", "frozen weight", "unused", "dropout", "norm", "int8")
-    precision: str = choice("float32", "bfloat16", "float16", "autocast")
-    moments: str = choice("32bit", "8bit")
-    between: str = choice("nothing", "freeze", "unfreeze", "hook", "load", "eval mode", "gradient", "new weights")
-    evaluate: str = choice("never", "inside", "inside train")
-    batches: str = choice("equal", "last short", "growing")
-    setting: str = choice("none", "lr", "lr fill", "lr inside", "weight_decay", "betas", "scale", "max_grad_norm")
-    returns: str = choice("detached", "item", "nothing", "loss", "dict", "counted")
-    nets: str = choice("one", "two widths", "three widths")
-    fullgraph: str = choice("no", "yes")
-    dynamic: str = choice("where it differs", "yes", "no")
+        "none, parameter, post accumulate, activation, forward, forward pre, backward, step pre, step post, "
+        "global step post"
+    )
+    step: str = choice("plain, with closure, zero in closure, scaler, unscaled, skip_parameter")
+    other: str = choice("none, SGD, AdamW, ours, two rounds")
+    schedule: str = choice("none, outside, inside")
+    net: str = choice("plain, deep, shared, frozen, frozen weight, unused, dropout, norm, int8")
+    precision: str = choice("float32, bfloat16, float16, autocast")
+    moments: str = choice("32bit, 8bit")
+    between: str = choice("nothing, freeze, unfreeze, hook, load, eval mode, gradient, new weights")
+    evaluate: str = choice("never, inside, inside train")
+    batches: str = choice("equal, last short, growing")
+    setting: str = choice("none, lr, lr fill, lr inside, weight_decay, betas, scale, max_grad_norm")
+    returns: str = choice("detached, item, nothing, loss, dict, counted")
+    nets: str = choice("one, two widths, three widths")
+    fullgraph: str = choice("no, yes")
+    dynamic: str = choice("where it differs, yes, no")
 
     def unusual(self) -> dict[str, str]:
         """The choices that are not the usual ones."""
@@ -105,10 +100,13 @@ class UserStep:
         """Python that defines ``make(width)``, which returns net, optimizers, schedule, and the step that it has given
         to ``COMPILE``."""
         returns = {
-            "detached": "return loss.detach()", "item": "return loss.item()", "nothing": "return None",
-            "loss": "return loss", "counted": "return sum(p.grad is not None for p in net.parameters())",
+            "detached": "return loss.detach()",
+            "item": "return loss.item()",
+            "nothing": "return None",
+            "loss": "return loss",
+            "counted": "return sum(p.grad is not None for p in net.parameters())",
             "dict": "return {'loss': loss.detach()}",
-        }[self.returns]  # fmt: skip
+        }[self.returns]
         lines, result = [*self._body(), returns], f"return {ALL}, run"
         step, classes = _function(f"step({self.given})", lines), []
         setup, made = self._setup(), ["run = COMPILE(step)"]
@@ -150,10 +148,12 @@ class UserStep:
             lines.append("qg.quantize_(net, group_size=4, targets=['a'])")
         if self.precision in ("bfloat16", "float16"):
             lines.append(f"net.{'bfloat16' if self.precision == 'bfloat16' else 'half'}()")
-        mine, kinds = "net", {
-            "SGD": "torch.optim.SGD(rest, lr=0.05)", "AdamW": "torch.optim.AdamW(rest, lr=0.01)",
+        mine = "net"
+        kinds = {
+            "SGD": "torch.optim.SGD(rest, lr=0.05)",
+            "AdamW": "torch.optim.AdamW(rest, lr=0.01)",
             "ours": "qg.QGaLoreAdamW(rest, lr=0.01, moments='32bit')",
-        }  # fmt: skip
+        }
         lines.append("other = schedule = scaler = None")
         if self.other in kinds:  # which takes what is not projected
             lines += [
@@ -164,8 +164,10 @@ class UserStep:
         extra = ", max_grad_norm=0.05" if self.clip == "max_grad_norm" else ""
         extra += ", nonfinite='skip_parameter'" if self.step == "skip_parameter" else ""
         keys = f"targets={targets}, rank=2, quant=False, refresh='svd', update_proj_gap=2"
-        lines += [f"groups = qg.param_groups({mine}, {keys})",
-                  f"opt = qg.QGaLoreAdamW(groups, lr=0.01, moments={self.moments!r}{extra})"]  # fmt: skip
+        lines += [
+            f"groups = qg.param_groups({mine}, {keys})",
+            f"opt = qg.QGaLoreAdamW(groups, lr=0.01, moments={self.moments!r}{extra})",
+        ]
         if self.schedule != "none":
             lines.append("schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda at: 1 / (1 + at))")
         if self.step in ("scaler", "unscaled"):
@@ -256,12 +258,21 @@ CHOICES: dict[str, tuple[str, ...]] = {each.name: each.metadata["values"] for ea
 ALL = "net, opt, other, schedule, scaler"
 
 REFUSED = {
-    **{(place, kind): words for place in ("before", "after", "end") for kind, words in {
-        "print": "builtin operator `print`", "inner": "builtin operator `print`",
-        "float": "data-dependent", "isnan": "Data-dependent branching", "if gradient": "Data-dependent branching",
-        "logging": "Logger|logging", "graph_break": r"graph_break\(\)",
-        **dict.fromkeys(("disabled", "try", "with", "inner with"), r"torch\.compiler\.disable"),
-    }.items() if kind in CHOICES[place]},
+    **{
+        (place, kind): words
+        for place in ("before", "after", "end")
+        for kind, words in {
+            "print": "builtin operator `print`",
+            "inner": "builtin operator `print`",
+            "float": "data-dependent",
+            "isnan": "Data-dependent branching",
+            "if gradient": "Data-dependent branching",
+            "logging": "Logger|logging",
+            "graph_break": r"graph_break\(\)",
+            **dict.fromkeys(("disabled", "try", "with", "inner with"), r"torch\.compiler\.disable"),
+        }.items()
+        if kind in CHOICES[place]
+    },
     ("hook", "backward"): "backwards hooks",
     ("step", "scaler"): r"GradScaler\.scale",
     ("step", "unscaled"): r"GradScaler\.scale",
@@ -270,7 +281,7 @@ REFUSED = {
     ("schedule", "inside"): r"LRScheduler\.step",
     ("backward", "of torch"): r"function `backward` in file .*torch/autograd",
     ("returns", "loss"): r"loss\.detach\(\)",
-}  # fmt: skip
+}
 """What breaks the graph, and so may be refused with ``fullgraph=True``, and what the error must say of it.  There is
 nothing that may be refused without."""
 

@@ -147,8 +147,9 @@ def run(step: UserStep, how: str, steps: int = 3) -> Outcome:
     finally:
         linecache.cache.pop(name, None)
     outcome.end = _state(made)
-    outcome.gradients = {f"{index}.{name}": p.grad for index, each in enumerate(made)
-                         for name, p in each[0].named_parameters()}  # fmt: skip
+    outcome.gradients = {
+        f"{index}.{name}": p.grad for index, each in enumerate(made) for name, p in each[0].named_parameters()
+    }
     outcome.results += [*scope["LOSSES"], *scope["NORMS"], *scope["NOTES"]]
     return outcome
 
@@ -201,8 +202,12 @@ def _without_code_generation(how: str) -> Iterator[None]:
 
     # dropout's own random numbers, which an interpreter draws as eager does
     guards = mock.patch.object(torch._dynamo.guards, "profile_guard_manager", return_value=0.0)  # which takes a while
-    with mock.patch.object(entry, "compile_fx", instead), evaluated_kernels(), guards, \
-            torch._inductor.config.patch(fallback_random=True):  # fmt: skip
+    with (
+        mock.patch.object(entry, "compile_fx", instead),
+        evaluated_kernels(),
+        guards,
+        torch._inductor.config.patch(fallback_random=True),
+    ):
         yield
 
 

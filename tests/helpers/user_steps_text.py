@@ -87,21 +87,24 @@ BACKWARD = {
     "two losses": ["LOSS.backward(retain_graph=True)", "out.float().mean().backward()"],
     "grad": [
         "own = [p for p in net.parameters() if p.requires_grad]",
-        "for p, g in zip(own, torch.autograd.grad(LOSS, own, allow_unused=True)):", "    p.grad = g",
+        "for p, g in zip(own, torch.autograd.grad(LOSS, own, allow_unused=True)):",
+        "    p.grad = g",
     ],
     "inputs": ["LOSS.backward(inputs=[p for p in net.parameters() if p.requires_grad])"],
     "gradient": ["LOSS.backward(torch.full_like(LOSS, 0.5))"],
     "checkpoint": ["LOSS.backward()"],
     "penalty": [
-        "for group in opt.param_groups:", "    for p in group['params']:",
+        "for group in opt.param_groups:",
+        "    for p in group['params']:",
         "        loss = loss + 0.01 * p.float().square().sum()",
         "LOSS.backward()",
     ],
     "chunks": [
-        "LOSS.backward()", "for part, goal in zip(x.chunk(2), y.chunk(2)):",
+        "LOSS.backward()",
+        "for part, goal in zip(x.chunk(2), y.chunk(2)):",
         "    (net(part).float() - goal).square().mean().backward()",
     ],
-}  # fmt: skip
+}
 """How gradients of LOSS come about; with "checkpoint" the forward is another."""
 
 BREAKS = {

@@ -201,6 +201,13 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+def eight_steps(opt: torch.optim.Optimizer, make: Callable[[torch.optim.Optimizer], Any]) -> None:
+    scheduler = make(opt)
+    for _ in range(8):
+        step_once(opt)
+        scheduler.step(*([1.0] if isinstance(scheduler, schedulers.ReduceLROnPlateau) else []))
+
+
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 def test_schedulers_set_the_lr_that_they_set_for_adamw_and_warn_of_nothing(
     make: Callable[[torch.optim.Optimizer], Any],
@@ -212,16 +219,10 @@ def test_schedulers_set_the_lr_that_they_set_for_adamw_and_warn_of_nothing(
     tensors = [group["lr"] for group in opt.param_groups]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scheduler = make(opt)
-        for _ in range(8):
-            step_once(opt)
-            scheduler.step(*([1.0] if isinstance(scheduler, schedulers.ReduceLROnPlateau) else []))
+        eight_steps(opt, make)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = make(reference)
-        for _ in range(8):
-            step_once(reference)
-            theirs.step(*([1.0] if isinstance(theirs, schedulers.ReduceLROnPlateau) else []))
+        eight_steps(reference, make)
     expected = [group["lr"] for group in reference.param_groups]
     assert [float(group["lr"]) for group in opt.param_groups] == pytest.approx(expected, rel=1e-5)
     assert all(group["lr"] is tensor for group, tensor in zip(opt.param_groups, tensors, strict=True))

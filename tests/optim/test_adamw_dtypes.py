@@ -80,8 +80,10 @@ def test_a_run_is_bit_for_bit_the_same_under_another_default_device(settings: An
     model, _ = toy(update_proj_gap=2, **settings)
     keys = {key: settings[key] for key in settings if key not in ("moments", "max_grad_norm", "nonfinite")}
     own = {key: value for key, value in settings.items() if key not in keys}
-    gradients = [[torch.randn(p.shape, generator=draw) for p in model.parameters()]
-                 for draw in map(torch.Generator().manual_seed, range(7))]  # fmt: skip
+    gradients = [
+        [torch.randn(p.shape, generator=draw) for p in model.parameters()]
+        for draw in map(torch.Generator().manual_seed, range(7))
+    ]
     with torch.device("meta"):
         groups = qg.param_groups(model, rank=4, update_proj_gap=2, quant_group_size=8, **keys)
         opt = qg.QGaLoreAdamW(groups, lr=1e-2, **own)
@@ -142,12 +144,18 @@ def test_state_has_the_dtype_of_its_table(dtype: torch.dtype) -> None:
         assert {name: t.dtype for name, t in state.items()} == {name: dtype_of(name, state) for name in state}
     state = opt.state[model.blocks[0].weight]
     assert {name: t.dtype for name, t in state.items()} == {
-        "step": torch.int64, "schedule": torch.float64,
-        "exp_avg": torch.uint8, "exp_avg_absmax": torch.float32,
-        "exp_avg_sq_root": torch.uint8, "exp_avg_sq_root_absmax": torch.float32,
-        "projector": torch.uint8, "projector_scale": torch.float32, "projector_offset": torch.float32,
-        "grad_norm": torch.float32, "skipped_steps": torch.int64,
-    }  # fmt: skip
+        "step": torch.int64,
+        "schedule": torch.float64,
+        "exp_avg": torch.uint8,
+        "exp_avg_absmax": torch.float32,
+        "exp_avg_sq_root": torch.uint8,
+        "exp_avg_sq_root_absmax": torch.float32,
+        "projector": torch.uint8,
+        "projector_scale": torch.float32,
+        "projector_offset": torch.float32,
+        "grad_norm": torch.float32,
+        "skipped_steps": torch.int64,
+    }
 
 
 # -- without eps ------------------------------------------------------------------------------------------------------

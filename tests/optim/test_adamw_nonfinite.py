@@ -42,6 +42,21 @@ def poison_(model: nn.Module, name: str, value: float) -> None:
     grad[1, 2] = value
 
 
+def poisoned(before: int, *names: str, poison: float = math.nan, **settings: Any) -> tuple[Toy, qg.QGaLoreAdamW]:
+    """As :func:`setting_up`, an element of each gradient in ``names`` replaced."""
+    model, opt = setting_up(before, **settings)
+    for name in names:
+        poison_(model, name, poison)
+    return model, opt
+
+
+def stepped(model: nn.Module, opt: qg.QGaLoreAdamW) -> set[str]:
+    """Names of what a step of the optimizer changes."""
+    was = snapshot(model, opt)
+    opt.step()
+    return changed(was, snapshot(model, opt))
+
+
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name].nan_to_num(7e7), after[name].nan_to_num(7e7))}
@@ -63,14 +78,12 @@ def clocks_and_counters() -> set[str]:
 def test_skip_step_leaves_every_parameter_and_state_as_it_was(
     poison: float, int8: bool, moments: str, before: int, name: str
 ) -> None:
-    model, opt = setting_up(before, nonfinite="skip_step", int8=int8, moments=moments)
-    poison_(model, name, poison)
-    was = snapshot(model, opt)
-    opt.step()
+    model, opt = poisoned(before, name, poison=poison, nonfinite="skip_step", int8=int8, moments=moments)
+    moved = stepped(model, opt)
     due_and_finite = set() if before == 1 else projector_of(OTHER_PROJECTED)
     if before != 1 and name == PLAIN:
         due_and_finite |= projector_of(PROJECTED)
-    assert changed(was, snapshot(model, opt)) <= clocks_and_counters() | due_and_finite
+    assert moved <= clocks_and_counters() | due_and_finite
     assert int(opt.skipped_steps) == 1
 
 
@@ -82,12 +95,9 @@ def test_skip_step_leaves_every_parameter_and_state_as_it_was(
 def test_skip_parameter_leaves_the_parameter_concerned_and_updates_the_others(
     poison: float, int8: bool, moments: str, before: int, name: str
 ) -> None:
-    model, opt = setting_up(before, nonfinite="skip_parameter", int8=int8, moments=moments)
-    poison_(model, name, poison)
-    was = snapshot(model, opt)
-    opt.step()
-    moved = changed(was, snapshot(model, opt))
-    own = {entry for entry in was if entry.partition("/")[0] == name or entry.startswith(f"{name}.")}
+    model, opt = poisoned(before, name, poison=poison, nonfinite="skip_parameter", int8=int8, moments=moments)
+    moved = stepped(model, opt)
+    own = {entry for entry in snapshot(model, opt) if entry.partition("/")[0] == name or entry.startswith(f"{name}.")}
     assert own & moved <= {f"{name}/schedule"}
     for other in dict(model.named_parameters()):
         if other != name:
@@ -98,8 +108,7 @@ def test_skip_parameter_leaves_the_parameter_concerned_and_updates_the_others(
 
 @steps_before
 def test_under_skip_parameter_the_others_step_as_if_it_had_no_gradient(before: int) -> None:
-    model, opt = setting_up(before, nonfinite="skip_parameter")
-    poison_(model, PROJECTED, math.nan)
+    model, opt = poisoned(before, PROJECTED, nonfinite="skip_parameter")
     opt.step()
     twin, twin_opt = setting_up(before, nonfinite="skip_parameter")
     twin.get_parameter(PROJECTED).grad = None
@@ -117,8 +126,7 @@ def test_under_skip_parameter_the_others_step_as_if_it_had_no_gradient(before: i
 def test_the_next_finite_step_works_and_makes_up_for_a_missed_refresh(
     nonfinite: str, int8: bool, before: int, name: str
 ) -> None:
-    model, opt = setting_up(before, nonfinite=nonfinite, int8=int8)
-    poison_(model, name, math.nan)
+    model, opt = poisoned(before, name, nonfinite=nonfinite, int8=int8)
     opt.step()
     opt.zero_grad()
     refreshes = opt.schedule()[0].refreshes
@@ -135,8 +143,7 @@ def test_the_next_finite_step_works_and_makes_up_for_a_missed_refresh(
 
 
 def test_under_the_official_rule_too_a_missed_refresh_is_made_up_for() -> None:
-    model, opt = setting_up(GAP, similarity="official", cos_threshold=2.0)
-    poison_(model, PROJECTED, math.nan)
+    model, opt = poisoned(GAP, PROJECTED, similarity="official", cos_threshold=2.0)
     opt.step()
     opt.zero_grad()
     training_step(model, opt)(tokens(seed=50))
@@ -151,13 +158,12 @@ def test_a_refreshed_subspace_takes_its_moments_along_though_another_gradient_re
 ) -> None:
     """Moments are coordinates in the projector's basis: the projector is new, so the old ones would mean other
     directions.  They are what a refresh alone makes of them; the refused step has added nothing to them."""
-    model, opt = setting_up(GAP, int8=int8, moments=moments, moments_on_refresh=how)
+    model, opt = poisoned(GAP, OTHER_PROJECTED, int8=int8, moments=moments, moments_on_refresh=how)
     state = opt.state[model.get_parameter(PROJECTED)]
     group = opt.param_groups[0]
     expected = [tensor.clone() for tensor in stored_moments(state)]
     kept = [tensor.clone() for tensor in stored_moments(opt.state[model.get_parameter(OTHER_PROJECTED)])]
     old = projector(model.get_parameter(PROJECTED), group, state)
-    poison_(model, OTHER_PROJECTED, math.nan)
     opt.step()
     new = projector(model.get_parameter(PROJECTED), group, state)
     assert not torch.equal(old, new)
@@ -186,9 +192,7 @@ def test_all_gradients_non_finite_leave_everything(nonfinite: str, before: int) 
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad = torch.full_like(parameter.grad, math.nan)
-    was = snapshot(model, opt)
-    opt.step()
-    assert changed(was, snapshot(model, opt)) <= clocks_and_counters()
+    assert stepped(model, opt) <= clocks_and_counters()
 
 
 @policies
@@ -263,8 +267,7 @@ def test_last_grad_norm_is_the_norm_before_clipping(before: int, max_grad_norm: 
 
 def test_under_skip_step_the_norm_shows_the_poison_and_under_skip_parameter_it_leaves_it_out() -> None:
     for nonfinite in ("skip_step", "skip_parameter"):
-        model, opt = setting_up(1, quant=False, nonfinite=nonfinite, max_grad_norm=0.01)
-        poison_(model, PROJECTED, math.nan)
+        model, opt = poisoned(1, PROJECTED, quant=False, nonfinite=nonfinite, max_grad_norm=0.01)
         opt.step()
         if nonfinite == "skip_step":
             assert not math.isfinite(float(opt.last_grad_norm))

@@ -128,8 +128,15 @@ def test_a_compiled_step_follows_every_number_and_is_compiled_once(on_refresh: s
     """A scheduler of the lr beside them; the Python numbers are no part of the graph."""
     runs, count = [], 0
     for compiled in (True, False):
-        model, opt = toy(int8=False, quant=False, moments=moments, refresh="svd", stagger=False, update_proj_gap=2,
-                         moments_on_refresh=on_refresh)  # fmt: skip
+        model, opt = toy(
+            int8=False,
+            quant=False,
+            moments=moments,
+            refresh="svd",
+            stagger=False,
+            update_proj_gap=2,
+            moments_on_refresh=on_refresh,
+        )
         scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=99, cycle_momentum=False)
         step, backend = training_step(model, opt), Interpreted()
         step = torch.compile(step, backend=backend, fullgraph=True) if compiled else step

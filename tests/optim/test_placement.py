@@ -49,8 +49,11 @@ def test_state_that_was_moved_or_cast_is_refused_by_name_before_anything_changes
     with pytest.raises(PlacementError, match=message + ".*let it load this one's state_dict"):
         step(tokens())
     now = snapshot(model, opt)
-    assert all(torch.equal(was[name].nan_to_num(7e7), value.nan_to_num(7e7)) for name, value in now.items()
-               if not value.is_meta)  # fmt: skip
+    assert all(
+        torch.equal(was[name].nan_to_num(7e7), value.nan_to_num(7e7))
+        for name, value in now.items()
+        if not value.is_meta
+    )
 
 
 def test_state_of_a_later_parameter_is_looked_at_before_the_first_is_updated() -> None:

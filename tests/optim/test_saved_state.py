@@ -108,10 +108,18 @@ def test_parameters_of_one_shape_in_another_order_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [None, [], {}, {"state": {}}, {"param_groups": [], "state": None}, {"param_groups": [{}], "state": {}},
-     {"param_groups": {"0": 1}, "state": {}}, {"param_groups": [], "state": {0: 1}}],
+    [
+        None,
+        [],
+        {},
+        {"state": {}},
+        {"param_groups": [], "state": None},
+        {"param_groups": [{}], "state": {}},
+        {"param_groups": {"0": 1}, "state": {}},
+        {"param_groups": [], "state": {0: 1}},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_no_state_dict_is_refused_in_words(given: object) -> None:
     _, opt = toy()
     with pytest.raises(ValueError, match="no state_dict of an optimizer"):

@@ -92,8 +92,10 @@ def test_a_wrong_result_a_step_count_off_by_one_and_a_missing_gradient_are_found
     result = quick(step, data())
     assert wrong(result) == {"result", "count", "model.bias.grad"}
     assert {error.note for error in result.errors if not error.ok} == {
-        "1 of 1 elements are not explained by rounding, 0 may be", "must be exact", "only in the eager step"
-    }  # fmt: skip
+        "1 of 1 elements are not explained by rounding, 0 may be",
+        "must be exact",
+        "only in the eager step",
+    }
 
 
 def test_equal_nans_and_infinities_are_equal_and_others_are_not() -> None:

@@ -45,10 +45,14 @@ def test_one_more_run_is_right(noise: float, seed: int) -> None:
 def test_a_wrong_kernel_is_found(noise: float, wrong: str) -> None:
     found, others = runs(noise)
     found = {
-        "nothing moved": lambda x: 0 * x, "rows permuted": lambda x: x[torch.randperm(ROWS)], "sign": lambda x: -x,
-        "a row is missing": lambda x: torch.cat([0 * x[:1], x[1:]]), "rolled": lambda x: x.roll(1, -1),
-        "a column is missing": lambda x: torch.cat([x[:, :-1], 0 * x[:, -1:]], 1), "twice": lambda x: 2 * x,
-    }[wrong](found)  # fmt: skip
+        "nothing moved": lambda x: 0 * x,
+        "rows permuted": lambda x: x[torch.randperm(ROWS)],
+        "sign": lambda x: -x,
+        "a row is missing": lambda x: torch.cat([0 * x[:1], x[1:]]),
+        "rolled": lambda x: x.roll(1, -1),
+        "a column is missing": lambda x: torch.cat([x[:, :-1], 0 * x[:, -1:]], 1),
+        "twice": lambda x: 2 * x,
+    }[wrong](found)
     assert said_of(found, others) != ""
 
 

@@ -91,8 +91,16 @@ def test_the_text_says_all_of_it_in_lines_that_fit(explained: qg.Report) -> None
     text = str(explained)
     first = text.splitlines()[0]
     assert first == "step: 1 graph, 0 recompile(s); 2 of 2 projected layers matched, 2 without a full-rank gradient"
-    for expected in ("model.blocks.0.weight", "20×12", "9,216", "not projected: model.embed.weight", "reassociate",
-                     "Live bytes after ordering", "before the passes", "after them"):  # fmt: skip
+    for expected in (
+        "model.blocks.0.weight",
+        "20×12",
+        "9,216",
+        "not projected: model.embed.weight",
+        "reassociate",
+        "Live bytes after ordering",
+        "before the passes",
+        "after them",
+    ):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 140
     assert "\x1b" not in text

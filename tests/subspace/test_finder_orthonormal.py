@@ -59,9 +59,16 @@ def decades(shape: tuple[int, int], count: float) -> Tensor:
 )
 @example("power", (10, 10), 10, 2.75, 0, 1.0, torch.float32, "G", 0)
 def test_a_projector_is_orthonormal(
-    way: str, shape: tuple[int, int], rank: int, fall: float, lost: int, scale: float, dtype: torch.dtype,
-    given_as: str, seed: int,
-) -> None:  # fmt: skip
+    way: str,
+    shape: tuple[int, int],
+    rank: int,
+    fall: float,
+    lost: int,
+    scale: float,
+    dtype: torch.dtype,
+    given_as: str,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     rank = min(rank, *shape)
     scale = scale if dtype != torch.float16 else 1.0  # it has no such numbers

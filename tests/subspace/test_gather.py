@@ -171,10 +171,21 @@ def refreshed(shape: tuple[int, int], factors: list[Tensor], method: str, **how:
     low = torch.zeros((shape[0], rank) if side == "right" else (rank, shape[1]))
     stored = [torch.zeros((rank, shape[1]) if side == "right" else (shape[0], rank))]
     torch.ops.qgalore.refresh_(
-        low, stored, DUE.to_tensor(), RULE.to_tensor(), factors, how.get("scales"), shape=list(shape),
-        rank=rank, bits=0, group_size=8,
-        method=method, power_iterations=2, seed=0, param=0,
-    )  # fmt: skip
+        low,
+        stored,
+        DUE.to_tensor(),
+        RULE.to_tensor(),
+        factors,
+        how.get("scales"),
+        shape=list(shape),
+        rank=rank,
+        bits=0,
+        group_size=8,
+        method=method,
+        power_iterations=2,
+        seed=0,
+        param=0,
+    )
     return stored[0], low
 
 

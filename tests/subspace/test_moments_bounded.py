@@ -186,9 +186,13 @@ class Element:
 
 
 elements = st.builds(
-    Element, orders, st.integers(1, 7), st.integers(0, 6), st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    Element,
+    orders,
+    st.integers(1, 7),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     st.sampled_from([0.0, 0.0, -3.0, 1.0, 3.0]),
-)  # fmt: skip
+)
 
 
 @given(st.lists(elements, min_size=2, max_size=12), betas_, st.integers(0, 40))

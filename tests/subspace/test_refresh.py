@@ -228,11 +228,21 @@ def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool
     by_factors, by_gradient = (Layer((300, 90), 8, INT4, method) for _ in range(2))
     by_gradient.call(dy.t() @ x * scale)
     torch.ops.qgalore.refresh_(
-        by_factors.low, by_factors.stored, by_factors.schedule, RULE.to_tensor(), [dy, x],
+        by_factors.low,
+        by_factors.stored,
+        by_factors.schedule,
+        RULE.to_tensor(),
+        [dy, x],
         [torch.tensor(scale)] if scaled else None,
-        shape=[300, 90], rank=8, bits=4, group_size=16, method=method, power_iterations=2,
-        seed=0, param=3,
-    )  # fmt: skip
+        shape=[300, 90],
+        rank=8,
+        bits=4,
+        group_size=16,
+        method=method,
+        power_iterations=2,
+        seed=0,
+        param=3,
+    )
     torch.testing.assert_close(by_factors.low, project(dy.t() @ x * scale, by_factors.projector, "right"))
     energy = float(by_gradient.low.square().sum())
     assert float(by_factors.low.square().sum()) == pytest.approx(energy, rel=1e-3)

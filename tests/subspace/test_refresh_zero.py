@@ -197,8 +197,16 @@ def test_an_update_after_zero_gradients_lies_in_the_gradients_space(
     method: str, stagger: bool, how: str, trigger: str
 ) -> None:
     p, basis = nn.Parameter(torch.randn(64, 96)), torch.linalg.qr(torch.randn(64, 8))[0]
-    group = {"params": [p], "rank": 8, "update_proj_gap": 50, "quant": False, "refresh": method, "stagger": stagger,
-             "moments_on_refresh": how, "trigger": trigger}  # fmt: skip
+    group = {
+        "params": [p],
+        "rank": 8,
+        "update_proj_gap": 50,
+        "quant": False,
+        "refresh": method,
+        "stagger": stagger,
+        "moments_on_refresh": how,
+        "trigger": trigger,
+    }
     opt = qg.QGaLoreAdamW([group], lr=0.01, moments="32bit")
     for step in range(4):
         before = p.detach().clone()

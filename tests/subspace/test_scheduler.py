@@ -212,9 +212,12 @@ fraction = st.one_of(st.just(math.nan), st.floats(-1, 1))
     queue=st.lists(fraction, min_size=1, max_size=8),
 )
 def test_a_schedule_survives_its_tensor(
-    clocks: tuple[int, int, int], last: int, counts: tuple[int, int, int, int], fractions: tuple[float, float],
+    clocks: tuple[int, int, int],
+    last: int,
+    counts: tuple[int, int, int, int],
+    fractions: tuple[float, float],
     queue: list[float],
-) -> None:  # fmt: skip
+) -> None:
     now = Schedule(*clocks, last, *counts, *fractions, tuple(queue))
     tensor = now.to_tensor()
     assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.float64, (10 + len(queue),), "cpu")
@@ -280,9 +283,14 @@ def test_records_tell_name_shape_side_rank_and_what_has_happened() -> None:
 def test_refresh_log_of_a_run_whose_layers_are_stable(similarity: str) -> None:
     """A threshold that every similarity reaches: the gap grows at each refresh, once the queue is full."""
     model, opt = toy(
-        update_proj_gap=2, queue_size=2, similarity=similarity, similarity_threshold=0.0, cos_threshold=-1.0, max_gap=8,
+        update_proj_gap=2,
+        queue_size=2,
+        similarity=similarity,
+        similarity_threshold=0.0,
+        cos_threshold=-1.0,
+        max_gap=8,
         stagger=False,
-    )  # fmt: skip
+    )
     log = run(opt, model, 30)
     expected = [0, 2, 4, 8, 16, 24]  # the queue of two is full at step 4: gap 4, then 8, which is the cap
     assert log == {"blocks.0.weight": expected, "blocks.1.weight": expected}

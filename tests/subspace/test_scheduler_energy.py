@@ -25,9 +25,11 @@ RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=80, min_gap=10, en
 
 
 @given(
-    m=st.integers(1, 30), n=st.integers(1, 30), tokens=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    m=st.integers(1, 30),
+    n=st.integers(1, 30),
+    tokens=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     seed=st.integers(0, 2**20),
-)  # fmt: skip
+)
 def test_factors_have_the_energy_of_their_product(m: int, n: int, tokens: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     factors = [factor for t in tokens for factor in (torch.randn(t, m), torch.randn(t, n))]
@@ -177,8 +179,14 @@ def test_a_gradient_that_is_not_finite_is_checked_again_at_the_next_call() -> No
 @pytest.mark.parametrize("how", ["keep", "rotate"])
 def test_factors_and_gathered_gradients_measure_what_eager_does(accumulate: int, how: str) -> None:
     """Compiled without a C++ compiler: the op gets factors, or what was gathered in a step that only checks."""
-    keys = {"update_proj_gap": 2, "trigger": "energy", "energy_threshold": 0.5, "int8": False, "moments": "32bit",
-            "moments_on_refresh": how}  # fmt: skip
+    keys = {
+        "update_proj_gap": 2,
+        "trigger": "energy",
+        "energy_threshold": 0.5,
+        "int8": False,
+        "moments": "32bit",
+        "moments_on_refresh": how,
+    }
     model, opt = toy(**keys)
     twin, twin_opt = toy(**keys)
     backend = Interpreted(disable=["fuse", "fuse_products", "opaque", "order"])  # what the op is given, they leave

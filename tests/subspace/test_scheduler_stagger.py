@@ -76,9 +76,7 @@ def test_the_gap_grows_by_gamma_and_what_is_waited_is_rounded_down_to_whole_roun
     assert waits == [(15, 10), (22, 20), (33, 30), (45, 40), (45, 40)]
 
 
-@given(
-    late=st.integers(0, 50), gap=st.integers(1, 12), slot=st.integers(0, 11), rounds=st.integers(1, 5)
-)  # fmt: skip
+@given(late=st.integers(0, 50), gap=st.integers(1, 12), slot=st.integers(0, 11), rounds=st.integers(1, 5))
 def test_a_refresh_that_failed_is_made_up_for_at_the_next_call_and_keeps_the_phase(
     late: int, gap: int, slot: int, rounds: int
 ) -> None:

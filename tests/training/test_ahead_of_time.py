@@ -144,9 +144,25 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path, monkeypatch: py
 def line(kernel: str, *, registers: int = 100, spills: int = 0) -> Row:
     """A kernel's line of the table."""
     return Row(
-        kernel, "bf16 × INT8", 1, registers, spills, 0, 0.5, 4, 16, 4, 10, 20, 10, 100, 1.0, "bytes",
-        "64×256×32, 8 warps, 4 stages", "",
-    )  # fmt: skip
+        kernel,
+        "bf16 × INT8",
+        1,
+        registers,
+        spills,
+        0,
+        0.5,
+        4,
+        16,
+        4,
+        10,
+        20,
+        10,
+        100,
+        1.0,
+        "bytes",
+        "64×256×32, 8 warps, 4 stages",
+        "",
+    )
 
 
 def test_a_spilling_kernel_shows_in_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

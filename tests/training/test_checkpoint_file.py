@@ -81,9 +81,21 @@ def test_a_bit_that_flips_anywhere_is_found(path: Path) -> None:
         lambda whole: b"PK\x03\x04 half a zip file",
         lambda whole: whole[-130:],
     ],
-    ids=["cut by one", "half", "a header", "a byte more", "twice", "moved", "zeros inside", "zeros", "empty", "text",
-         "zip", "the end alone"],
-)  # fmt: skip
+    ids=[
+        "cut by one",
+        "half",
+        "a header",
+        "a byte more",
+        "twice",
+        "moved",
+        "zeros inside",
+        "zeros",
+        "empty",
+        "text",
+        "zip",
+        "the end alone",
+    ],
+)
 def test_a_file_that_lacks_or_has_more_than_was_written_is_refused(
     path: Path, damage: Callable[[bytes], bytes]
 ) -> None:

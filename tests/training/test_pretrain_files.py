@@ -78,7 +78,7 @@ SAVED = [
     (lambda s: s["scheduler"].update(last_epoch=1), "schedule of the learning rate is at 1, the run at 2"),
     (lambda s: s["scheduler"].update(base_lrs=["fast"] * 3), "schedule of the learning rate has base_lrs"),
     (lambda s: s["scheduler"].pop("_last_lr"), "schedule of the learning rate has"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "message"), SAVED, ids=[message for _, message in SAVED])
@@ -175,8 +175,12 @@ def test_a_second_run_in_the_folder_is_refused_and_names_the_first(config: Train
     assert len(seen) == 2
     assert steps(config) == list(range(1, 13))
     assert sorted(os.listdir(config.out)) == [
-        "checkpoint.pt", "curves.png", "metrics.jsonl", "result.json", "schedule.png",
-    ]  # fmt: skip
+        "checkpoint.pt",
+        "curves.png",
+        "metrics.jsonl",
+        "result.json",
+        "schedule.png",
+    ]
 
 
 @pytest.mark.parametrize("fault", [{"data": "/nowhere"}, {"device": "warp"}, {"batch": 2**31 - 1}])

@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import runpy
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernels_support import FORMATS, Tensors, assert_like, evaluated, every_format, filled, load, program
+from kernels_support import FORMATS, assert_like, evaluated, every_format, filled, load, program
 from random_programs import random_program
 
 pytest.importorskip("triton")
 
-import interpreted
+from interpreted import ODD, assert_same, kernel_of, ran
 
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels.ir.program import POINTWISE, BlockProgram, Buffer, Space
 from qgalore_compile.kernels.triton.ahead import compile_kernel
-from qgalore_compile.kernels.triton.kernels import Kernel, region_kernel
 from qgalore_compile.kernels.triton.kernels import load as load_kernel
+from qgalore_compile.kernels.triton.kernels import region_kernel
 from qgalore_compile.kernels.triton.printer import print_region
 from qgalore_compile.kernels.triton.targets import Target
 
 pytestmark = pytest.mark.triton
 
-ODD = Space(3, 21, 8)
 SPACES = [Space(3, 45, 11), Space(2, 40, 8), Space(1, 40, 4), Space(5, 24, 24), Space(3, 64, 16), Space(2, 21, 16)]
-
-
-def kernel_of(made: BlockProgram, rows: int | None = None) -> Kernel:
-    """A program's kernel, with so many groups an instance where that is said."""
-    kernel = region_kernel(made)
-    if rows is None:
-        return kernel
-    grid = -(-made.space.rows * made.space.groups // rows)
-    return dataclasses.replace(kernel, source=print_region(made, rows), grid=grid)
-
-
-def ran(
-    made: BlockProgram, tensors: Tensors, numbers: Mapping[str, int] | None = None, rows: int | None = None
-) -> Tensors:
-    """What the kernel leaves in the buffers; ``tensors`` stay."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    interpreted.launch(kernel_of(made, rows), copies, dict(numbers or {}))
-    return copies
-
-
-def assert_same(one: torch.Tensor, other: torch.Tensor, why: str, *, zeros: bool = True) -> None:
-    """Bit for bit, but that NaN is NaN; ``zeros``: and -0 is not 0."""
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{why}: {text}")
-    if zeros and other.is_floating_point():
-        real = ~other.isnan()
-        assert torch.equal(one.signbit()[real], other.signbit()[real]), f"{why}: zeros of another sign"
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
@@ -299,65 +270,6 @@ def test_a_parameters_number_is_a_pointer_and_a_seed_an_integer() -> None:
     kernel = region_kernel(drawing(ODD))
     assert kernel.signature == {"step": "*i64", "bits": "*i32", "seed": "i64", "param": "*i32"}
     assert kernel.params == {"param"}
-
-
-# -- in place ---------------------------------------------------------------------------------------------------------
-
-
-def test_buffers_that_swap_their_values_do() -> None:
-    made = program(ODD, "a f32 element inout", "b f32 element inout", "s f32 group inout", "t f32 group inout")
-    for one, other in (("a", "b"), ("s", "t")):
-        made.store(one, load(made, other))
-        made.store(other, load(made, one))
-    found = ran(made, tensors := filled(made), rows=2)
-    for one, other in (("a", "b"), ("s", "t")):
-        assert torch.equal(found[one], tensors[other])
-        assert torch.equal(found[other], tensors[one])
-
-
-@pytest.mark.parametrize("rows", [1, 2, 16])
-def test_an_output_may_be_the_storage_of_an_input(rows: int) -> None:
-    """As Inductor has it where nobody else reads an input."""
-    made = program(
-        ODD, "x f32 element in", "s f32 group in", "y f32 element out", "t f32 group out", "c u8 element inout"
-    )
-    x, s, c = (load(made, name) for name in "xsc")
-    made.store("y", made.emit("div", (made.emit("add", (x, s)), made.emit("group_max", (made.emit("abs", (x,)),)))))
-    made.store("t", made.emit("add", (s, made.emit("group_min", (made.emit("f32", (c,)),)))))
-    made.store("c", made.emit("bitxor", (c, made.constant(255, "i32"))))
-    tensors = filled(made)
-    expected = evaluated(made, tensors)
-    shared = {**tensors, "y": tensors["x"], "t": tensors["s"]}
-    interpreted.launch(kernel_of(made, rows), shared, {})
-    for name in "ytc":
-        assert torch.equal(shared[name], expected[name]), name
-
-
-@pytest.mark.parametrize("space", [ODD, Space(2, 32, 8)], ids=["odd", "whole"])
-@pytest.mark.parametrize("extent", ["scalar", "group", "element"])
-def test_what_is_to_stay_is_not_written(extent: str, space: Space) -> None:
-    """Else a thread would hold the old codes of a weight until it stores the new ones."""
-    made = program(space, f"flag bool {extent} in", "x f32 element inout", "c u8 element inout", "y f32 element out")
-    flag, x, c = (load(made, name) for name in ("flag", "x", "c"))
-    made.store("x", made.emit("where", (flag, made.emit("neg", (x,)), x)))
-    made.store("c", made.emit("where", (flag, made.emit("bitxor", (c, made.constant(255, "i32"))), c)))
-    made.store("y", made.emit("where", (flag, x, made.constant(0.0))))
-    for flags in ({}, {"flag": torch.zeros(())}, {"flag": torch.ones(())}) if extent == "scalar" else ({},):
-        tensors = filled(made, **flags)
-        assert_like(ran(made, tensors), evaluated(made, tensors), made)
-    source = kernel_of(made).source
-    stores = [line for line in source.splitlines() if "tl.store(" in line]
-    assert ["mask=v0" in line for line in stores] == [True, True, False]
-
-
-def test_a_choice_between_two_buffers_is_written_whole() -> None:
-    made = program(ODD, "flag bool scalar in", "x f32 element inout", "y f32 element inout")
-    flag, x, y = (load(made, name) for name in ("flag", "x", "y"))
-    made.store("x", made.emit("where", (flag, x, y)))
-    made.store("y", made.emit("where", (flag, made.emit("neg", (y,)), x)))
-    for value in (0, 1):
-        tensors = filled(made, flag=torch.tensor(value))
-        assert_like(ran(made, tensors), evaluated(made, tensors), made)
 
 
 # -- the source -------------------------------------------------------------------------------------------------------
