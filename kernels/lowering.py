@@ -121,8 +121,8 @@ CPP = Lowering(
     accepts=lambda program, read, device: None,
     prepare=_prepare_for_cpu,
     run_program=_run_on_cpu,
-    run_gemm=lambda text, written, read, numbers: gemm_cpu.run(text, written, read, numbers),
-    gemm=lambda text, read: gemm_cpu.product(text, read),
+    run_gemm=gemm_cpu.run,
+    gemm=gemm_cpu.product,
     passes=("embedding_gradient",),
 )
 

@@ -25,7 +25,7 @@ kernel_calls.py                 one view of a call of a generated kernel
 launch.py                       puts a call of a generated kernel in the place of nodes
 decoding.py                     which operands are decoded from integers, and by which nodes
 placement.py                    where a node that replaces several may stand
-facts.py                        facts that follow from a whole graph, for the analysis
+facts.py                        what is known of nodes beyond each by itself, found once for all passes
 products.py                     a gradient read as a sum of products
 printing.py                     one layer's part of a graph as text
 liveness.py                     a model of what is live, in bytes

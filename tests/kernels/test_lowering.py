@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from kernels_support import Evaluated, evaluate_gemm, evaluate_product, evaluated, filled, load, program
+from kernels_support import EVALUATOR, Evaluated, evaluated, evaluated_kernels, filled, load, program
 from passes_support import Built, Layer, galore
 from support import assert_within_contract
-from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from qgalore_compile.kernels import lowering, ops
-from qgalore_compile.kernels.ir.gemm import named
 from qgalore_compile.kernels.ir.program import Space
-from qgalore_compile.kernels.lowering import CPP, TRITON, Lowering
+from qgalore_compile.kernels.lowering import CPP, TRITON
 from qgalore_compile.kernels.read.region import Refusal
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.passes.kernel_calls import kernel_calls
@@ -26,19 +24,7 @@ OTHER = torch.device("privateuseone:0")
 """A kind of device that PyTorch knows by name, and that nothing here is written for."""
 
 
-def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    kernel = Evaluated(text)
-    kernel(named(kernel.program, written, read), numbers)
-
-
-def begin(text: str) -> list[Evaluated]:
-    return [] if text.startswith("gemm ") else [Evaluated(text)]
-
-
-EVALUATOR = Lowering(
-    "evaluator", ("privateuseone",), accepts=lambda program, read, device: None, prepare=begin,
-    run_program=run, run_gemm=evaluate_gemm, gemm=evaluate_product,
-)  # fmt: skip
+ADDED = replace(EVALUATOR, name="added", devices=("privateuseone",))
 
 
 def moved(built: Built, device: torch.device) -> Built:
@@ -69,7 +55,7 @@ def steps() -> tuple[Built, Built]:
 @pytest.fixture
 def added() -> Iterator[None]:
     """The other device is known."""
-    with lowering.registered(EVALUATOR):
+    with lowering.registered(ADDED):
         yield
 
 
@@ -80,7 +66,7 @@ def test_a_device_is_added_by_a_row_and_a_step_is_fused_for_it_and_runs() -> Non
     assert len(manager.records[2].matches) == 2
     calls = list(kernel_calls(built.graph))
     assert {call.device for call in calls} == {OTHER}
-    with lowering.registered(replace(EVALUATOR, devices=("cpu",))):  # where there are tensors to run it on
+    with evaluated_kernels():  # where there are tensors to run it on
         assert_within_contract(moved(built, torch.device("cpu")).run(), plain.run())
 
 
@@ -115,7 +101,7 @@ def test_an_operator_on_tensors_of_an_unknown_device_names_those_that_are_known(
 ) -> None:
     made = program(Space(2, 8, 8), "x f32 element in", "y f32 element out")
     made.store("y", load(made, "x"))
-    monkeypatch.setattr(lowering, "_registered", [TRITON, EVALUATOR])
+    monkeypatch.setattr(lowering, "_registered", [TRITON, ADDED])
     with pytest.raises(NotImplementedError, match="run on cuda and privateuseone, these tensors are on 'cpu'"):
         ops.run_program(str(made), [torch.zeros(2, 8)], [torch.ones(2, 8)], [])
 
@@ -126,7 +112,7 @@ def test_of_two_lowerings_for_a_device_the_later_one_counts_and_only_while_it_is
     tensors = filled(made)
     expected = evaluated(made, tensors)["y"]
     before = lowering.names()
-    with lowering.registered(replace(EVALUATOR, devices=("cpu",))):
+    with lowering.registered(EVALUATOR):
         assert lowering.of(torch.device("cpu")) is not CPP
         assert lowering.names() == ("evaluator", *before)
         ops.run_program(str(made), [tensors["y"]], [tensors["x"]], [])
