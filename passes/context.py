@@ -123,6 +123,10 @@ class Context:
         """What is told of a layer, or by its name of a parameter that is none: to be added to."""
         return self.notes.setdefault(layer if isinstance(layer, str) else layer.name, LayerNote())
 
+    def told(self, name: str) -> dict[str, Any]:
+        """What has been told of a parameter."""
+        return self.notes[name].told() if name in self.notes else {}
+
     def facts(self, graph: fx.Graph) -> Facts:
         """Facts about the nodes of the graph, the same for all passes."""
         if self._facts is None:

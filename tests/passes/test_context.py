@@ -111,7 +111,9 @@ def test_a_note_tells_what_has_been_told_and_takes_no_other_word() -> None:
     context = Context()
     context.note("w").update_function = "generated, 1 kernel"
     context.note("w").reassociated = False
-    assert context.notes["w"].told() == {"update_function": "generated, 1 kernel", "reassociated": False}
+    assert context.told("w") == {"update_function": "generated, 1 kernel", "reassociated": False}
+    assert context.told("of another") == {}
+    assert set(context.notes) == {"w"}
     with pytest.raises(AttributeError):
         context.note("w").updated_function = "x"  # type: ignore[attr-defined]
 
