@@ -7,6 +7,7 @@ ir/                   the form of what is generated: block programs and products
 read/                 a region of an FX graph becomes a program, or there is a typed reason
 cpp/                  programs and products on CPUs: C++, printed, compiled, launched
 triton/               programs and products on GPUs: Triton, tiles by a model of the chip, compiled and looked into
+lowering.py           which of those runs on which device, or why none does; a row for each
 ops.py                the operators that a fused graph calls, with a program's text as an argument
 rows.py               the operator that sums an embedding's gradient
 ====================  =================================================================================================

@@ -18,12 +18,14 @@ decode_first.py       rounding  on a GPU, decodes a quantised operand before its
 triton_calls.py       exact     a GPU's generated kernels become Triton kernels that Inductor knows
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
-context.py                      what passes share and what they tell
+context.py                      what passes share and tell, and how one node takes the place of another
 nodes.py                        facts about single nodes; how a pass makes a new one
+mutation.py                     one view of a call that changes tensors
+kernel_calls.py                 one view of a call of a generated kernel
 launch.py                       puts a call of a generated kernel in the place of nodes
 decoding.py                     which operands are decoded from integers, and by which nodes
 placement.py                    where a node that replaces several may stand
-facts.py                        facts that follow from a whole graph, for the analysis
+facts.py                        what is known of nodes beyond each by itself, found once for all passes
 products.py                     a gradient read as a sum of products
 printing.py                     one layer's part of a graph as text
 liveness.py                     a model of what is live, in bytes
@@ -32,6 +34,25 @@ liveness.py                     a model of what is live, in bytes
 A pass is a function ``run(graph, record, context)`` on the post-grad graph: functional ATen, ending in one ``copy_``
 for each tensor that the step changes.  Tier "exact" keeps every result bit for bit; "rounding" keeps the contract of
 ``docs/architecture.md``.
+
+A pass stands behind every other one that leaves what it needs; the manager refuses a list that does not hold to it.
+
+=================  ==================================================================================================
+word               what it says of the graph
+=================  ==================================================================================================
+plain products     the products that passes look for have no padding
+updates            the context has the layers
+refresh operands   what a refresh op takes of a gradient will stay
+projections        R is computed as it will be, from the factors or from the gradient
+product types      products have the types that they will be computed in
+whole gradients    gradients of what is not projected are computed as they will be
+live allocations   every allocation has a reader
+update calls       updates that a generated kernel takes are calls of it
+product calls      so are products with a quantised operand
+functions          what is left of both is a call of a function each
+order              nodes stand in the order in which they run
+decodings          an operand is decoded where it will be, in its product or before
+=================  ==================================================================================================
 """
 
 from __future__ import annotations
@@ -55,17 +76,18 @@ from qgalore_compile.passes.update import update
 __all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
 
 PASSES: tuple[Pass, ...] = (
-    Pass("unpad", "rounding", unpad),
-    Pass("update", "exact", update),
-    Pass("refresh", "rounding", refresh),
-    Pass("reassociate", "rounding", reassociate),
-    Pass("gemm_dtype", "rounding", gemm_dtype),
-    Pass("embedding_gradient", "rounding", embedding_gradient),
-    Pass("dead_allocations", "exact", dead_allocations),
-    Pass("fuse", "rounding", fuse),
-    Pass("fuse_products", "rounding", fuse_products),
-    Pass("opaque", "exact", opaque),
-    Pass("order", "exact", order),
-    Pass("decode_first", "rounding", decode_first),
-    Pass("triton_calls", "exact", triton_calls),
+    #    name                  tier        run                 needs → leaves
+    Pass("unpad", "rounding", unpad, (), ("plain products",)),
+    Pass("update", "exact", update, ("plain products",), ("updates",)),
+    Pass("refresh", "rounding", refresh, ("updates",), ("refresh operands",)),
+    Pass("reassociate", "rounding", reassociate, ("updates", "refresh operands"), ("projections",)),
+    Pass("gemm_dtype", "rounding", gemm_dtype, ("updates", "projections"), ("product types",)),
+    Pass("embedding_gradient", "rounding", embedding_gradient, (), ("whole gradients",)),
+    Pass("dead_allocations", "exact", dead_allocations, (), ("live allocations",)),
+    Pass("fuse", "rounding", fuse, ("updates", "product types", "whole gradients"), ("update calls",)),
+    Pass("fuse_products", "rounding", fuse_products, ("product types", "update calls"), ("product calls",)),
+    Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
+    Pass("order", "exact", order, ("live allocations", "product calls", "functions"), ("order",)),
+    Pass("decode_first", "rounding", decode_first, ("product calls", "order"), ("decodings",)),
+    Pass("triton_calls", "exact", triton_calls, ("update calls", "product calls", "decodings"), ()),
 )

@@ -18,76 +18,58 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import lowering, ops
 from qgalore_compile.kernels.ir.gemm import Operand, parsed
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.decode_first import decoded_program, decodes_first, value_of
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.launch import functionalized, replace
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, arguments_changed, aten, make, transpose, value
+from qgalore_compile.passes.kernel_calls import KernelCall, kernel_calls
+from qgalore_compile.passes.launch import functionalized
+from qgalore_compile.passes.nodes import Mutation, aten, erase_dead, make, transpose, value
 
 
 def decode_first(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Take the decoding out of every product of a GPU that is faster without."""
-    known: dict[Any, bool] = {}  # of equal layers: the model looks at some hundred tiles, which takes 20 ms
-    for node in list(graph.nodes):
-        functional = node.target is FUNCTIONALIZED and node.args[0] is ops.run_gemm
-        if not functional and node.target is not ops.gemm:
-            continue
-        device = value(node.kwargs["_all_bases"][0] if functional else node).device
-        if not triton_kernels.on_gpu(device) or not _faster(node, device, functional, known):
-            continue
-        result = _in_place(graph, node) if functional else _by_library(graph, node)
-        record.match(result)
-        for layer in context.layers:
-            layer.up, layer.down = (result if each is node else each for each in (layer.up, layer.down))
-            layer.low = result if layer.low is node else layer.low
+    known: dict[Any, bool] = {}  # of equal layers
+    for call in kernel_calls(graph):
+        if lowering.runs("decode_first", call.device) and call.text.startswith("gemm ") and _faster(call, known):
+            result = _in_place(graph, call, call.mutation) if call.mutation else _by_library(graph, context, call)
+            record.match(result)
 
 
-def _faster(node: fx.Node, device: torch.device, functional: bool, known: dict[Any, bool]) -> bool:
-    target = triton_kernels.target_of(device)
-    text, reads = _call(node, functional)
-    fakes = [value(each) for each in reads]
-    product, _ = triton_kernels.product_of(parsed(text), fakes, target, triton_kernels.precision())
-    call = (text, *product[1:], target)
-    if call not in known:
-        known[call] = decodes_first(product, target)
-    return known[call]
+def _faster(call: KernelCall, known: dict[Any, bool]) -> bool:
+    target = triton_kernels.target_of(call.device)
+    fakes = [value(each) for each in call.reads]
+    product, _ = triton_kernels.product_of(parsed(call.text), fakes, target, triton_kernels.precision())
+    key = (call.text, *product[1:], target)
+    if key not in known:
+        known[key] = decodes_first(product, target)
+    return known[key]
 
 
-def _call(node: fx.Node, functional: bool) -> tuple[str, list[fx.Node]]:
-    text: Any = node.kwargs["program"] if functional else node.args[0]
-    reads: Any = node.kwargs["read"] if functional else node.args[1]
-    return text, list(reads)
-
-
-def _in_place(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _in_place(graph: fx.Graph, call: KernelCall, mutation: Mutation) -> fx.Node:
     """The product whose result an epilogue takes stays a generated kernel."""
-    text, reads = _call(node, True)
-    program = parsed(text)
-    left, right = program.operands(reads)
-    with graph.inserting_before(node):
+    program = parsed(call.text)
+    left, right = program.operands(call.reads)
+    with graph.inserting_before(call.node):
         operands = [_decoded(graph, program.left, left), _decoded(graph, program.right, right)]
-    rest = reads[len(left) + len(right) :]
-    node.kwargs = {**node.kwargs, "program": str(decoded_program(program)), "read": [*operands, *rest]}
-    arguments_changed(node)
-    return node
+    rest = call.reads[len(left) + len(right) :]
+    return mutation.with_(program=str(decoded_program(program)), reads=[*operands, *rest]).node
 
 
-def _by_library(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    text, reads = _call(node, False)
-    program = parsed(text)
-    with graph.inserting_before(node):
+def _by_library(graph: fx.Graph, context: Context, call: KernelCall) -> fx.Node:
+    program = parsed(call.text)
+    with graph.inserting_before(call.node):
         operands = []
-        for operand, tensors in zip((program.left, program.right), program.operands(reads), strict=True):
+        for operand, tensors in zip((program.left, program.right), program.operands(call.reads), strict=True):
             matrix = _decoded(graph, operand, tensors)
             operands.append(transpose(graph, matrix) if operand.transposed else matrix)
         result = make(graph, aten.mm.default, *operands)
-    replace(graph, node, result)
+    context.replace(graph, call.node, result)
+    erase_dead(graph, call.node)
     return result
 
 

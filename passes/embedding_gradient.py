@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from qgalore_compile.kernels.lowering import runs
 from qgalore_compile.kernels.rows import sum_rows
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import arguments, aten, dtype, erase_dead, make, prims, shape, value
@@ -29,7 +30,7 @@ def embedding_gradient(graph: fx.Graph, record: PassRecord, context: Context) ->
     for node in graph.find_nodes(op="call_function", target=put):
         start, mask, indices, values = arguments(node)
         readers = list(node.users)
-        if value(node).device.type != "cpu" or not _is_zeros(start) or len(indices) != 1:
+        if not runs("embedding_gradient", value(node).device) or not _is_zeros(start) or len(indices) != 1:
             continue
         if len(readers) != 1 or readers[0].target is not prims.convert_element_type.default:
             continue  # of a float32 model it is the gradient itself
@@ -43,7 +44,7 @@ def embedding_gradient(graph: fx.Graph, record: PassRecord, context: Context) ->
             result = make(graph, sum_rows, values, mask, indices, shape(node)[0], dtype(rounded))
         if "stack_trace" in node.meta:
             result.meta["stack_trace"] = node.meta["stack_trace"]
-        rounded.replace_all_uses_with(result)
+        context.replace(graph, rounded, result)
         erase_dead(graph, rounded)
 
 

@@ -1,4 +1,4 @@
-"""What the analysis knows of every node, computed in one walk over the graph.
+"""What passes know of a graph's nodes beyond each by itself, found once.
 
 =============  ======================================================================================================
 gemms          matrix products that a node follows from through other operations; not through 0-d tensors
@@ -13,7 +13,8 @@ A result of an op that changes its arguments in place counts as the argument, si
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import fx
 
@@ -33,6 +34,8 @@ from qgalore_compile.passes.nodes import (
     written,
 )
 
+T = TypeVar("T")
+
 MOST_GEMMS = 8
 """A node that follows from more products than this is the network's, not an update's; counting on would make the walk
 quadratic in the number of layers, since the residual stream follows from all of them."""
@@ -41,7 +44,10 @@ _TRANSPARENT = frozenset({aten.clone.default, aten.alias.default, aten.detach.de
 
 
 class Facts:
-    """Facts about the nodes of one graph, as it was when this was made.
+    """Facts about the nodes of one graph, each found when it is first asked for and kept.
+
+    They stay true while passes rewrite the graph, as long as :meth:`replaced` is told of every node that another one
+    takes the place of.
 
     Attributes:
         written: inputs that the graph writes.
@@ -53,40 +59,57 @@ class Facts:
         self._storage: dict[fx.Node, frozenset[fx.Node] | None] = {}
         self._decoding: dict[fx.Node, tuple[int, bool]] = {}
         self._numbers: dict[Any, int] = {}
-        for node in graph.nodes:
-            base = previous_version(node)
-            if base is not None:
-                self._gemms[node] = self._reached(base)
-                self._storage[node] = self._storage[base]
-                self._decoding[node] = self._decoding[base]
-            else:
-                self._gemms[node] = self._gemms_of(node)
-                self._storage[node] = self._storage_of(node)
-                self._decoding[node] = self._decoding_of(node)
 
     def gemms(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The products that ``node`` is or follows from, in no particular order; () where there are too many."""
+        if not is_gemm(node):
+            _fill(self._gemms, node, _not_products, self._gemms_of)
         return self._reached(node) or ()
 
     def storage(self, node: fx.Node) -> frozenset[fx.Node] | None:
         """The inputs that ``node`` is decoded from; None where anything computed takes part."""
+        if node not in self._storage:
+            _fill(self._storage, node, _storage_sources, self._storage_of)
         return self._storage[node]
 
     def same_decoding(self, first: fx.Node, second: fx.Node) -> bool:
         """Whether two nodes hold the same values in the same storages' encoding, up to casts and transposition."""
-        return self._decoding[first][0] == self._decoding[second][0]
+        return self._decoded(first)[0] == self._decoded(second)[0]
 
     def transposed(self, node: fx.Node) -> bool:
         """Whether ``node`` stands transposed to its decoding."""
-        return self._decoding[node][1]
+        return self._decoded(node)[1]
+
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """Forget what is no longer true where readers of ``old`` now read ``new``.
+
+        What follows from products, and how, changes with every product that is replaced, and is asked of a graph that
+        no pass has changed: all of it is found anew.  Where something is stored changes where the one was computed and
+        the other is what an op left in an input.
+        """
+        self._gemms.clear()
+        self._decoding.clear()
+        if old in self._storage and self._storage[old] != self.storage(new):
+            pending = list(new.users)
+            for reader in pending:
+                if self._storage.pop(reader, _NEVER) is not _NEVER:
+                    pending.extend(reader.users)
 
     # -- one node -----------------------------------------------------------------------------------------------------
 
     def _reached(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         return (node,) if is_gemm(node) else self._gemms[node]
 
+    def _decoded(self, node: fx.Node) -> tuple[int, bool]:
+        if node not in self._decoding:
+            _fill(self._decoding, node, _sources, self._decoding_of)
+        return self._decoding[node]
+
     def _gemms_of(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         """None stands for "too many"."""
+        base = previous_version(node)
+        if base is not None:
+            return self._reached(base)
         reached: dict[fx.Node, None] = {}
         for source in node.all_input_nodes:
             if is_scalar(source):
@@ -100,6 +123,9 @@ class Facts:
         return tuple(reached)
 
     def _storage_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        base = previous_version(node)
+        if base is not None:
+            return self._storage[base]
         if node.op == "placeholder":
             return frozenset({node})
         if is_product(node) or node.op == "output":
@@ -115,6 +141,9 @@ class Facts:
         return storage
 
     def _decoding_of(self, node: fx.Node) -> tuple[int, bool]:
+        base = previous_version(node)
+        if base is not None:
+            return self._decoding[base]
         if node.op != "call_function":
             return self._number(node), False
         source = node.args[0] if node.args else None
@@ -141,6 +170,37 @@ class Facts:
     def _number(self, what: Any) -> int:
         """Equal numbers for equal things: a decoding then costs one number, not a tree."""
         return self._numbers.setdefault(what, len(self._numbers))
+
+
+_NEVER: Any = object()
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What facts about a node follow from; of what an op left in a tensor, the tensor alone."""
+    base = previous_version(node)
+    return [base] if base is not None else node.all_input_nodes
+
+
+def _not_products(node: fx.Node) -> list[fx.Node]:
+    return [source for source in _sources(node) if not is_gemm(source)]
+
+
+def _storage_sources(node: fx.Node) -> list[fx.Node]:
+    return [] if is_product(node) or node.op == "output" else _sources(node)
+
+
+def _fill(
+    known: dict[fx.Node, T], node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]], find: Callable[[fx.Node], T]
+) -> None:
+    """Find a fact about a node, and first about all that it follows from."""
+    pending = [node]
+    while pending:
+        missing = [source for source in sources(pending[-1]) if source not in known]
+        if missing:
+            pending += missing
+        else:
+            node = pending.pop()
+            known[node] = find(node)
 
 
 def states_among(writing: list[fx.Node]) -> set[fx.Node]:

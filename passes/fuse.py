@@ -31,7 +31,6 @@ from qgalore_compile.kernels.read.from_graph import from_graph
 from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, candidates
 from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.launch import (
     erase,
     launch,
@@ -39,7 +38,7 @@ from qgalore_compile.passes.launch import (
     no_lowering,
     operand,
     refuse_own_results,
-    refuse_without_tile,
+    refuse_without_kernel,
     through_transposes,
 )
 from qgalore_compile.passes.nodes import (
@@ -64,57 +63,51 @@ _RANDOM = torch.ops.qgalore.random_bits.default
 
 def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Fuse every layer's update, and every large one at full rank."""
-    facts = Facts(graph)
     for layer in context.layers:
         node = layer.up
         problem = no_lowering(layer.parameter[0])
         if problem is None:
             try:
-                calls = _Sandwich(graph, facts, layer).fuse()
+                calls = _Sandwich(graph, context, layer).fuse()
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
             record.skip(node, problem)
-            context.note(layer, not_fused=problem)
+            context.note(layer).not_fused = problem
             continue
         record.match(node)
-        context.note(layer, update_function=f"generated, {len(calls)} kernels")
+        context.note(layer).update_function = f"generated, {len(calls)} kernels"
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
     for parameter, name in _at_full_rank(graph, context, owned).items():
         problem = no_lowering(parameter)
         if problem is None:
             try:
-                _full_rank(graph, parameter, owned)
+                _full_rank(graph, context, parameter, owned)
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
             record.skip(parameter, f"{name}: {problem}")
-            context.note(name, not_fused=problem)
+            context.note(name).not_fused = problem
             continue
         record.match(parameter)
-        context.note(name, update_function="generated, 1 kernel")
+        context.note(name).update_function = "generated, 1 kernel"
 
 
 class _Sandwich:
     """One layer's update, about to be fused."""
 
-    def __init__(self, graph: fx.Graph, facts: Facts, layer: LayerUpdate) -> None:
-        self.graph, self.layer = graph, layer
+    def __init__(self, graph: fx.Graph, context: Context, layer: LayerUpdate) -> None:
+        self.graph, self.context, self.layer = graph, context, layer
         if layer.up.target is not aten.mm.default:
             raise _refused(layer.up)
         # a state that the refresh op changes too is read behind it, and taken over from there
         self.targets = [
             (stored, latest_version(target)) for target, stored in map(written, layer.anchors) if shape(target)
         ]
-        # random bits are the layer's alone, though the analysis leaves them out
-        bits = {
-            source: None for node in layer.region for source in node.all_input_nodes
-            if source.target is _RANDOM and all(user in layer.region for user in source.users)
-        }  # fmt: skip
-        self.region = _without_statistics([*bits, *layer.region])
+        self.region = _without_statistics(layer.region)
         first, second = operands(layer.up)
-        self.low_is_left = facts.storage(first) is None
+        self.low_is_left = context.facts(graph).storage(first) is None
         self.inner, self.projector = (first, second) if self.low_is_left else (second, first)
 
     def fuse(self) -> list[fx.Node]:
@@ -143,15 +136,17 @@ class _Sandwich:
         left, right = (plain, projector) if self.low_is_left else (projector, plain)
         program = GemmProgram(left, right, epilogue.program, product)
         if low is not None:
-            refuse_without_tile(low.program, [], layer.up)
-        refuse_without_tile(program, [inner, *tensors] if self.low_is_left else [*tensors, inner], layer.up)
+            refuse_without_kernel(low.program, [], layer.up)
+        refuse_without_kernel(program, [inner, *tensors] if self.low_is_left else [*tensors, inner], layer.up)
         calls = []
         if low is not None:
-            call, results = launch(self.graph, low, self.region)
+            call, results = launch(self.graph, self.context, low, self.region)
             inner = next((result for output, result in results.items() if output.node is inner), inner)
             calls.append(call)
         tensors = [inner, *tensors] if self.low_is_left else [*tensors, inner]
-        call, _ = launch(self.graph, epilogue, self.region, gemm=str(program), operands=tensors, product=product)
+        call, _ = launch(
+            self.graph, self.context, epilogue, self.region, gemm=str(program), operands=tensors, product=product
+        )
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
@@ -190,7 +185,7 @@ def _at_full_rank(graph: fx.Graph, context: Context, owned: set[fx.Node]) -> dic
     return large | drawing
 
 
-def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None:
+def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]) -> None:
     """Fuse the update of a parameter that is not projected, with its states."""
     writing = {target: anchor for anchor in anchors(graph) for target, _ in [written(anchor)]
                if anchor not in owned and shape(target)}  # fmt: skip
@@ -219,8 +214,8 @@ def _full_rank(graph: fx.Graph, parameter: fx.Node, owned: set[fx.Node]) -> None
             region = smaller
             continue
         refuse_own_results(found)
-        refuse_without_tile(found.program, [], parameter)
-        launch(graph, found, region)
+        refuse_without_kernel(found.program, [], parameter)
+        launch(graph, context, found, region)
         erase(graph, region)
         return
 

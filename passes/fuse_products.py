@@ -26,14 +26,14 @@ from qgalore_compile.kernels.read.region import RefusedError
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.launch import contiguous, no_lowering, operand, refuse_without_tile, replace
-from qgalore_compile.passes.nodes import arguments, aten, is_gemm, make, operands
+from qgalore_compile.passes.launch import contiguous, no_lowering, operand, refuse_without_kernel
+from qgalore_compile.passes.nodes import arguments, aten, erase_dead, is_gemm, make, operands
 
 
 def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace every product of two matrices with a quantised operand."""
-    facts = Facts(graph)
-    downs = {layer.down: layer for layer in context.layers}
+    facts = context.facts(graph)
+    downs = {layer.down for layer in context.layers}
     # a product inside an update that was not fused is a part of that
     taken = {node for layer in context.layers for node in layer.region}
     found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node) and node not in taken}
@@ -50,7 +50,7 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
             problem = "a sum of a projected gradient and something else"
         if problem is None:
             try:
-                result = _replace(graph, gemm, quantised)
+                _replace(graph, context, gemm, quantised)
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
@@ -60,10 +60,6 @@ def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None
                 left.append({"name": name, "reason": problem, "node": gemm.name})
             continue
         record.match(gemm)
-        if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
-            layer = downs[gemm]
-            layer.low = result if layer.low is gemm else layer.low
-            layer.down = result
     if left:
         context.program["unfused_products"] = left
 
@@ -78,10 +74,10 @@ def _weight(facts: Facts, context: Context, quantised: list[fx.Node]) -> str | N
     return None
 
 
-def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Node:
+def _replace(graph: fx.Graph, context: Context, gemm: fx.Node, quantised: list[fx.Node]) -> None:
     parts = [operand(decoding_of(each) if each in quantised else [], each) for each in operands(gemm)]
     program = GemmProgram(parts[0][0], parts[1][0])
-    refuse_without_tile(program, [node for _, tensors in parts for node in tensors], gemm)
+    refuse_without_kernel(program, [node for _, tensors in parts for node in tensors], gemm)
     with graph.inserting_before(gemm):
         reads = []
         for each, tensors in parts:
@@ -89,5 +85,5 @@ def _replace(graph: fx.Graph, gemm: fx.Node, quantised: list[fx.Node]) -> fx.Nod
         result = make(graph, ops.gemm, str(program), reads)
         if gemm.target is aten.addmm.default:
             result = make(graph, aten.add.Tensor, result, arguments(gemm)[0])
-    replace(graph, gemm, result)
-    return result
+    context.replace(graph, gemm, result)
+    erase_dead(graph, gemm)

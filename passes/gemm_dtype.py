@@ -28,7 +28,6 @@ from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
     TRANSPOSES,
     arguments,
-    arguments_changed,
     aten,
     cast,
     dtype,
@@ -46,7 +45,7 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace the products that the option is about."""
     if context.gemm != "bf16":
         return
-    facts = Facts(graph)
+    facts = context.facts(graph)
     found = {gemm: None for layer in context.layers for gemm in (*_downs(facts, layer), layer.up)}
     found.update((node, None) for node in graph.nodes if is_gemm(node) and quantised_operands(facts, node))
     projections = {node for layer in context.layers for node in (layer.down, layer.up)}
@@ -59,7 +58,7 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             record.skip(gemm, "a sum with factors")
         else:
             record.match(gemm)
-            _replace(graph, gemm, context.layers)
+            _replace(graph, context, gemm)
     context.program["products_in_bfloat16"] = len(record.matches)
     colour_regions(graph, context.layers)
 
@@ -73,20 +72,13 @@ def _downs(facts: Facts, layer: LayerUpdate) -> list[fx.Node]:
     return [*inner, *outer]
 
 
-def _replace(graph: fx.Graph, gemm: fx.Node, layers: list[LayerUpdate]) -> None:
+def _replace(graph: fx.Graph, context: Context, gemm: fx.Node) -> None:
     with graph.inserting_before(gemm):
         product = make(graph, aten.mm.default, *(_narrowed(graph, each) for each in operands(gemm)))
         result = widened = cast(graph, product, torch.float32)
         if gemm.target is aten.addmm.default:
             result = make(graph, aten.add.Tensor, widened, arguments(gemm)[0])
-    if "stack_trace" in gemm.meta:
-        product.meta["stack_trace"] = gemm.meta["stack_trace"]
-    gemm.replace_all_uses_with(result, delete_user_cb=arguments_changed)
-    for layer in layers:
-        layer.up = product if layer.up is gemm else layer.up
-        layer.down = result if layer.down is gemm else layer.down
-        layer.low = result if layer.low is gemm else layer.low
-        layer.gradient = result if layer.gradient is gemm else layer.gradient
+    context.replace(graph, gemm, result, up=product)
     erase_dead(graph, gemm)
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import lowering, ops
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.read.from_graph import from_graph
 from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, Region, candidates
-from qgalore_compile.kernels.triton import kernels as triton_kernels
+from qgalore_compile.passes.context import Context
 from qgalore_compile.passes.nodes import (
-    FUNCTIONALIZED,
     TRANSPOSES,
+    Mutation,
     aten,
     behind,
     erase_dead,
@@ -32,26 +31,25 @@ from qgalore_compile.passes.placement import move_behind
 
 def no_lowering(node: fx.Node) -> str | None:
     """Why there are no generated kernels for the device of a node's tensor; None where there are."""
-    kind = value(node).device.type
-    if kind in ops.DEVICES:
+    device = value(node).device
+    if lowering.of_graph(device) is not None:
         return None
-    return f"no generated kernels for {kind!r}, only for {', '.join(map(repr, ops.DEVICES))}"
+    return f"no generated kernels for {device.type!r}, only for {', '.join(map(repr, lowering.devices()))}"
 
 
-def refuse_without_tile(program: BlockProgram | GemmProgram, reads: Sequence[fx.Node], node: fx.Node) -> None:
-    """Raise :class:`RefusedError` where a node's tensor is on a GPU that no tile of a program fits: it must stay what
-    it was, since a kernel that cannot be made would be missed at the first step only.
+def refuse_without_kernel(program: BlockProgram | GemmProgram, reads: Sequence[fx.Node], node: fx.Node) -> None:
+    """Raise :class:`RefusedError` where the lowering of a node's device does not take a program: it must stay what it
+    was, since a kernel that cannot be made would be missed at the first step only.
 
     Args:
         program: a region, or a product of which
         reads: are the operands' tensors.
     """
     device = value(node).device
-    if not triton_kernels.on_gpu(device):
-        return
-    fakes = [value(each) for each in reads]
-    if not triton_kernels.has_tile(program, fakes, triton_kernels.target_of(device), triton_kernels.precision()):
-        raise RefusedError(Refusal.TILE, node)
+    found = lowering.of_graph(device)
+    refusal = found.accepts(program, [value(each) for each in reads], device) if found else None
+    if refusal is not None:
+        raise RefusedError(refusal, node)
 
 
 def refuse_own_results(region: Region) -> None:
@@ -103,7 +101,7 @@ def _prologue(region: Region) -> BlockProgram:
 
 
 def launch(
-    graph: fx.Graph, region: Region, replaces: Iterable[fx.Node], *,
+    graph: fx.Graph, context: Context, region: Region, replaces: Iterable[fx.Node], *,
     gemm: str = "", operands: Sequence[fx.Node] = (), product: str = "",
 ) -> tuple[fx.Node, dict[Output, fx.Node]]:  # fmt: skip
     """Call a region's kernel: the call, and the node that now stands for each output.
@@ -128,11 +126,8 @@ def launch(
         reads = [contiguous(graph, node) for node in [*operands, *reads]]
         call, stored = functionalized(graph, op, gemm or str(program), bases, reads, list(region.numbers.values()))
         for buffer, result in zip(program.written(), stored, strict=True):
-            output = output_of[buffer.name]
-            if "stack_trace" in output.node.meta:
-                result.meta["stack_trace"] = output.node.meta["stack_trace"]
-            results[output] = result
-    _hand_over(call, results)
+            results[output_of[buffer.name]] = result
+    _hand_over(graph, context, call, results)
     move_behind(call, list(results.values()))
     return call, results
 
@@ -141,29 +136,19 @@ def functionalized(
     graph: fx.Graph, op: Any, text: str, bases: Sequence[fx.Node], reads: Sequence[fx.Node], numbers: Sequence[int] = ()
 ) -> tuple[fx.Node, list[fx.Node]]:
     """A call of a program that writes tensors, as functionalisation leaves one: the call, and what it makes of each."""
-    places: dict[str, Any] = {f"_written_{index}_base_index": index for index in range(len(bases))}
-    call = graph.call_function(
-        FUNCTIONALIZED, (op,),
-        {"program": text, "read": list(reads), "numbers": list(numbers), "_written_length": len(bases), **places,
-         "_all_bases": list(bases)},
-    )  # fmt: skip
-    call.meta["val"] = (None, *map(value, bases))
-    results = []
-    for index, base in enumerate(bases):
-        result = graph.call_function(operator.getitem, (call, index + 1))
-        result.meta = {"val": value(base)}
-        results.append(result)
-    return call, results
+    written = {"written": list(bases)}
+    call, results = Mutation.call(graph, op, written, program=text, read=list(reads), numbers=list(numbers))
+    return call.node, results
 
 
-def _hand_over(call: fx.Node, results: dict[Output, fx.Node]) -> None:
+def _hand_over(graph: fx.Graph, context: Context, call: fx.Node, results: dict[Output, fx.Node]) -> None:
     """Give readers the results: an anchor what is stored where it writes, others any."""
     for output, result in results.items():
         for user in list(output.node.users):
             if is_anchor(user) and output.target is not None and user.args[0] is first_version(output.target):
                 user.update_arg(1, result)
     for output, result in results.items():
-        output.node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not call)
+        context.replace(graph, output.node, result, where=lambda user: user is not call)
 
 
 def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
@@ -178,14 +163,6 @@ def contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if value(node).is_contiguous():
         return node
     return make(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
-
-
-def replace(graph: fx.Graph, node: fx.Node, result: fx.Node) -> None:
-    """Let another node stand where one stood, in the same line of the user's source."""
-    if "stack_trace" in node.meta:
-        result.meta["stack_trace"] = node.meta["stack_trace"]
-    node.replace_all_uses_with(result)
-    erase(graph, [node])
 
 
 def erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qgalore_compile._torch import (
     BufferAOTInput,
@@ -26,13 +26,12 @@ from qgalore_compile._torch import (
     get_hash_for_files,
     lazy_format_graph_code,
     trace_structured,
-    tree_leaves,
 )
-from qgalore_compile.kernels import ops
-from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels import lowering
+from qgalore_compile.kernels.lowering import Prepared
 from qgalore_compile.passes.context import Context, PassRecord, Tier
-from qgalore_compile.passes.nodes import value
-from qgalore_compile.passes.printing import layer_text, program_text
+from qgalore_compile.passes.kernel_calls import kernel_calls
+from qgalore_compile.passes.printing import layer_text
 from qgalore_compile.passes.update import LayerUpdate
 
 log = logging.getLogger(__name__)
@@ -40,11 +39,38 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pass:
-    """One analysis or rewrite: ``run(graph, record, context)`` changes the graph in place and tells the record."""
+    """One analysis or rewrite: ``run(graph, record, context)`` changes the graph in place and tells the record.
+
+    Attributes:
+        needs: what of a graph it works on, in words of the list's own; see :func:`check_order`.
+        leaves: what is there, or done with, behind it.
+    """
 
     name: str
     tier: Tier
     run: Callable[[fx.Graph, PassRecord, Context], None]
+    needs: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+
+class PassOrderError(ValueError):
+    """A list of passes in which one stands before another that leaves what it needs."""
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise :class:`PassOrderError` unless every pass stands behind all that leave what it needs.
+
+    Passes may be missing, since an option takes them out: what nobody leaves is as the graph came.
+    """
+    for place, each in enumerate(passes):
+        for later in passes[place:]:
+            missing = [need for need in each.needs if need in later.leaves]
+            if missing and later is each:
+                raise PassOrderError(f"pass {each.name!r} needs {missing[0]!r}, which it leaves itself")
+            if missing:
+                raise PassOrderError(
+                    f"pass {each.name!r} needs {missing[0]!r}, which {later.name!r} leaves: put it behind that"
+                )
 
 
 class PassManager(CustomGraphPass):
@@ -59,6 +85,9 @@ class PassManager(CustomGraphPass):
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
         compiles: begin to compile the kernels that a graph calls, while Inductor goes on with the rest.
+
+    Raises:
+        PassOrderError: a pass stands before another that leaves what it needs.
 
     Attributes:
         records: one a pass, of the graph seen last; empty where the graph came from Inductor's cache, which does not
@@ -80,6 +109,7 @@ class PassManager(CustomGraphPass):
         compiles: bool = False,
     ) -> None:
         self.passes = tuple(passes)
+        check_order(self.passes)
         self.lint = lint
         self.reassociate = reassociate
         self.gemm = gemm
@@ -88,7 +118,7 @@ class PassManager(CustomGraphPass):
         self.records: list[PassRecord] = []
         self.context = Context()
         self.compiles = compiles
-        self.kernels: list[cpu.Kernel] = []
+        self.kernels: list[Prepared] = []
         self.salt = ""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -105,11 +135,14 @@ class PassManager(CustomGraphPass):
             self.records.append(self._run(each, graph))
             if shown is None and self.context.layers:
                 shown = max(self.context.layers, key=lambda layer: layer.shape[0] * layer.shape[1])
-                self.context.layer_text = {"layer": shown.name, "before": layer_text(graph, shown)}
+                self.context.layer_text = {"layer": shown.name, "before": self._text(graph, shown)}
         if shown is not None:
-            self.context.layer_text["after"] = layer_text(graph, shown)
+            self.context.layer_text["after"] = self._text(graph, shown)
         if self.compiles:
-            self.kernels += _kernels(graph)
+            self.kernels += _prepared(graph)
+
+    def _text(self, graph: fx.Graph, layer: LayerUpdate) -> str:
+        return layer_text(graph, layer, self.context.facts(graph))
 
     def _run(self, each: Pass, graph: fx.Graph) -> PassRecord:
         record = PassRecord(each.name, each.tier)
@@ -133,23 +166,18 @@ class PassManager(CustomGraphPass):
         return record
 
     def uuid(self) -> str:
-        """What Inductor may reuse a cached graph for: the sources, the passes chosen, the precision that kernels were
-        made for, torch's and Triton's versions."""
+        """What Inductor may reuse a cached graph for: the sources, the passes chosen, the lowerings, the precision that
+        kernels were made for, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        options = f"{self.reassociate}/{self.gemm}/{torch.get_float32_matmul_precision()}"
+        options = f"{self.reassociate}/{self.gemm}/{torch.get_float32_matmul_precision()}/{','.join(lowering.names())}"
         return f"{_source_hash()}/{names}/{options}/{torch.__version__}/{_triton_version()}{self.salt}"
 
 
-def _kernels(graph: fx.Graph) -> list[cpu.Kernel]:
-    """The kernels that a graph launches on a CPU."""
-    texts: dict[str, None] = {}
-    for node in graph.nodes:
-        text = program_text(node)
-        if text is not None and any(
-            isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(value(node))
-        ):
-            texts[text] = None
-    return [kernel for text in texts for kernel in ops.kernels(text)]
+def _prepared(graph: fx.Graph) -> list[Prepared]:
+    """The kernels that a graph launches, as far as their lowering compiles them before the step."""
+    calls = {(call.text, call.device): None for call in kernel_calls(graph)}
+    found = [(text, lowering.of_graph(device)) for text, device in calls]
+    return [kernel for text, each in found if each is not None for kernel in each.prepare(text)]
 
 
 def _origins(graph: fx.Graph) -> dict[str, int | str]:

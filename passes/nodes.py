@@ -19,6 +19,9 @@ from qgalore_compile.kernels.read.fx_values import is_tensor as is_tensor
 from qgalore_compile.kernels.read.fx_values import prims as prims
 from qgalore_compile.kernels.read.fx_values import shape as shape
 from qgalore_compile.kernels.read.fx_values import value as value
+from qgalore_compile.passes.mutation import FUNCTIONALIZED as FUNCTIONALIZED
+from qgalore_compile.passes.mutation import Mutation as Mutation
+from qgalore_compile.passes.mutation import arguments_changed as arguments_changed
 
 GEMMS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 """What a matrix product is after Inductor's own passes: ``add(mm, x)`` has become ``addmm`` by then."""
@@ -43,9 +46,6 @@ VIEWS = TRANSPOSES | {
     aten.detach.default,
 }
 """Operators whose result shares its input's memory; ``reshape`` may copy, where the input is not contiguous."""
-
-FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
-"""The functional form of an op that changes its arguments: its results are the new versions of ``_all_bases``."""
 
 TRITON = triton_kernel_wrapper_functional
 """A call of a Triton kernel in the same form: a dictionary of new versions by the names of ``tensors_to_clone``."""
@@ -120,11 +120,7 @@ def previous_version(node: fx.Node) -> fx.Node | None:
         tensors: Any = call.kwargs["kwargs"]
         held: fx.Node = tensors[index]
         return held
-    returned = len(arguments(call)[0]._schema.returns)
-    bases: Any = call.kwargs["_all_bases"]
-    # results are (what the op returns, or one None where it returns nothing, *bases)
-    position = int(index) - max(returned, 1)
-    return bases[position] if 0 <= position < len(bases) else None
+    return Mutation(call).before(node)
 
 
 def first_version(node: fx.Node) -> fx.Node:
@@ -193,12 +189,6 @@ def transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
 def cast(graph: fx.Graph, node: fx.Node, to: torch.dtype) -> fx.Node:
     """A node's tensor in another dtype; the node itself where it has it."""
     return node if dtype(node) == to else make(graph, prims.convert_element_type.default, node, to)
-
-
-def arguments_changed(call: fx.Node) -> bool:
-    """Forget the arguments that tracing saw: Inductor checks a mutating op's against them.  True, as a callback."""
-    call.meta.pop("eager_input_vals", None)
-    return True
 
 
 def erase_dead(graph: fx.Graph, node: fx.Node) -> None:

@@ -33,6 +33,7 @@ from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
     INVOKE,
+    behind,
     erase_dead,
     is_gemm,
     is_tensor,
@@ -40,24 +41,24 @@ from qgalore_compile.passes.nodes import (
 )
 from qgalore_compile.passes.placement import move_behind
 
+_RANDOM = torch.ops.qgalore.random_bits.default
+
 
 def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Outline every update and every product with a quantised matrix."""
-    outliner = _Outliner(graph)
+    outliner = _Outliner(graph, context)
     for layer in context.layers:
         if not layer.region:  # generated code has taken its place
             continue
-        update = _without_picks(layer.region)
+        update = _without_picks(_without_random_bits(layer.region))
         problem = _problem(update)
         if problem is not None:
             record.skip(layer.up, problem)
             continue
         record.match(layer.up)
-        function, _ = outliner.outline("update", update)
-        context.note(layer, update_function=function)
+        context.note(layer).update_function = outliner.outline("update", update)
         layer.region = []
-    downs = {layer.down: layer for layer in context.layers}
-    facts = Facts(graph)
+    facts = context.facts(graph)
     regions = {node: _quantised_product(facts, node) for node in graph.nodes if is_gemm(node)}
     for gemm, region in regions.items():
         if region is None:
@@ -67,12 +68,16 @@ def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             record.skip(gemm, problem)
             continue
         record.match(gemm)
-        _, (result,) = outliner.outline("product", region)
-        if gemm in downs:  # a quantised projector, and a gradient that was not taken apart
-            layer = downs[gemm]
-            layer.low = result if layer.low is gemm else layer.low
-            layer.down = result
+        outliner.outline("product", region)
     context.program["functions"] = dict(outliner.calls)
+
+
+def _without_random_bits(region: list[fx.Node]) -> list[fx.Node]:
+    """A region without random bits and what they follow from: the parameter's number in them is a constant, with which
+    no two layers would share a function."""
+    inside = set(region)
+    outside = set(behind((node for node in region if node.target is _RANDOM), inside.__contains__))
+    return [node for node in region if node not in outside]
 
 
 def _without_picks(region: list[fx.Node]) -> list[fx.Node]:
@@ -104,15 +109,15 @@ class _Outliner:
         calls: how often each function is called.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
         assert graph.owning_module is not None
-        self.graph = graph
+        self.graph, self.context = graph, context
         self.module = graph.owning_module
         self.names: dict[str, str] = {}
         self.calls: Counter[str] = Counter()
 
-    def outline(self, kind: str, region: list[fx.Node]) -> tuple[str, list[fx.Node]]:
-        """Replace a region, in the graph's order, by a call; the name of the function that holds it, and its results.
+    def outline(self, kind: str, region: list[fx.Node]) -> str:
+        """Replace a region, in the graph's order, by a call; the name of the function that holds it.
 
         Nodes of the region that others read too stay for them; only the last one's readers take the call's results,
         unless the region is an update, which nobody reads but anchors.
@@ -130,14 +135,15 @@ class _Outliner:
             call.meta["val"] = tuple(value(node) for node in outputs)
             for index, node in enumerate(outputs):
                 result = self.graph.call_function(operator.getitem, (call, index))
-                result.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
-                node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+                result.meta = {"val": value(node)}
                 results.append(result)
+        for node, result in zip(outputs, results, strict=True):
+            self.context.replace(self.graph, node, result, where=lambda user: user not in inside)
         for node in reversed(region):
             erase_dead(self.graph, node)
         move_behind(call, results)
         self.calls[name] += 1
-        return name, results
+        return name
 
     def _function(self, kind: str, region: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> str:
         """The name of the function that does what a region does; made where there is none yet."""

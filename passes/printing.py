@@ -14,23 +14,33 @@ from torch import Tensor, fx
 from qgalore_compile._torch import OpOverload
 from qgalore_compile.kernels import ops
 from qgalore_compile.passes.facts import Facts
-from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, TRITON, arguments, previous_version, value
+from qgalore_compile.passes.kernel_calls import KernelCall
+from qgalore_compile.passes.nodes import (
+    ANCHOR,
+    FUNCTIONALIZED,
+    INVOKE,
+    TRITON,
+    Mutation,
+    arguments,
+    previous_version,
+    value,
+)
 from qgalore_compile.passes.update import LayerUpdate
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64", "uint8": "u8", "int32": "i32",
           "int64": "i64", "bool": "b8"}  # fmt: skip
 
 
-def layer_text(graph: fx.Graph, layer: LayerUpdate) -> str:
+def layer_text(graph: fx.Graph, layer: LayerUpdate, facts: Facts) -> str:
     """The nodes that exist for one layer's update alone, in the order of the graph, and the functions they call."""
     inside = _own_nodes(graph, layer)
-    lines = _lines(graph, inside)
+    lines = _lines(graph, inside, facts)
     for node in graph.nodes:
         if node in inside and node.target is INVOKE:
             body = getattr(graph.owning_module, node.args[0].target).graph
             inputs = ", ".join(f"%{each.name}: {_type(value(each))}" for each in body.find_nodes(op="placeholder"))
             lines += ["", f"function {node.args[0].target}({inputs}):"]
-            lines += [f"    {line}" for line in _lines(body, set(body.nodes))]
+            lines += [f"    {line}" for line in _lines(body, set(body.nodes), Facts(body))]
     texts = {text: None for node in graph.nodes if node in inside and (text := program_text(node))}
     for index, text in enumerate(texts):
         lines = [line.replace(text, f"program {index}") for line in lines]
@@ -40,12 +50,10 @@ def layer_text(graph: fx.Graph, layer: LayerUpdate) -> str:
 
 def program_text(node: fx.Node) -> str | None:
     """The text of the generated kernel that a node calls; None where it calls none."""
-    if node.target is ops.gemm:
-        return str(node.args[0])
     if node.target is TRITON:
         return str(node.meta["program"])
-    text = node.kwargs.get("program") if node.target is FUNCTIONALIZED else None
-    return text if isinstance(text, str) else None
+    call = KernelCall.of(node)
+    return None if call is None else call.text
 
 
 def _own_nodes(graph: fx.Graph, layer: LayerUpdate) -> set[fx.Node]:
@@ -60,8 +68,7 @@ def _own_nodes(graph: fx.Graph, layer: LayerUpdate) -> set[fx.Node]:
     return inside
 
 
-def _lines(graph: fx.Graph, inside: set[fx.Node]) -> list[str]:
-    facts = Facts(graph)
+def _lines(graph: fx.Graph, inside: set[fx.Node], facts: Facts) -> list[str]:
     decoded = {node: _decoded(facts, node) for node in inside}
     lines = []
     for node in graph.nodes:
@@ -103,8 +110,7 @@ def _decoded(facts: Facts, node: fx.Node) -> bool:
 
 def _functionalized(node: fx.Node) -> str:
     """A mutating op with its own arguments, and what it changes marked by an exclamation mark."""
-    bases: Any = node.kwargs["_all_bases"]
-    changed = ", ".join(f"{_spelled(base)}!" for base in bases)
+    changed = ", ".join(f"{_spelled(base)}!" for base in Mutation(node).written)
     given = ", ".join(f"{name}={_spelled(argument)}" for name, argument in node.kwargs.items()
                       if not name.startswith("_") and (_has_node(argument) or name == "program"))  # fmt: skip
     return f"{_name(node.args[0])}({changed}, {given})"

@@ -24,10 +24,8 @@ all.  The inequality is in the record either way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import sympy
 from torch import fx
 
 from qgalore_compile.passes import products
@@ -35,7 +33,6 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     arguments,
-    arguments_changed,
     aten,
     cast,
     dtype,
@@ -45,91 +42,49 @@ from qgalore_compile.passes.nodes import (
     operands,
 )
 from qgalore_compile.passes.update import LayerUpdate, colour_regions
-
-T = sympy.Symbol("T", positive=True, integer=True)
-"""Tokens of a micro-batch (batch × sequence length)."""
+from qgalore_compile.subspace.cost import Projection, projection
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of both ways to R, as expressions in the tokens T.
-
-    Attributes:
-        operations: multiplications and additions, (through the gradient, through the factors).
-        traffic: bytes that the products read and write, likewise.
-        tokens: T where it is known; None where it is symbolic.
-    """
-
-    operations: tuple[sympy.Expr, sympy.Expr]
-    traffic: tuple[sympy.Expr, sympy.Expr]
-    tokens: int | None
-
-    def falls(self, pair: tuple[sympy.Expr, sympy.Expr], hint: int) -> bool:
-        """Whether the second way costs less, at the token count or, where that is symbolic, at ``hint``."""
-        at = self.tokens or hint
-        return bool((pair[1] - pair[0]).subs(T, at) < 0)
-
-    def __str__(self) -> str:
-        return f"operations {self._inequality(self.operations)}; bytes {self._inequality(self.traffic)}"
-
-    def _inequality(self, pair: tuple[sympy.Expr, sympy.Expr]) -> str:
-        through_gradient, through_factors = pair
-        if self.tokens:
-            before, after = (int(side.subs(T, self.tokens)) for side in pair)
-            return f"{after:,} {'<' if after < before else '>='} {before:,}"
-        return f"{sympy.sstr(through_factors)} < {sympy.sstr(through_gradient)} {holds_where(pair)}"
-
-
-def holds_where(pair: tuple[sympy.Expr, sympy.Expr]) -> str:
-    """For which token counts the second of two costs, linear in T, is the smaller one; in words."""
-    slope, constant = (sympy.Poly(sympy.expand(pair[1] - pair[0]), T).coeff_monomial(power) for power in (T, 1))
-    if slope == 0:
-        return "for every T" if constant < 0 else "for no T"
-    bound = sympy.Rational(-constant, slope)
-    if slope < 0:
-        return "for every T" if bound < 1 else f"for T > {int(sympy.floor(bound))}"
-    return "for no T" if bound <= 1 else f"for T < {int(sympy.ceiling(bound))}"
-
-
-def cost(layer: LayerUpdate) -> Cost:
+def cost(layer: LayerUpdate) -> Projection:
     """What R costs through the gradient and through its factors."""
     m, n = map(hint, layer.shape)
-    r, terms = hint(layer.rank), len(layer.factors.terms)
-    size = dtype(layer.down).itemsize
     sizes: list[Any] = [term.contracted for term in layer.factors.terms]
     known = all(isinstance(tokens, int) for tokens in sizes)
-    tokens = sum(sizes) // terms if known else None  # micro-batches are equal but for the last
-    low = (m if layer.side == "right" else n) * r
-    skinny = n if layer.side == "right" else m  # the dimension that P contracts
-    operations = (terms * 2 * T * m * n + 2 * r * m * n, terms * 2 * T * r * (m + n))
-    # each product reads its operands and writes its result once; a sum of gradients reads and writes one more
-    through_gradient = terms * (T * (m + n) + m * n) + (terms - 1) * m * n + m * n + skinny * r + low
-    through_factors = terms * (T * skinny + skinny * r + T * r + T * r + T * (m + n - skinny) + low)
-    return Cost(
-        tuple(map(sympy.expand, operations)),
-        (sympy.expand(size * through_gradient), sympy.expand(size * through_factors)),
-        tokens,
-    )
+    tokens = sum(sizes) // len(sizes) if known else None  # micro-batches are equal but for the last
+    return projection(m, n, hint(layer.rank), layer.side, len(sizes), dtype(layer.down).itemsize, tokens)
 
 
-def obstacle(layer: LayerUpdate, besides: fx.Node | None = None) -> str | None:
-    """Why a layer's gradient cannot be taken apart; None if it can.
+def kept(layer: LayerUpdate, context: Context) -> str | None:
+    """Why a layer's gradient is formed, its refresh op aside; None where R is to be taken from the factors.  The answer
+    holds for every pass that asks."""
+    if layer not in context.kept:
+        refused = obstacle(layer)
+        if refused is None and not _wanted(layer, context.reassociate):
+            refused = f'reassociate="{context.reassociate}" keeps the gradient'
+        context.kept[layer] = refused
+    return context.kept[layer]
 
-    Args:
-        layer: of the analysis.
-        besides: a reader of the gradient that does not count.
-    """
+
+def obstacle(layer: LayerUpdate) -> str | None:
+    """Why a layer's gradient cannot be taken apart, its refresh op aside; None if it can."""
     if layer.factors.obstacle is not None:
         node = layer.factors.obstacle
         if node.op == "placeholder":
             return f"the gradient comes into the graph with {node.name}: compile the backward in the same step"
         return f"the gradient is no sum of matrix products: {node.name} ({node.target})"
-    inside = layer.factors.nodes
-    for node in inside:
-        for reader in node.users:
-            if reader not in inside and reader is not layer.down and reader is not besides:
-                return f"the gradient has another reader: {_describe(reader)}"
-    return None
+    own = {*layer.factors.nodes, layer.down, layer.refresh}
+    others = (reader for node in layer.factors.nodes for reader in node.users if reader not in own)
+    other = next(others, None)
+    return None if other is None else _another_reader(other)
+
+
+def _another_reader(reader: fx.Node) -> str:
+    return f"the gradient has another reader: {_describe(reader)}"
+
+
+def _refresh_reads(layer: LayerUpdate) -> bool:
+    """Whether the refresh op still takes the gradient, or a part of it."""
+    return any(layer.refresh in node.users for node in layer.factors.nodes)
 
 
 def _describe(reader: fx.Node) -> str:
@@ -140,12 +95,10 @@ def _describe(reader: fx.Node) -> str:
     return f"{reader.name} ({reader.target})"
 
 
-def wanted(layer: LayerUpdate, mode: str) -> bool:
-    """Whether ``mode`` asks for it; the answer and its inequality hold for every pass that asks."""
+def _wanted(layer: LayerUpdate, mode: str) -> bool:
+    """Whether ``mode`` asks for it."""
     if mode == "cost":
-        estimate = cost(layer)
-        seen = max(hint(term.contracted) for term in layer.factors.terms)
-        return estimate.falls(estimate.operations, seen) and estimate.falls(estimate.traffic, seen)
+        return cost(layer).falls(max(hint(term.contracted) for term in layer.factors.terms))
     return mode == "memory"
 
 
@@ -153,25 +106,23 @@ def reassociate(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace the down-projection of every layer that allows it."""
     added = False
     for layer in context.layers:
-        refused = obstacle(layer, besides=layer.refresh)
+        note, refused = context.note(layer), kept(layer, context)
         if layer.factors.terms:
-            context.note(layer, inequality=str(cost(layer)))
-        if refused is None and not wanted(layer, context.reassociate):
-            refused = f'reassociate="{context.reassociate}" keeps it'
-        refused = refused or obstacle(layer)
+            note.inequality = str(cost(layer))
+        if refused is None and layer.refresh is not None and _refresh_reads(layer):
+            refused = _another_reader(layer.refresh)
+        note.reassociated, note.not_reassociated = refused is None, refused
         if refused is not None:
             record.skip(layer.down, refused)
-            context.note(layer, reassociated=False, not_reassociated=refused)
             continue
         record.match(layer.down)
-        context.note(layer, reassociated=True)
         added |= layer.down.target is aten.addmm.default
-        _contract(graph, layer)
+        _contract(graph, context, layer)
     if added:  # what a down-projection added is the update's now
         colour_regions(graph, context.layers)
 
 
-def _contract(graph: fx.Graph, layer: LayerUpdate) -> None:
+def _contract(graph: fx.Graph, context: Context, layer: LayerUpdate) -> None:
     """R from the factors, in place of ``layer.down``."""
     old = layer.down
     first, second = operands(old)
@@ -194,8 +145,6 @@ def _contract(graph: fx.Graph, layer: LayerUpdate) -> None:
             total = products.scaled(graph, total, products.times((), alpha))
             added = products.scaled(graph, arguments(old)[0], products.times((), beta))
             result = make(graph, aten.add.Tensor, added, total)
-    old.replace_all_uses_with(result, delete_user_cb=arguments_changed)
-    if layer.low is old:
-        layer.low = total
-    layer.down, layer.gradient = total, total
+    context.replace(graph, old, result, down=total, low=total)
+    layer.gradient = total
     erase_dead(graph, old)

@@ -21,15 +21,13 @@ Tier      rounding: the op adds the products in float32, or takes the subspace f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import arguments_changed, erase_dead, hint, is_tensor, make, transpose, value
-from qgalore_compile.passes.reassociate import obstacle, wanted
+from qgalore_compile.passes.nodes import Mutation, erase_dead, hint, is_tensor, make, transpose, value
+from qgalore_compile.passes.reassociate import kept
 from qgalore_compile.passes.update import LayerUpdate
 from qgalore_compile.subspace.cost import described
 from qgalore_compile.subspace.refresh import REFRESHES
@@ -38,54 +36,51 @@ from qgalore_compile.subspace.refresh import REFRESHES
 def refresh(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Hand every refresh op the gradient's factors."""
     for layer in context.layers:
-        if layer.refresh is None or layer.refresh.args[0] not in REFRESHES:
+        if layer.refresh is None or Mutation.of(layer.refresh, *REFRESHES) is None:
             continue
-        call = layer.refresh
-        refused = obstacle(layer, besides=call)
-        if refused is None and not wanted(layer, context.reassociate):
-            refused = f'reassociate="{context.reassociate}" keeps the gradient, so the op takes it as it is'
-        given: Any = call.kwargs["factors"]
+        call = Mutation(layer.refresh)
+        note = context.note(layer)
+        refused = kept(layer, context)
+        given = call["factors"]
         gradient = given[0] if len(given) == 1 else None
-        parsed = products.parse(gradient) if is_tensor(gradient) else None
+        parsed = None
+        if refused is None and is_tensor(gradient):
+            parsed = layer.factors if gradient is layer.gradient else products.parse(gradient)
         if refused is None and (parsed is None or parsed.obstacle is not None):
             refused = "what the op was given is no gradient that can be taken apart"
         if refused is not None:
-            record.skip(call, refused)
-            context.note(layer, refresh_takes="the gradient, in every step", refresh_cost=_cost(layer, call, 0))
+            record.skip(call.node, refused)
+            note.refresh_takes, note.refresh_cost = "the gradient, in every step", _cost(layer, call, 0)
             continue
         assert parsed is not None
         assert isinstance(gradient, fx.Node)
-        record.match(call)
-        takes = "the factors of the gradient" if len(parsed.terms) == 1 else f"{len(parsed.terms)} gathered products"
-        context.note(layer, refresh_takes=takes, refresh_cost=_cost(layer, call, len(parsed.terms)))
+        record.match(call.node)
+        count = len(parsed.terms)
+        note.refresh_takes = "the factors of the gradient" if count == 1 else f"{count} gathered products"
+        note.refresh_cost = _cost(layer, call, count)
         _hand_over(graph, call, parsed)
         erase_dead(graph, gradient)
 
 
-def _hand_over(graph: fx.Graph, call: fx.Node, parsed: products.Sum) -> None:
-    op: dict[str, Any] = call.kwargs
-    schedule = op["_all_bases"][op["_schedule_base_index"]]
+def _hand_over(graph: fx.Graph, call: Mutation, parsed: products.Sum) -> None:
     carried: fx.Node | None = None
     factors: list[fx.Node] = []
     scales: list[fx.Node] = []
-    with graph.inserting_before(call):
+    with graph.inserting_before(call.node):
         for term in parsed.terms:
             left, right = term.matrices(graph)
             grad_output, inputs = transpose(graph, left), right
             scale = products.scale_of(graph, term.scales, value(grad_output).device)
             if len(parsed.terms) > 1:
                 gather = torch.ops.qgalore.gather_gradient.default
-                carried = make(graph, gather, carried, schedule, grad_output, inputs, scale)
+                carried = make(graph, gather, carried, call["schedule"], grad_output, inputs, scale)
                 continue
             factors = [grad_output, inputs]
             scales = [scale] if scale is not None else []
-    call.kwargs = {**op, "factors": [carried] if carried is not None else factors, "scales": scales}
-    arguments_changed(call)
+    call.with_(factors=[carried] if carried is not None else factors, scales=scales)
 
 
-def _cost(layer: LayerUpdate, call: fx.Node, terms: int) -> str:
+def _cost(layer: LayerUpdate, call: Mutation, terms: int) -> str:
     """What one refresh costs beside the step: operations in the tokens T, and bytes that exist for its time."""
     m, n = map(hint, layer.shape)
-    method: Any = call.kwargs["method"]
-    iterations: Any = call.kwargs["power_iterations"]
-    return described(method, m, n, hint(layer.rank), iterations, terms)
+    return described(call["method"], m, n, hint(layer.rank), call["power_iterations"], terms)

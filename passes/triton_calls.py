@@ -17,104 +17,81 @@ emitted code, whatever number of layers calls it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from qgalore_compile._torch import kernel_side_table
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import lowering, ops
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.kernels import Kernel
 from qgalore_compile.kernels.triton.tiling import NoTilingError
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, make, prims, value
-
-_CALLS = (ops.run_program, ops.run_gemm)
+from qgalore_compile.passes.kernel_calls import KernelCall, kernel_calls
+from qgalore_compile.passes.nodes import TRITON, Mutation, aten, make, prims, value
 
 
 def triton_calls(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace every call of a generated kernel on a GPU."""
-    lowering = _Lowering(graph)
-    calls = list(_calls(graph))
-    triton_kernels.choose_together(
-        (node.kwargs["program"], [value(each) for each in node.kwargs["read"]], device)
-        if functional else (node.args[0], [value(each) for each in node.args[1]], device)
-        for node, functional, device in calls
-    )  # fmt: skip
-    for node, functional, device in calls:
+    made = _Made(graph, context)
+    calls = [call for call in kernel_calls(graph) if lowering.runs("triton_calls", call.device)]
+    triton_kernels.choose_together((call.text, [value(each) for each in call.reads], call.device) for call in calls)
+    for call in calls:
         try:
-            call = lowering.functional(node, device) if functional else lowering.product(node, device)
+            node = made.functional(call, call.mutation) if call.mutation else made.product(call)
         except NoTilingError as error:  # the operator itself says so again, at the step
-            record.skip(node, str(error))
+            record.skip(call.node, str(error))
             continue
-        record.match(call)
-        for layer in context.layers:
-            layer.up, layer.down = (call if each is node else each for each in (layer.up, layer.down))
-        graph.erase_node(node)
-    lowering.finish()
+        record.match(node)
+        graph.erase_node(call.node)
+    made.finish()
 
 
-def _calls(graph: fx.Graph) -> Iterator[tuple[Any, bool, torch.device]]:
-    """(the node of a generated kernel's call on a GPU, whether it changes tensors, their device)."""
-    for node in graph.nodes:
-        functional = node.target is FUNCTIONALIZED and node.args[0] in _CALLS
-        if functional or node.target is ops.gemm:
-            device = value(node.kwargs["_all_bases"][0] if functional else node).device
-            if triton_kernels.on_gpu(device):
-                yield node, functional, device
-
-
-class _Lowering:
+class _Made:
     """The calls of one graph."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
+        self.graph, self.context = graph, context
         self.numbers: dict[torch.device, fx.Node] = {}
         self.most = 0
         self.moved: dict[tuple[fx.Node, torch.device], fx.Node] = {}
         self.tables: dict[torch.device, tuple[fx.Node, list[fx.Node]]] = {}
 
-    def functional(self, node: fx.Node, device: torch.device) -> fx.Node:
+    def functional(self, old: KernelCall, mutation: Mutation) -> fx.Node:
         """Replace a call that changes tensors; the node is left without readers."""
-        text: Any = node.kwargs["program"]
-        bases: Any = node.kwargs["_all_bases"]
-        reads: Any = node.kwargs["read"]
-        numbers: Any = node.kwargs["numbers"]
+        text, reads, device = old.text, old.reads, old.device
         program = ops.program_of(text)
         sizes: tuple[Any, Any] = (1, 1)
-        with self.graph.inserting_before(node):
+        with self.graph.inserting_before(old.node):
             if isinstance(program, GemmProgram):
                 reads = self._strided(program, reads)
                 kernel, sizes = self._product(program, text, reads, device)
             else:
                 kernel = triton_kernels.region_of(text, triton_kernels.looking(triton_kernels.target_of(device)))
-            tensors, values, written = triton_kernels.bind(program, bases, reads, numbers)
-            call = self._call(kernel, tensors, values, written, sizes, text, device)
-        for user in list(node.users):
-            if user.target is operator.getitem:
-                place: Any = user.args[1]
-                user.args = (call, written[place - 1])  # behind one None
+            tensors, values, names = triton_kernels.bind(program, mutation.written, reads, mutation["numbers"])
+            call = self._call(kernel, tensors, values, names, sizes, text, device)
+        for index, result in mutation.results():
+            result.args = (call, names[index])
+        self.context.replace(self.graph, old.node, call)
         return call
 
-    def product(self, node: fx.Node, device: torch.device) -> fx.Node:
-        """Replace a product that is read."""
-        text: Any = node.args[0]
-        reads: Any = node.args[1]
+    def product(self, old: KernelCall) -> fx.Node:
+        """Replace a product that is read; the node is left without readers."""
+        text, device, fake = old.text, old.device, value(old.node)
         program = parsed(text)
-        fake = value(node)
-        with self.graph.inserting_before(node):
-            reads = self._strided(program, reads)
+        with self.graph.inserting_before(old.node):
+            reads = self._strided(program, old.reads)
             kernel, sizes = self._product(program, text, reads, device)
             tensors, _, _ = triton_kernels.bind(program, (), reads, ())
             sized = [self._size(program, reads, dim, size) for dim, size in enumerate(sizes)]
             out = make(self.graph, aten.empty.memory_format, sized, dtype=fake.dtype, device=device, pin_memory=False)
             call = self._call(kernel, {**tensors, "product": out}, {}, ["product"], tuple(sized), text, device)
             result = self.graph.call_function(operator.getitem, (call, "product"))
-        result.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
-        node.replace_all_uses_with(result)
+        result.meta = {"val": fake}
+        self.context.replace(self.graph, old.node, result, up=call, down=call)
         return call
 
     def finish(self) -> None:

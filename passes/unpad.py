@@ -29,6 +29,7 @@ from qgalore_compile.passes.decoding import quantised_operands
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
+    Mutation,
     arguments,
     aten,
     behind,
@@ -47,11 +48,11 @@ def unpad(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace every padded product that is looked for by the product of what was padded."""
     if not graph.find_nodes(op="call_function", target=_PAD):
         return
-    facts = Facts(graph)
+    facts = context.facts(graph)
     refreshed = _of_refreshes(graph, facts)
     padded = [node for node in graph.nodes if is_gemm(node) and any(map(_is_padded, operands(node)))]
     for gemm in [node for node in padded if node in refreshed or quantised_operands(facts, node)]:
-        problem = _replace(graph, gemm)
+        problem = _replace(graph, context, gemm)
         if problem is None:
             record.match(gemm)
         else:
@@ -63,13 +64,10 @@ def _of_refreshes(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
     gradients: list[fx.Node] = []
     projectors: set[frozenset[fx.Node] | None] = set()
     for call in graph.find_nodes(op="call_function", target=FUNCTIONALIZED):
-        if call.args[0] not in REFRESHES:
-            continue
-        given: Any = call.kwargs
-        gradients += given["factors"]
-        bases = [given["_all_bases"][given[f"_projector_{index}_base_index"]]
-                 for index in range(given["_projector_length"])]  # fmt: skip
-        projectors.add(frozenset().union(*(facts.storage(base) or () for base in bases)))
+        refresh = Mutation.of(call, *REFRESHES)
+        if refresh is not None:
+            gradients += refresh["factors"]
+            projectors.add(frozenset().union(*(facts.storage(each) or () for each in refresh["projector"])))
     ends = [node for gradient in gradients for node in behind([gradient], _is_linear)]
     found = {source for node in ends for source in (node, *node.all_input_nodes) if is_gemm(source)}
     found.update(node for node in graph.nodes
@@ -89,7 +87,7 @@ def _is_padded(node: fx.Node) -> bool:
     return not any(fill) and all(width == 0 for width in widths[::2]) and all(width >= 0 for width in widths[1::2])
 
 
-def _replace(graph: fx.Graph, gemm: fx.Node) -> str | None:
+def _replace(graph: fx.Graph, context: Context, gemm: fx.Node) -> str | None:
     """Why not; None where it is done."""
     if gemm.target not in (aten.mm.default, aten.addmm.default):
         return "a batch of products"
@@ -111,7 +109,7 @@ def _replace(graph: fx.Graph, gemm: fx.Node) -> str | None:
     if "stack_trace" in gemm.meta:
         product.meta["stack_trace"] = gemm.meta["stack_trace"]
     for cut in cuts:
-        cut.replace_all_uses_with(product)
+        context.replace(graph, cut, product)
         erase_dead(graph, cut)
     return None
 

@@ -24,7 +24,6 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-import torch
 from torch import fx
 
 from qgalore_compile._torch import OpOverload
@@ -157,17 +156,18 @@ class Updates:
 
 def update(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Find the updates, tell the record, and leave them in the context for the passes that follow."""
-    context.updates = find_updates(graph, context.name_of, context.parameters)
+    context.updates = find_updates(graph, context.name_of, context.parameters, context.facts(graph))
     for layer in context.updates.layers:
         record.match(layer.up)
-        context.note(layer, ops=len(layer.region))
+        context.note(layer).ops = len(layer.region)
     for other in context.updates.unmatched:
         record.skipped.append((other.name, str(other)))
 
 
 def find_updates(
-    graph: fx.Graph, name_of: dict[str, str] | None = None, parameters: Container[str] | None = None
-) -> Updates:
+    graph: fx.Graph, name_of: dict[str, str] | None = None, parameters: Container[str] | None = None,
+    facts: Facts | None = None,
+) -> Updates:  # fmt: skip
     """Every parameter's update, or why it has none.
 
     Args:
@@ -175,9 +175,10 @@ def find_updates(
         name_of: readable names by the name of an input; the inputs of one tensor subclass share one.
         parameters: names of the inputs that are parameters rather than states, which are not worth a reason; None to
             tell by who reads whom.
+        facts: of the graph, where some are known already.
     """
     name_of = name_of or {}
-    facts = Facts(graph)
+    facts = facts or Facts(graph)
     writing = anchors(graph)
     times = Counter(target for target, _ in map(written, writing))
     matched: dict[fx.Node, LayerUpdate] = {}
@@ -387,9 +388,8 @@ def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
             continue
         readers = {colour.get(user, _MANY) for user in node.users} - {_ANY}
         mine = readers.pop() if len(readers) == 1 else _MANY if readers or not node.users else _ANY
-        # random bits are the layer's alone, but the parameter's number in them is a constant: regions would all differ
-        stays = node.target is torch.ops.qgalore.random_bits.default or not _is_plain_call(node)
-        colour[node] = _MANY if stays or node.is_impure() or (is_gemm(node) and node not in ups) else mine
+        stays = not _is_plain_call(node) or node.is_impure() or (is_gemm(node) and node not in ups)
+        colour[node] = _MANY if stays else mine
     for node in nodes:
         if colour[node] is _ANY and not is_anchor(node):  # a 0-d state: with the layer whose nodes it follows from
             sources = {colour.get(source, _MANY) for source in node.all_input_nodes} - {_MANY, _ANY}

@@ -327,9 +327,9 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def on_gpu(device: torch.device) -> bool:
-    """Whether a device's kernels are Triton's."""
-    return device.type == "cuda" or _made_for.get() is not None
+def is_made_for() -> bool:
+    """Whether graphs get kernels for a target now, whatever device their tensors are on: within :func:`made_for`."""
+    return _made_for.get() is not None
 
 
 def target_of(device: torch.device) -> Target:

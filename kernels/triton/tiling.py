@@ -24,10 +24,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product as combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from qgalore_compile.kernels.ir.gemm import Operand
+from qgalore_compile.kernels.ir.gemm import Operand, parsed
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.triton.gemm import Product, Tiling, layout_of
@@ -103,14 +104,23 @@ def tilings(product: Product, target: Target) -> list[Tiling]:
     Raises:
         NoTilingError: none fits.
     """
-    fitting = [each for each in _candidates(product, target) if _in_registers(product, each, target)
-               and shared(product, each) <= target.shared_per_block]  # fmt: skip
+    fitting = _fitting(str(product.program), product[1:], target)
     if not fitting:
         raise NoTilingError(
             f"no tile of a product of {product.sizes} fits {target.name}: groups of {product.width} columns are too "
             f"wide; choose a smaller group size"
         )
-    return sorted(fitting, key=lambda each: (seconds(product, each, target), each))
+    return list(fitting)
+
+
+@lru_cache(maxsize=1024)
+def _fitting(text: str, known: tuple[Any, ...], target: Target) -> tuple[Tiling, ...]:
+    """Of a product's text and what is known of its operands, once a process: whether there is a kernel, which it is,
+    and whether operands are decoded before it, all ask for a look at some hundred tiles, which takes 20 ms."""
+    product = Product(parsed(text), *known)
+    fitting = [each for each in _candidates(product, target) if _in_registers(product, each, target)
+               and shared(product, each) <= target.shared_per_block]  # fmt: skip
+    return tuple(sorted(fitting, key=lambda each: (seconds(product, each, target), each)))
 
 
 def tiling(product: Product, target: Target) -> Tiling:
@@ -120,6 +130,12 @@ def tiling(product: Product, target: Target) -> Tiling:
 
 def in_bands(product: Product, chosen: Tiling, target: Target) -> Tiling:
     """A tiling walked in the bands that read least from memory."""
+    return _in_bands(str(product.program), product[1:], chosen, target)
+
+
+@lru_cache(maxsize=1024)
+def _in_bands(text: str, known: tuple[Any, ...], chosen: Tiling, target: Target) -> Tiling:
+    product = Product(parsed(text), *known)
     down, _ = grid(product, chosen, *grid_sizes(product))
     bands = [chosen._replace(band=band) for band in (8, 16, 32, 64, down)]
     return min(bands, key=lambda each: round(traffic(product, each, target).dram))

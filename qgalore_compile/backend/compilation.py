@@ -270,14 +270,14 @@ def _fill(compilation: Compilation, manager: PassManager) -> None:
     compilation.layers = [
         layer_record(
             layer.name, layer.shape, input=context.origin_of.get(layer.parameter[0].name), side=layer.side,
-            rank=layer.rank, matched=True, projected=True, node=layer.up.name, **context.notes.get(layer.name, {}),
+            rank=layer.rank, matched=True, projected=True, node=layer.up.name, **context.told(layer.name),
         )
         for layer in context.layers
     ]  # fmt: skip
     for other in context.updates.unmatched if context.updates else ():
         compilation.layers.append(layer_record(
             other.name, other.shape, input=context.origin_of.get(other.input), projected=other.projected,
-            reason=other.reason.value, node=other.node, **context.notes.get(other.name, {}),
+            reason=other.reason.value, node=other.node, **context.told(other.name),
         ))  # fmt: skip
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # passes load Inductor, which `import qgalore_compile` need not
+    from qgalore_compile.passes.context import LayerNote
 
 
 class Record(dict[str, Any]):
@@ -14,6 +18,13 @@ class Record(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"this record has no {name!r}, but {', '.join(self)}") from None
+
+
+def note_of(layer: Record) -> LayerNote:
+    """What passes told of a layer, of its record."""
+    from qgalore_compile.passes.context import LayerNote
+
+    return LayerNote(**{each.name: layer.get(each.name) for each in fields(LayerNote)})
 
 
 def layer_record(name: str, shape: Sequence[Any], **facts: Any) -> Record:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from qgalore_compile._torch import ShortenTraceback
 from qgalore_compile.backend.compilation import Compilation
 from qgalore_compile.backend.frames import Broken
-from qgalore_compile.backend.records import Record
+from qgalore_compile.backend.records import Record, note_of
 
 NEEDED = ("update", "fuse")
 """Passes without which nothing can be fused, or nothing is known of what is."""
@@ -78,11 +78,10 @@ def of_layer(layer: Record) -> str | None:
     """Why a parameter's update is not as asked, in a sentence; None where it is."""
     if not layer["matched"] and layer["projected"]:
         return f"{layer['name']}: {layer['reason']}" + (f" (at {layer['node']})" if layer["node"] else "")
-    refused: str | None = layer.get("not_reassociated")
-    if refused is not None and not refused.startswith("reassociate="):
-        return f"{layer['name']}: {refused}"
-    unfused: str | None = layer.get("not_fused")
-    if unfused is None:
+    note = note_of(layer)
+    if note.not_reassociated is not None and not note.not_reassociated.startswith("reassociate="):
+        return f"{layer['name']}: {note.not_reassociated}"
+    if note.not_fused is None:
         return None
     if isinstance(layer["rank"], str):
         return (
@@ -92,8 +91,8 @@ def of_layer(layer: Record) -> str | None:
         )
     where = "between the projections or behind them" if layer["matched"] else "in its update at full rank"
     return (
-        f"{layer['name']}: no generated kernel takes its update: {unfused}; write what stands {where} with operations "
-        "that programs know (kernels/read/spelling.py lists them), or leave 'strict' out"
+        f"{layer['name']}: no generated kernel takes its update: {note.not_fused}; write what stands {where} with "
+        "operations that programs know (kernels/read/spelling.py lists them), or leave 'strict' out"
     )
 
 

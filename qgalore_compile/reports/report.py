@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.filesize import decimal
@@ -15,9 +15,12 @@ from torch import fx
 
 from qgalore_compile.backend import compilation, frames
 from qgalore_compile.backend.compilation import Compilation
-from qgalore_compile.backend.records import Record
+from qgalore_compile.backend.records import Record, note_of
 from qgalore_compile.reports.plain_text import plain_text
 from qgalore_compile.reports.reach import unwrapped
+
+if TYPE_CHECKING:  # passes load Inductor, which `import qgalore_compile` need not
+    from qgalore_compile.passes.context import LayerNote
 
 WIDTH = 140
 """Columns of the text: a layer's sentence fits into two lines."""
@@ -110,7 +113,7 @@ class Report:
             return "nothing was compiled"
         projected = [layer for layer in latest.layers if layer["matched"] or layer["projected"]]
         matched = sum(layer["matched"] for layer in latest.layers)
-        contracted = sum(layer.get("reassociated", False) for layer in latest.layers)
+        contracted = sum(bool(note_of(layer).reassociated) for layer in latest.layers)
         count = len(_frames(self.compilations))
         if self.graph_breaks or self.skipped_frames:
             graphs = f"in pieces, {count} of them compiled"
@@ -130,28 +133,29 @@ def _layer_table(layers: list[Record]) -> Table:
         table.add_column(heading, justify="right" if heading in ("rank", "ops") else "left", overflow="fold")
     for layer in layers:
         if layer["matched"]:
-            if layer.get("reassociated"):
-                gradient = f"never formed: {layer['inequality']}"
+            note = note_of(layer)
+            if note.reassociated:
+                gradient = f"never formed: {note.inequality}"
             else:
-                gradient = f"formed: {layer.get('not_reassociated', 'no pass took it apart')}"
-                gradient += f"; {layer['inequality']}" if "inequality" in layer else ""
+                gradient = f"formed: {note.not_reassociated or 'no pass took it apart'}"
+                gradient += f"; {note.inequality}" if note.inequality else ""
             table.add_row(
                 layer["name"],
                 "×".join(map(str, layer["shape"])),
                 layer["side"],
                 str(layer["rank"]),
                 gradient,
-                f"{layer.get('refresh_takes', 'no refresh op')}; {layer.get('refresh_cost', '')}".rstrip("; "),
-                _update(layer),
-                str(layer.get("ops", "")),
+                f"{note.refresh_takes or 'no refresh op'}; {note.refresh_cost or ''}".rstrip("; "),
+                _update(note),
+                "" if note.ops is None else str(note.ops),
             )
     return table
 
 
-def _update(layer: Record) -> str:
+def _update(note: LayerNote) -> str:
     """What runs a layer's update."""
-    instead: str = layer.get("update_function", "left to Inductor")
-    return f"NOT FUSED: {instead}" if "not_fused" in layer else instead
+    instead = note.update_function or "left to Inductor"
+    return f"NOT FUSED: {instead}" if note.not_fused else instead
 
 
 def _unmatched(layers: list[Record]) -> Iterator[str]:
@@ -164,9 +168,9 @@ def _unmatched(layers: list[Record]) -> Iterator[str]:
 
 def _unfused(latest: Compilation) -> Iterator[str]:
     for layer in latest.layers:
-        if "not_fused" in layer:
+        if refused := note_of(layer).not_fused:
             what = "the update" if layer.matched else "the update at full rank"
-            yield f"NOT FUSED: {layer.name} {'×'.join(map(str, layer.shape))}: {what}: {layer.not_fused}"
+            yield f"NOT FUSED: {layer.name} {'×'.join(map(str, layer.shape))}: {what}: {refused}"
     for product in latest.program.get("unfused_products", ()):
         yield f"NOT FUSED: {product['name']}: a product with it ({product['node']}): {product['reason']}"
 

@@ -1,8 +1,11 @@
-"""What a refresh costs, in operations: one set of formulas for the decision at run time and for the report's text.
+"""G or its factors?  What R and a refresh cost either way: one set of formulas for passes, run time and report.
 
-G (m, n) = dYᵀ X is T tokens deep, r is the rank, d and k its smaller and larger side, l = r + 16 a sketch's width and q
-the power iterations.  Everything that a method asks of G is a product A x or Aᵀ y of l or r columns and, for the exact
-one, a decomposition; each has two ways:
+T tokens deep, of rank r: the projection R = G Pᵀ takes 2 T m n + 2 m n r operations through G (m, n) = dYᵀ X, and
+2 T r (m + n) through the factors (:func:`projection`).
+
+Of a refresh (:func:`cost`), d and k are the smaller and larger side of G, l = r + 16 a sketch's width and q the power
+iterations.  Everything that a method asks of G is a product A x or Aᵀ y of l or r columns and, for the exact one, a
+decomposition; each has two ways:
 
 ==============  ==================================  ====================================================================
                 through G                           through the factors
@@ -18,7 +21,9 @@ figure 8.6.1 (R-SVD).
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import sympy
@@ -31,15 +36,85 @@ _MOST_TOKENS = 1 << 40
 
 
 class Cost(NamedTuple):
-    """Operations of one refresh, as expressions in T, m, n, r and q."""
+    """What one thing costs both ways, as expressions in T, m, n, r and q."""
 
     through_gradient: sympy.Expr
     through_factors: sympy.Expr
 
+    def at(self, numbers: Mapping[sympy.Symbol, int]) -> Cost:
+        """With numbers for symbols."""
+        return Cost(*(sympy.expand(side.subs(numbers)) for side in self))
+
+    def falls(self, tokens: int) -> bool:
+        """Whether the factors cost less, where nothing but T is open."""
+        return bool((self.through_factors - self.through_gradient).subs(T, tokens) < 0)
+
+    def inequality(self, tokens: int | None) -> str:
+        """Both sides in words, at a token count or for all of them; linear in T."""
+        if tokens:
+            before, after = (int(side.subs(T, tokens)) for side in self)
+            return f"{after:,} {'<' if after < before else '>='} {before:,}"
+        return f"{sympy.sstr(self.through_factors)} < {sympy.sstr(self.through_gradient)} {self.where()}"
+
+    def where(self) -> str:
+        """For which token counts the factors cost less, where both sides are linear in T; in words."""
+        difference = sympy.Poly(sympy.expand(self.through_factors - self.through_gradient), T)
+        slope, constant = (difference.coeff_monomial(power) for power in (T, 1))
+        if slope == 0:
+            return "for every T" if constant < 0 else "for no T"
+        bound = sympy.Rational(-constant, slope)
+        if slope < 0:
+            return "for every T" if bound < 1 else f"for T > {int(sympy.floor(bound))}"
+        return "for no T" if bound <= 1 else f"for T < {int(sympy.ceiling(bound))}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What R costs both ways.
+
+    Attributes:
+        operations: multiplications and additions.
+        traffic: bytes that the products read and write.
+        tokens: T where it is known; None where it is symbolic.
+    """
+
+    operations: Cost
+    traffic: Cost
+    tokens: int | None
+
+    def falls(self, hint: int) -> bool:
+        """Whether neither grows through the factors, at the token count or, where that is symbolic, at ``hint``."""
+        tokens = self.tokens or hint
+        return self.operations.falls(tokens) and self.traffic.falls(tokens)
+
+    def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return f"operations {self.operations.inequality(self.tokens)}; bytes {self.traffic.inequality(self.tokens)}"
+
+
+@lru_cache(maxsize=4096)
+def projection(
+    rows: int, columns: int, rank: int, side: str, products: int, itemsize: int, tokens: int | None
+) -> Projection:
+    """Of R = G Pᵀ ("right") or Pᵀ G ("left"), for a gradient that is a sum of so many products of ``tokens`` tokens
+    each, or of any number of them; elements of ``itemsize`` bytes."""
+    low, skinny = (m * r, n) if side == "right" else (n * r, m)  # skinny: the dimension that P contracts
+    operations = Cost(products * _forming() + 2 * m * n * r, products * 2 * T * r * (m + n))
+    # each product reads its operands and writes its result once; a sum of gradients reads and writes one more
+    traffic = Cost(
+        products * (T * (m + n) + m * n) + (products - 1) * m * n + m * n + skinny * r + low,
+        products * (T * skinny + skinny * r + T * r + T * r + T * (m + n - skinny) + low),
+    )
+    numbers = {m: rows, n: columns, r: rank}
+    return Projection(operations.at(numbers), Cost(*(itemsize * side for side in traffic)).at(numbers), tokens)
+
 
 @cache
 def cost(method: str) -> Cost:
-    """Of "svd", "randomized" or "power" (warm), the new R included."""
+    """Of a refresh by "svd", "randomized" or "power" (warm), the new R included."""
     d, k = sympy.Min(m, n), sympy.Max(m, n)
     width = r + OVERSAMPLING
     if method == "svd":
@@ -87,6 +162,7 @@ def most_tokens(method: str, rows: int, columns: int, rank: int, iterations: int
     return low
 
 
+@lru_cache(maxsize=4096)
 def described(method: str, rows: int, columns: int, rank: int, iterations: int, products: int | None) -> str:
     """What a refresh costs beside the step, as the report says it.
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from qgalore_compile.kernels.cpp import gemm as gemm_cpu
+from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.ir.evaluate import evaluate
-from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, named
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
+from qgalore_compile.kernels.lowering import Lowering
 
 Tensors = dict[str, Tensor]
 
@@ -138,14 +138,26 @@ def evaluate_product(text: str, read: Sequence[Tensor]) -> Tensor:
     return operand(gemm.left, left) @ operand(gemm.right, right)
 
 
-@contextmanager
-def evaluated_kernels() -> Iterator[None]:
+def evaluate_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """A region as a whole."""
+    kernel = Evaluated(text)
+    kernel(named(kernel.program, written, read), numbers)
+
+
+def prepare_evaluation(text: str) -> list[Evaluated]:
+    """What is begun for a region; a product is evaluated when it is called."""
+    return [] if text.startswith("gemm ") else [Evaluated(text)]
+
+
+EVALUATOR = Lowering(
+    "evaluator", ("cpu",), accepts=lambda program, read, device: None, prepare=prepare_evaluation,
+    run_program=evaluate_region, run_gemm=evaluate_gemm, gemm=evaluate_product, passes=lowering.CPP.passes,
+)  # fmt: skip
+
+
+def evaluated_kernels() -> AbstractContextManager[None]:
     """Generated kernels are evaluated, not compiled, for tests that take milliseconds."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(cpu, "kernel", Evaluated))
-        stack.enter_context(mock.patch.object(gemm_cpu, "run", evaluate_gemm))
-        stack.enter_context(mock.patch.object(gemm_cpu, "product", evaluate_product))
-        yield
+    return lowering.registered(EVALUATOR)
 
 
 def assert_like(found: Tensors, expected: Tensors, made: BlockProgram, tolerance: float = 1e-6) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from qgalore_compile import formats
 from qgalore_compile.passes.manager import PassManager
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, is_gemm, shape
+from qgalore_compile.passes.mutation import FUNCTIONALIZED, functional_arguments
+from qgalore_compile.passes.nodes import is_gemm, shape
 from qgalore_compile.passes.update import LayerUpdate, Unmatched, Updates, find_updates
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 
@@ -141,18 +142,18 @@ class Layer:
         """R and what the refresh op writes, as a functional graph holds it."""
         names = ["p_codes", "p_scale", "p_offset"] if self.projector == "int4" else ["p"]
         moments = ["m", "v"] if self.follow else []
-        bases = [low, *(t[name] for name in (*names, "schedule", *moments))]
-        places: dict[str, Any] = {f"_projector_{index}_base_index": 1 + index for index in range(len(names))}
+        changed: dict[str, Any] = {"low": low, "projector": [t[name] for name in names], "schedule": t["schedule"]}
+        given: dict[str, Any] = {}
         if self.follow:
-            places |= {f"_moments_{index}_base_index": 2 + len(names) + index for index in range(2)}
-            places |= {"_moments_length": 2, "step": t["step"], "on_refresh": self.follow, "betas": t["betas"]}
-        returned = FUNCTIONALIZED(
-            torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default,
-            factors=[gradient], scales=None, shape=list(self.shape), rank=self.rank,
-            bits=4 if self.projector == "int4" else 0, group_size=GROUP, method=self.refresh, power_iterations=2,
-            rule=RULE.to_tensor(), seed=0, param=0, _low_base_index=0, _projector_length=len(names), **places,
-            _schedule_base_index=1 + len(names), _all_bases=bases,
-        )  # fmt: skip
+            changed["moments"] = [t[name] for name in moments]
+            given = {"step": t["step"], "on_refresh": self.follow, "betas": t["betas"]}
+        given |= {
+            "factors": [gradient], "scales": None, "shape": list(self.shape), "rank": self.rank,
+            "bits": 4 if self.projector == "int4" else 0, "group_size": GROUP, "method": self.refresh,
+            "power_iterations": 2, "rule": RULE.to_tensor(), "seed": 0, "param": 0,
+        }  # fmt: skip
+        op = torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default
+        returned = FUNCTIONALIZED(op, **functional_arguments(changed, given))
         return returned[1], dict(zip([*names, "schedule", *moments], returned[2:], strict=True))
 
 

@@ -22,7 +22,8 @@ from graphs import Recorder, recorded
 from torch import Tensor, fx
 
 from qgalore_compile import formats
-from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED
+from qgalore_compile.passes.mutation import FUNCTIONALIZED, functional_arguments
+from qgalore_compile.passes.nodes import ANCHOR
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 aten = torch.ops.aten
@@ -320,26 +321,13 @@ class Step:
         if not layer.refresh:
             return low, stored
         bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
-        places = {f"_projector_{at}_base_index": at + 1 for at in range(len(stored))}
+        changed = {"low": low, "projector": stored, "schedule": schedule[0]}
+        given = {
+            "factors": [gradient], "scales": None, "shape": [layer.m, layer.n], "rank": layer.rank, "bits": bits,
+            "group_size": GROUP, "method": "svd", "power_iterations": 2, "rule": schedule[1], "seed": 0, "param": index,
+        }  # fmt: skip
         _, new_low, *new_stored, new_schedule = recorder.call(
-            FUNCTIONALIZED,
-            torch.ops.qgalore.refresh_.default,
-            factors=[gradient],
-            scales=None,
-            shape=[layer.m, layer.n],
-            rank=layer.rank,
-            bits=bits,
-            group_size=GROUP,
-            method="svd",
-            power_iterations=2,
-            rule=schedule[1],
-            seed=0,
-            param=index,
-            _low_base_index=0,
-            _projector_length=len(stored),
-            **places,
-            _schedule_base_index=len(stored) + 1,
-            _all_bases=[low, *stored, schedule[0]],
+            FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, **functional_arguments(changed, given)
         )
         writes |= {f"p{index}.{at}": each for at, each in enumerate(new_stored)} | {f"s{index}.0": new_schedule}
         return new_low, new_stored

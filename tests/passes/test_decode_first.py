@@ -24,7 +24,7 @@ from qgalore_compile.backend.dry_run import final_graph
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.passes import PASSES, PassManager
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, aten, value
+from qgalore_compile.passes.nodes import FUNCTIONALIZED, TRITON, Mutation, aten, value
 
 pytestmark = pytest.mark.triton
 
@@ -44,13 +44,10 @@ def inputs() -> list[Tensor]:
     return [torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N)]
 
 
-def decodings(graph: fx.Graph) -> list[fx.Node]:
+def decodings(graph: fx.Graph) -> list[Mutation]:
     """Calls that write nothing but what they have decoded."""
-    return [
-        node
-        for node in graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
-        if node.args[0] is ops.run_program and node.kwargs["_all_bases"][0].target is aten.empty.memory_format
-    ]
+    found = (Mutation.of(node, ops.run_program) for node in graph.nodes)
+    return [call for call in found if call and call.written[0].target is aten.empty.memory_format]
 
 
 @pytest.mark.usefixtures("calls", "always")
@@ -61,9 +58,9 @@ def test_a_product_becomes_a_librarys_behind_its_decoding() -> None:
     decode = [aten.empty.memory_format, FUNCTIONALIZED, targets(module.graph)[2]]
     assert targets(module.graph) == [*decode, aten.permute.default, aten.mm.default, *decode, aten.mm.default]
     for call in decodings(module.graph):
-        program = BlockProgram.parse(str(call.kwargs["program"]))
+        program = BlockProgram.parse(call.program)
         assert program.space[:2] == (M, N)
-        assert [value(base).shape for base in call.kwargs["_all_bases"]] == [(M, N)]
+        assert [value(base).shape for base in call.written] == [(M, N)]
 
 
 @pytest.mark.usefixtures("calls", "always")
@@ -71,14 +68,14 @@ def test_an_update_takes_its_projector_as_it_is() -> None:
     built = galore(UPDATE)
     manager = built.after(*NAMES)
     (layer,) = manager.context.layers
-    (up,) = (node for node in built.operator(FUNCTIONALIZED) if node.args[0] is ops.run_gemm)
-    assert layer.up is up
+    (up,) = filter(None, (Mutation.of(node, ops.run_gemm) for node in built.graph.nodes))
+    assert layer.up is up.node
     assert layer.down is not None
     assert layer.down.target is aten.mm.default
-    program = ops.program_of(str(up.kwargs["program"]))
+    program = ops.program_of(up.program)
     assert program.left.prologue is program.right.prologue is None
     assert program.epilogue is not None
-    assert any(result in up.kwargs["read"] for call in decodings(built.graph) for result in call.users)
+    assert any(result in up.reads for call in decodings(built.graph) for _, result in call.results())
 
 
 @pytest.mark.usefixtures("always")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from graphs import traced
 from passes_support import Layer, galore
 from torch import Tensor, fx
 
+from qgalore_compile.passes import PASSES, Context, Pass, PassManager, PassRecord
 from qgalore_compile.passes.facts import MOST_GEMMS, Facts
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, is_gemm
 
@@ -86,3 +88,52 @@ def test_what_a_mutating_op_returns_is_stored_and_decoded_as_its_argument() -> N
     assert known.same_decoding(results[2], built.node("a_p"))
     (down,) = known.gemms(results[1])
     assert is_gemm(down)
+
+
+# -- while passes rewrite the graph -----------------------------------------------------------------------------------
+
+
+def asked_of_all(each: Pass) -> Pass:
+    """A pass before which everything is asked of every node, and behind which all answers must be those of now."""
+
+    def run(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+        facts = context.facts(graph)
+        for node in graph.nodes:
+            facts.storage(node), facts.gemms(node), facts.transposed(node)
+        each.run(graph, record, context)
+        assert context.facts(graph) is facts
+        now = Facts(graph)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                assert facts.storage(node) == now.storage(node), (each.name, node)
+                assert set(facts.gemms(node)) == set(now.gemms(node)), (each.name, node)
+
+    return replace(each, run=run)
+
+
+LAYERS = {
+    "int8": [Layer(weight="int8", projector="int4", refresh="svd"), Layer("b", (12, 20), weight="int8")],
+    "accumulated": [
+        Layer(accumulate=2, addition="addmm", refresh="randomized", follow="rotate"),
+        Layer("b", rule="lion"),
+    ],
+    "given": [Layer(after=lambda gradient, tensors: torch.tanh(gradient), projector="int4")],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"reassociate": "never"}, {"gemm": "bf16"}], ids=str)
+@pytest.mark.parametrize("without", [(), ("fuse", "fuse_products")], ids=["fused", "outlined"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_what_is_known_stays_true_behind_every_pass(layers: str, without: tuple[str, ...], options: Any) -> None:
+    built = galore(*LAYERS[layers])
+    chosen = [asked_of_all(each) for each in PASSES if each.name not in without]
+    PassManager(chosen, lint=True, **options)(built.graph)
+
+
+def test_all_passes_share_the_facts_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[fx.Graph] = []
+    init = Facts.__init__
+    monkeypatch.setattr(Facts, "__init__", lambda self, graph: (made.append(graph), init(self, graph))[1])
+    built = galore(Layer(weight="int8", projector="int4", refresh="svd"), Layer("b"))
+    built.after()
+    assert made == [built.graph]

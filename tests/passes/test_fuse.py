@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from torch import Tensor, fx, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, anchors, is_gemm, shape, value
+from qgalore_compile.passes.nodes import Mutation, anchors, is_gemm, shape, value
 
 aten = torch.ops.aten
 PASSES = ("update", "reassociate", "fuse")
@@ -33,9 +34,9 @@ def no_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def calls(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
-            if node.args[0] in (run_program, run_gemm)]  # fmt: skip
+def calls(graph: fx.Graph) -> list[Mutation]:
+    found = (Mutation.of(node, run_program, run_gemm) for node in graph.nodes)
+    return [call for call in found if call]
 
 
 def fused(*layers: Layer, count: int | None = None, **how: Any) -> tuple[Built, Any]:
@@ -56,8 +57,8 @@ def fused(*layers: Layer, count: int | None = None, **how: Any) -> tuple[Built, 
 def floats_of(built: Built, layer: Layer) -> list[str]:
     """Nodes of the weight's size in floating point, besides what the step is given and writes."""
     m, n = layer.shape
-    bases = {base for call in calls(built.graph) for base in call.kwargs["_all_bases"]}
-    versions = {user for call in calls(built.graph) for user in call.users}
+    bases = {base for call in calls(built.graph) for base in call.written}
+    versions = {version for call in calls(built.graph) for _, version in call.results()}
     given = bases | versions | {*anchors(built.graph), *built.placeholders}
     return [node.name for node in built.graph.nodes
             if shape(node) in ((m, n), (n, m)) and value(node).is_floating_point() and node not in given]  # fmt: skip
@@ -71,7 +72,7 @@ def floats_of(built: Built, layer: Layer) -> list[str]:
 def test_every_rule_becomes_two_calls_on_either_side(rule: str, side: str) -> None:
     layer = Layer(rule=rule, side=side)
     built, _ = fused(layer)
-    assert [call.args[0] for call in calls(built.graph)] == [run_program, run_gemm]
+    assert [call.op for call in calls(built.graph)] == [run_program, run_gemm]
     assert floats_of(built, layer) == []
     assert [found for found in built.gemms() if found in (layer.shape, layer.shape[::-1])] == []
 
@@ -86,7 +87,7 @@ def test_every_format_of_weight_and_projector_is_fused(
     layer = Layer(projector=projector, weight=weight, side=side, dtype=dtype, shape=(20, 13))
     built, _ = fused(layer)
     assert floats_of(built, layer) == []
-    gemm = program_of(calls(built.graph)[-1].kwargs["program"])
+    gemm = program_of(calls(built.graph)[-1].program)
     assert isinstance(gemm, GemmProgram)
     decoded = [each.prologue is not None for each in (gemm.left, gemm.right)]
     # a cast to the products' type is decoding, too
@@ -102,10 +103,10 @@ def test_odd_and_square_shapes_with_a_refresh_are_fused(sides: tuple[int, int], 
 def test_layers_are_fused_each_by_itself_and_equal_ones_share_their_texts() -> None:
     layers = [Layer(name, weight="int8") for name in "abc"] + [Layer("d", shape=(12, 20), rule="lion")]
     built, manager = fused(*layers)
-    texts = [call.kwargs["program"] for call in calls(built.graph)]
+    texts = [call.program for call in calls(built.graph)]
     assert len(texts) == 8
     assert len(set(texts)) == 4
-    assert manager.context.notes["a_w_codes"]["update_function"] == "generated, 2 kernels"
+    assert manager.context.notes["a_w_codes"].update_function == "generated, 2 kernels"
     assert manager.context.layers[0].region == []
 
 
@@ -126,7 +127,7 @@ def test_stochastic_rounding_takes_the_layers_own_random_bits() -> None:
     after(plain, *PASSES[:-1])
     record = after(module, *PASSES).records[-1]
     assert len(record.matches) == 1
-    assert calls(module.graph)[-1].kwargs["numbers"] == [1, 2]
+    assert calls(module.graph)[-1]["numbers"] == [1, 2]
     assert torch.ops.qgalore.random_bits.default not in targets(module.graph)
     found, expected = (
         dict(zip(map(str, range(99)), results(each, inputs), strict=False)) for each in (module, plain)
@@ -138,9 +139,9 @@ def test_the_states_of_a_fused_layer_are_written_in_place() -> None:
     built, _ = fused(Layer(weight="int8"))
     low, up = calls(built.graph)
     names = built.name_of
-    assert {names.get(base.name) for base in low.kwargs["_all_bases"]} == {"a_m", "a_v", None}
-    assert {names.get(base.name) for base in up.kwargs["_all_bases"]} == {"a_w_codes", "a_w_scale", "a_w_offset"}
-    for base in [*low.kwargs["_all_bases"], *up.kwargs["_all_bases"]]:
+    assert {names.get(base.name) for base in low.written} == {"a_m", "a_v", None}
+    assert {names.get(base.name) for base in up.written} == {"a_w_codes", "a_w_scale", "a_w_offset"}
+    for base in [*low.written, *up.written]:
         assert base.op == "placeholder" or base.target is aten.empty.memory_format
 
 
@@ -168,7 +169,7 @@ def test_a_rule_that_cannot_be_read_leaves_the_layer_with_the_node(monkeypatch: 
     monkeypatch.setitem(RULES, "unknown", unknown_rule)
     reason, manager = skipped(galore(Layer(rule="unknown")))
     assert reason == "an operation that generated kernels do not know (at cumsum: aten.cumsum.default)"
-    assert manager.context.notes["a_w"]["not_fused"] == reason
+    assert manager.context.notes["a_w"].not_fused == reason
     assert manager.context.layers[0].region != []
 
 
@@ -220,7 +221,7 @@ def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPat
 
 
 def test_another_device_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "DEVICES", ("xpu",))
+    monkeypatch.setattr(lowering, "_registered", [replace(lowering.CPP, devices=("xpu",))])
     reason, _ = skipped(galore(Layer()))
     assert reason == "no generated kernels for 'cpu', only for 'xpu'"
 
@@ -264,8 +265,8 @@ def test_a_large_update_at_full_rank_becomes_one_call(size: tuple[int, int], eig
     record, module = full_rank(size, eight_bits=eight_bits)
     assert record.matches == ["w"]
     (call,) = calls(module.graph)
-    assert call.args[0] is run_program
-    assert len(call.kwargs["_all_bases"]) == (3 if eight_bits else 2)
+    assert call.op is run_program
+    assert len(call.written) == (3 if eight_bits else 2)
 
 
 @pytest.mark.parametrize("size", [(255, 257), (20, 12)])

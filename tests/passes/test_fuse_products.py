@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from quantised_products import GROUP, forward_and_input_gradient, product_and_si
 from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels import ops
+from qgalore_compile.kernels import lowering, ops
 
 aten = torch.ops.aten
 T, M, N, R = 7, 10, 13, 4
@@ -166,7 +167,7 @@ def test_what_a_product_made_of_inputs_alone_gives_is_not_decoded_from_them() ->
 
 
 def test_another_device_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "DEVICES", ("xpu",))
+    monkeypatch.setattr(lowering, "_registered", [replace(lowering.CPP, devices=("xpu",))])
     _, record = check(forward_and_input_gradient, torch.randn(T, N), torch.randn(T, M), *stored_int8(M, N))
     assert record.matches == []
     assert "no generated kernels for 'cpu', only for 'xpu'" in record.skipped[0][1]

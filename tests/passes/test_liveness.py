@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import pytest
 import torch
 from graphs import after, traced
 from torch import Tensor, fx
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses import FakeTensorMode
 
 from qgalore_compile import formats
 from qgalore_compile.passes.liveness import Live, liveness, readers
-from qgalore_compile.passes.nodes import make
+from qgalore_compile.passes.nodes import Mutation, make
 
 aten = torch.ops.aten
 
@@ -135,14 +133,9 @@ def test_the_result_of_an_op_that_changes_its_argument_in_place_is_the_argument(
     x, due = graph.placeholder("x"), graph.placeholder("due")
     x.meta["val"], due.meta["val"] = low, schedule
     product = make(graph, aten.mm.default, x, x)
-    call = graph.call_function(
-        auto_functionalized_v2,
-        (torch.ops.qgalore.refresh_.default,),
-        {"factors": [x], "_all_bases": [product, due], "_low_base_index": 0, "_schedule_base_index": 1},
-    )
-    call.meta["val"] = (None, low, schedule)
-    new = graph.call_function(operator.getitem, (call, 1))
-    new.meta["val"] = low
+    changed = {"low": product, "schedule": due}
+    _, (new, unread) = Mutation.call(graph, torch.ops.qgalore.refresh_.default, changed, factors=[x])
+    graph.erase_node(unread)
     graph.output(make(graph, aten.mm.default, new, x))
     assert [size for _, size in liveness(graph).curve] == [MATRIX, MATRIX, MATRIX, 2 * MATRIX]
 

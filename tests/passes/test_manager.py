@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from kernels_support import evaluated_kernels
+from passes_support import Layer, galore
+from support import assert_within_contract
 from torch import fx
 
+from qgalore_compile import passes
+from qgalore_compile.kernels import lowering
 from qgalore_compile.passes import PASSES, Context, Pass, PassManager, PassRecord
+from qgalore_compile.passes.manager import PassOrderError
+from qgalore_compile.passes.nodes import erase_dead
 
 
 def graph_of_two_additions() -> fx.Graph:
@@ -134,3 +143,76 @@ def test_the_list_has_distinct_names_and_known_tiers() -> None:
     assert len({each.name for each in PASSES}) == len(PASSES)
     assert all(each.tier in ("exact", "rounding") for each in PASSES)
     assert not any(each.run is operator.add for each in PASSES)
+
+
+# -- needs and leaves -------------------------------------------------------------------------------------------------
+
+
+def nothing(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+    pass
+
+
+def test_what_a_pass_needs_another_leaves_and_the_other_way_round() -> None:
+    assert {need for each in PASSES for need in each.needs} == {left for each in PASSES for left in each.leaves}
+
+
+def test_every_word_of_the_list_is_explained_in_its_docstring() -> None:
+    assert passes.__doc__ is not None
+    for word in {left for each in PASSES for left in each.leaves}:
+        assert f"\n{word}  " in passes.__doc__
+
+
+@pytest.mark.parametrize(("name", "need"), [(each.name, need) for each in PASSES for need in each.needs])
+def test_a_pass_in_front_of_what_leaves_what_it_needs_is_refused(name: str, need: str) -> None:
+    moved = next(each for each in PASSES if each.name == name)
+    others = [each for each in PASSES if each is not moved]
+    place = next(index for index, each in enumerate(others) if need in each.leaves)
+    with pytest.raises(PassOrderError, match=re.escape(f"pass {name!r} needs {need!r}, which {others[place].name!r}")):
+        PassManager([*others[:place], replace(moved, needs=(need,)), *others[place:]])
+
+
+def test_a_pass_that_needs_what_it_leaves_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="which it leaves itself"):
+        PassManager([Pass("one", "exact", nothing, ("order",), ("order",))])
+
+
+def test_passes_may_be_left_out() -> None:
+    for left_out in PASSES:
+        PassManager([each for each in PASSES if each is not left_out])
+
+
+def test_the_passes_of_a_lowering_are_in_the_list() -> None:
+    declared = {name for each in (lowering.CPP, lowering.TRITON) for name in each.passes}
+    assert declared == {"embedding_gradient", "decode_first", "triton_calls"}
+    assert declared <= {each.name for each in PASSES}
+
+
+def test_a_pass_is_one_function_and_one_row() -> None:
+    """As CONTRIBUTING says: ``x * 1`` becomes ``x``."""
+
+    def drop_ones(graph: fx.Graph, record: PassRecord, context: Context) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
+            if node.args[1] == 1:
+                record.match(node)
+                context.replace(graph, node, node.args[0])
+                erase_dead(graph, node)
+
+    row = Pass("drop_ones", "exact", drop_ones, needs=("updates",), leaves=("product types",))
+    place = next(index for index, each in enumerate(PASSES) if each.name == "gemm_dtype")
+    listed = [*PASSES[:place], row, *PASSES[place:]]
+    layer = Layer(rule="sgd")
+    torch.manual_seed(0)
+    plain = galore(layer)
+    torch.manual_seed(0)
+    built = galore(layer, also=lambda tensors: tensors["a_x0"] * 1)
+    expected = {**plain.run(), "0": plain.inputs[plain.names.index("a_x0")]}
+    manager = PassManager(listed, lint=True)
+    with evaluated_kernels():
+        manager(built.graph)
+        found = built.run()
+    (record,) = (record for record in manager.records if record.name == "drop_ones")
+    assert len(record.matches) == 1
+    assert record.ops == {"aten.mul.Tensor": -1}
+    assert_within_contract(found, expected)
+    with pytest.raises(PassOrderError):
+        PassManager([*PASSES, row])

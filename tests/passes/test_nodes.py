@@ -28,7 +28,7 @@ def test_anchors_are_the_copies_into_inputs_alone() -> None:
 def test_results_of_a_mutating_op_know_what_they_were(form: str) -> None:
     built = galore(Layer(refresh="svd", projector=form))
     (call,) = built.operator(nodes.FUNCTIONALIZED)
-    bases = call.kwargs["_all_bases"]
+    bases = nodes.Mutation(call).written
     before = [nodes.previous_version(result) for result in sorted(call.users, key=lambda user: user.args[1])]
     assert before == bases
     assert nodes.previous_version(call) is None

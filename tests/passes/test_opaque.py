@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from qgalore_compile import formats
+from qgalore_compile import formats, rng
 from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, is_gemm, shape, value
 from qgalore_compile.passes.opaque import INVOKE
 
@@ -133,7 +133,7 @@ def test_the_up_projection_and_the_new_weight_exist_inside_the_function_only() -
 def test_a_layer_is_noted_under_its_functions_name() -> None:
     module = traced(two_layers(), *layer(), *layer())
     context = after(module, "update", "opaque").context
-    assert [note["update_function"] for note in context.notes.values()] == ["qgalore_update_0"] * 2
+    assert [note.update_function for note in context.notes.values()] == ["qgalore_update_0"] * 2
     assert context.program["functions"] == {"qgalore_update_0": 2}
 
 
@@ -223,6 +223,26 @@ def test_a_region_that_takes_a_size_of_the_graph_is_left_with_a_reason() -> None
         "mul_3 takes sym_size_int, which is no tensor: a size or a tuple of the graph"
     ]
     assert_bit_equal(results(module, inputs), expected)
+
+
+def test_random_bits_are_inputs_for_the_parameters_number_in_them_would_tell_layers_apart() -> None:
+    def step(at: Tensor, *tensors: Tensor) -> None:
+        for param, (dy, x, p, m, w) in enumerate((tensors[:5], tensors[5:])):
+            momentum, weight = updated(dy, x, p, m, w)
+            noise = rng.random_bits((M, N), seed=1, step=at + 1, param=param)
+            aten.copy_.default(w, rounded(weight, noise))
+            aten.copy_.default(m, momentum)
+        aten.copy_.default(at, at + 1)
+
+    def rounded(weight: Tensor, noise: Tensor) -> Tensor:
+        return torch.ops.qgalore.stochastic_round.default(weight, noise, torch.bfloat16).float()
+
+    module, record = check(step, torch.tensor(3), *layer(), *layer())
+    assert len(record.matches) == 2
+    assert calls(module) == ["qgalore_update_0"] * 2
+    random = torch.ops.qgalore.random_bits.default
+    assert targets(module.graph).count(random) == 2
+    assert random not in targets(functions(module)["qgalore_update_0"])
 
 
 def test_a_layers_part_of_an_unbind_is_an_input() -> None:

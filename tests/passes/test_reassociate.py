@@ -16,7 +16,8 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qgalore_compile.passes.nodes import is_gemm, operands, shape
-from qgalore_compile.passes.reassociate import Cost, T, cost, holds_where
+from qgalore_compile.passes.reassociate import cost
+from qgalore_compile.subspace.cost import Cost, Projection, T
 
 aten = torch.ops.aten
 
@@ -40,8 +41,8 @@ def check(built: Built, layers: int = 1, tolerance: float = 1e-5) -> Any:
 def noted(built: Built, *passes: str, **options: Any) -> dict[str, Any]:
     """What the passes tell about the only layer."""
     manager = built.after("update", *passes, "reassociate", **options)
-    (facts,) = manager.context.notes.values()
-    return facts
+    (note,) = manager.context.notes.values()
+    return note.told()
 
 
 # -- the same result, without the gradient ----------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_cost_asks_for_fewer_operations_and_fewer_bytes(tokens: int, rewritten: 
     facts = noted(galore(layer), reassociate="cost")
     assert facts["reassociated"] is rewritten
     if not rewritten:
-        assert facts["not_reassociated"] == 'reassociate="cost" keeps it'
+        assert facts["not_reassociated"] == 'reassociate="cost" keeps the gradient'
     assert noted(galore(layer), reassociate="memory")["reassociated"] is True
 
 
@@ -297,7 +298,7 @@ def test_never_leaves_every_gradient_and_says_so(refresh: str | None) -> None:
     before = built.gemms()
     facts = noted(built, "refresh", reassociate="never")
     assert facts["reassociated"] is False
-    assert facts["not_reassociated"] == 'reassociate="never" keeps it'
+    assert facts["not_reassociated"] == 'reassociate="never" keeps the gradient'
     assert "operations" in facts["inequality"]
     assert built.gemms() == before
 
@@ -362,8 +363,7 @@ def test_unequal_micro_batches_count_by_their_mean() -> None:
 @pytest.mark.parametrize("slope", [-3, -1, 0, 1, 2])
 @pytest.mark.parametrize("constant", [-17, -4, -1, 0, 1, 3, 10])
 def test_the_words_say_exactly_where_the_inequality_holds(slope: int, constant: int) -> None:
-    pair = sympy.Integer(0), sympy.expand(slope * T + constant)
-    words = holds_where(pair)
+    words = Cost(sympy.Integer(0), sympy.expand(slope * T + constant)).where()
     holds = [t for t in range(1, 40) if slope * t + constant < 0]
     if words == "for every T":
         assert holds == list(range(1, 40))
@@ -375,11 +375,12 @@ def test_the_words_say_exactly_where_the_inequality_holds(slope: int, constant: 
 
 
 def test_the_text_of_a_symbolic_estimate_tells_its_range() -> None:
-    pair = (sympy.expand(10 * T + 100), sympy.expand(30 * T))
-    assert (
-        str(Cost(pair, pair[::-1], None)) == "operations 30*T < 10*T + 100 for T < 5; bytes 10*T + 100 < 30*T for T > 5"
+    pair = Cost(sympy.expand(10 * T + 100), sympy.expand(30 * T))
+    other = Cost(*reversed(pair))
+    assert str(Projection(pair, other, None)) == (
+        "operations 30*T < 10*T + 100 for T < 5; bytes 10*T + 100 < 30*T for T > 5"
     )
-    assert str(Cost(pair, pair[::-1], 5)) == "operations 150 >= 150; bytes 150 >= 150"
+    assert str(Projection(pair, other, 5)) == "operations 150 >= 150; bytes 150 >= 150"
 
 
 def test_an_unmatched_parameter_is_none_of_its_business() -> None:

@@ -43,8 +43,8 @@ def computed(built: Built, nodes: list[Any]) -> list[Tensor]:
 
 def noted(built: Built, *passes: str, **options: Any) -> dict[str, Any]:
     manager = built.after("update", *passes, **options)
-    (facts,) = manager.context.notes.values()
-    return facts
+    (note,) = manager.context.notes.values()
+    return note.told()
 
 
 # -- one product: its factors -----------------------------------------------------------------------------------------
@@ -190,18 +190,18 @@ def kept(built: Built, **options: Any) -> dict[str, Any]:
     before = handed(built)
     manager = built.after("update", "refresh", "reassociate", **options)
     ((name, reason),) = manager.records[1].skipped
-    (facts,) = manager.context.notes.values()
+    (note,) = manager.context.notes.values()
     assert handed(built) == before
     assert not built.operator(GATHER)
-    assert facts["refresh_takes"] == "the gradient, in every step"
-    assert facts["reassociated"] is False
-    return {**facts, "reason": reason, "node": name}
+    assert note.refresh_takes == "the gradient, in every step"
+    assert note.reassociated is False
+    return {**note.told(), "reason": reason, "node": name}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_never_keeps_the_gradient_for_the_op_as_well(accumulate: int) -> None:
     facts = kept(galore(Layer(refresh="svd", accumulate=accumulate)), reassociate="never")
-    assert facts["reason"] == 'reassociate="never" keeps the gradient, so the op takes it as it is'
+    assert facts["reason"] == 'reassociate="never" keeps the gradient'
 
 
 def test_cost_keeps_it_where_the_factors_cost_more() -> None:

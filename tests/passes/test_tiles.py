@@ -53,12 +53,13 @@ def test_an_update_in_groups_too_wide_for_any_tile_stays_and_says_so(group: int,
     fuse = next(record for record in manager.records if record.name == "fuse")
     assert len(fuse.matches) == fits
     assert FUNCTIONALIZED not in targets(module.graph)
-    (facts,) = manager.context.notes.values()
+    (note,) = manager.context.notes.values()
     if fits:
-        assert "not_fused" not in facts
+        assert note.not_fused is None
         return
-    assert facts["not_fused"].startswith(Refusal.TILE.value)
-    assert [reason for _, reason in fuse.skipped] == [facts["not_fused"]]
+    assert note.not_fused is not None
+    assert note.not_fused.startswith(Refusal.TILE.value)
+    assert [reason for _, reason in fuse.skipped] == [note.not_fused]
     names = [str(index) for index in range(len(given))]
     found, expected = (dict(zip(names, results(each, given), strict=True)) for each in (module, plain))
     assert_within_contract(found, expected)

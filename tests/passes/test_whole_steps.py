@@ -64,9 +64,9 @@ def test_both_linears_are_matched_and_only_their_updates_have_full_rank(
     assert [layer.side for layer in context.layers] == ["right", "left"]
     assert [len(layer.factors.terms) for layer in context.layers] == [accumulate] * 2
     assert {other.shape for other in context.updates.unmatched} <= {(17, 12)}  # embedding and head
-    assert [facts["reassociated"] for facts in context.notes.values()] == [True] * 2
+    assert [note.reassociated for note in context.notes.values()] == [True] * 2
     taken = "the factors of the gradient" if accumulate == 1 else f"{accumulate} gathered products"
-    assert [facts["refresh_takes"] for facts in context.notes.values()] == [taken] * 2
+    assert [note.refresh_takes for note in context.notes.values()] == [taken] * 2
     assert full_rank(backend.graphs[0].graph) == 2
 
 
@@ -100,7 +100,7 @@ def test_the_optimizers_step_alone_is_found_and_its_gradients_are_the_obstacle(c
     for layer in context.layers:
         assert layer.factors.obstacle is not None
         assert layer.factors.obstacle.op == "placeholder"
-    assert all("compile the backward" in facts["not_reassociated"] for facts in context.notes.values())
+    assert all("compile the backward" in (note.not_reassociated or "") for note in context.notes.values())
 
 
 IN_PLACE = {ops.run_program, ops.run_gemm}
@@ -179,7 +179,7 @@ def test_somebody_elses_optimizer_is_found_though_inductor_adds_its_momentum_in_
         fast(tokens(seed=index))
     (context,) = contexts
     assert [layer.shape for layer in context.layers] == [(20, 12), (12, 20)]
-    assert [facts["reassociated"] for facts in context.notes.values()] == [True] * 2
+    assert [note.reassociated for note in context.notes.values()] == [True] * 2
     assert full_rank(backend.graphs[0].graph) == 0  # the updates are functions of their own
     moved = [parameter.detach().clone() for parameter in model.parameters()]
     model.load_state_dict(twin.state_dict())

@@ -151,9 +151,9 @@ def test_explain_takes_the_backends_options() -> None:
     (layer,) = report.layers
     assert layer["matched"]
     assert not layer["reassociated"]
-    assert layer["not_reassociated"] == 'reassociate="never" keeps it'
+    assert layer["not_reassociated"] == 'reassociate="never" keeps the gradient'
     assert "the gradient, in every step" in layer["refresh_takes"]
-    assert 'reassociate="never" keeps it' in str(report)
+    assert 'reassociate="never" keeps the gradient' in str(report)
 
 
 def test_a_reader_of_the_gradient_is_named() -> None:

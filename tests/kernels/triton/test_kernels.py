@@ -26,11 +26,11 @@ from qgalore_compile.kernels.triton.gemm import Matrix
 from qgalore_compile.kernels.triton.kernels import (
     bind,
     called,
+    is_made_for,
     kernel_of,
     made_for,
     matrix,
     of_call,
-    on_gpu,
     region_of,
     target_of,
 )
@@ -266,9 +266,9 @@ def test_kernels_are_made_for_a_target_and_counted_only_inside() -> None:
     cpu, one, other = torch.device("cpu"), region_of(str(region())), Space(1, 8, 8)
     made = program(other, "x f32 element in", "y f32 element out")
     made.store("y", load(made, "x"))
-    assert not on_gpu(cpu)
+    assert not is_made_for()
     with made_for(SM_90) as kernels:
-        assert on_gpu(cpu)
+        assert is_made_for()
         assert target_of(cpu) is SM_90
         called(one)
         called(region_of(str(made)))
@@ -276,13 +276,13 @@ def test_kernels_are_made_for_a_target_and_counted_only_inside() -> None:
     assert list(kernels.values()) == [2, 1]
     called(one)
     assert kernels[one] == 2
-    assert not on_gpu(cpu)
+    assert not is_made_for()
 
 
 def test_an_error_inside_leaves_nothing_behind() -> None:
     with pytest.raises(NoTilingError), made_for(SM_90):
         raise NoTilingError("a tile that does not fit")
-    assert not on_gpu(torch.device("cpu"))
+    assert not is_made_for()
 
 
 def test_targets_nest() -> None:
