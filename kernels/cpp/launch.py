@@ -14,6 +14,7 @@ from torch import Tensor
 from qgalore_compile._torch import CppCodeCache, InvalidCxxCompiler, ShortenTraceback, get_cpp_compiler
 from qgalore_compile._torch import inductor_config as config
 from qgalore_compile.kernels.cpp.printer import print_cpp
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram
 
 # Inductor's flags switch loop vectorisation off for GCC, since it vectorises itself; they keep errno, for which no
@@ -89,9 +90,8 @@ class Kernel:
         _ = self._run
 
     def pitches(self) -> list[int]:
-        """Of whole contiguous matrices: elements from one row to the next, of two a byte bytes."""
-        columns = self.program.space.columns
-        return [-(-columns // 2) if buffer.memory == "u4" else columns for buffer in self.program.buffers]
+        """Of whole contiguous matrices: elements from one row to the next, of packed ones bytes."""
+        return [MEMORY[buffer.memory].pitch(self.program.space.columns) for buffer in self.program.buffers]
 
     def launch(self, pointers: Sequence[int], pitches: Sequence[int], rows: int, groups: int) -> None:
         """Run a program without numbers on all rows and groups, given the address and the pitch of every buffer."""

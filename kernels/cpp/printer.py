@@ -10,8 +10,9 @@ an element buffer to the next, so that a caller may hand in a block of a matrix,
 
 Within a group there is one loop over elements for each phase (:meth:`BlockProgram.phases`): values that a later phase
 needs are kept in an array on the stack, which stays in the first-level cache.  The compiler vectorises the loops; the
-arithmetic is float32 without contraction or reassociation, sums excepted.  Random bits and the dynamic 8-bit map are
-calls with a whole group between the loops, for which there are intrinsics.
+arithmetic is float32 without contraction or reassociation, sums excepted.  Random bits, the dynamic 8-bit map and
+rotations are calls with a whole group between the loops; for the first two there are intrinsics.  Packed codes are
+taken apart before the loops and put together behind them.
 """
 
 from __future__ import annotations
@@ -19,81 +20,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgalore_compile.kernels.ir.memory import MEMORY
-from qgalore_compile.kernels.ir.program import DYNAMIC8, REDUCTIONS, TYPES, BlockProgram, Instruction, number_of
+from qgalore_compile.formats.rotation import signs
+from qgalore_compile.kernels.cpp.spelling import CPP_TYPES, PRELUDE, SPELLING, integer, literal
+from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
+from qgalore_compile.kernels.ir.program import (
+    DYNAMIC8,
+    OF_GROUPS,
+    REDUCTIONS,
+    TYPES,
+    BlockProgram,
+    Instruction,
+    number_of,
+)
 
-_TYPES = {kind: MEMORY[kind].cpp for kind in TYPES}
-
-_SPELLING = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
-    "minimum": "{0} != {0} ? {0} : ({0} < {1} ? {0} : {1})", "maximum": "{0} != {0} ? {0} : ({0} > {1} ? {0} : {1})",
-    # a number, not NaN, is on the right: a comparison fewer, and GCC 12 vectorises two of these in a row
-    "minimum constant": "!({0} >= {1}) ? {0} : {1}", "maximum constant": "!({0} <= {1}) ? {0} : {1}",
-    # GCC 12 narrows a selection by a condition from outside the loop, where bytes or halves of what is chosen are
-    # stored, into one that it cannot vectorise
-    "where invariant": "({1} & -static_cast<int32_t>({0})) | ({2} & (static_cast<int32_t>({0}) - 1))",
-    "where invariant bf16": "float_of((bits_of({1}) & -static_cast<int32_t>({0})) | "
-                            "(bits_of({2}) & (static_cast<int32_t>({0}) - 1)))",
-    "f32 of bool": "{0} ? 1.0f : 0.0f",
-    "abs": "std::abs({0})", "sign": "({0} > 0) - ({0} < 0)", "sqrt": "std::sqrt({0})",
-    "rsqrt": "1.0f / std::sqrt({0})", "pow": "std::pow({0}, {1})", "sigmoid": "1.0f / (1.0f + std::exp(-{0}))",
-    "round": "std::rint({0})",
-    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
-    "ne": "{0} != {1}", "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}",
-    "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
-    "where": "{0} ? {1} : {2}", "bool": "{0} != 0",
-    **{kind: f"static_cast<{_TYPES[kind]}>({{0}})" for kind in ("f32", "f64", "i32", "i64")},
-    "round_bf16": "load_bf16(store_bf16({0}))", "round_bf16 exact": "{0}",
-    "round_f16": "static_cast<float>(static_cast<c10::Half>({0}))", "as_i32": "bits_of({0})", "as_f32": "float_of({0})",
-    **{name: f"std::{name}({{0}})" for name in (
-        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sin", "cos", "floor", "ceil", "trunc",
-    )},
-}  # fmt: skip
-# Signed integers that overflow are undefined in C++, and wrap around in PyTorch.
-for _kind, _unsigned in (("i32", "uint32_t"), ("i64", "uint64_t")):
-    for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
-        _SPELLING[f"{_name} {_kind}"] = (
-            f"static_cast<{_TYPES[_kind]}>(static_cast<{_unsigned}>({{0}}) {_sign} static_cast<{_unsigned}>({{1}}))"
-        )
-    _SPELLING[f"neg {_kind}"] = f"static_cast<{_TYPES[_kind]}>(-static_cast<{_unsigned}>({{0}}))"
-_CHEAP = {"load", "constant", *TYPES, *DYNAMIC8}
+_CHEAP = {"load", "constant", *TYPES, *OF_GROUPS}
 """Element instructions that are run again in a later phase rather than kept."""
 
-_PRELUDE = """\
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-{half}
-static inline float load_bf16(uint16_t bits) {{
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-}}
-
-// to nearest, ties to even; NaN stays NaN
-static inline uint16_t store_bf16(float value) {{
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-}}
-
-static inline int32_t bits_of(float value) {{
-    int32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits;
-}}
-
-static inline float float_of(int32_t bits) {{
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}}
-"""
-
-_PHILOX, _DYNAMIC8 = ((Path(__file__).parent / name).read_text() for name in ("philox.inc", "dynamic8.inc"))
+_PHILOX, _DYNAMIC8, _ROTATE = (
+    (Path(__file__).parent / f"{name}.inc").read_text() for name in ("philox", "dynamic8", "rotate")
+)
 
 
 def print_cpp(program: BlockProgram) -> str:
@@ -114,7 +59,7 @@ class _Printer:
                      and program.instructions[number].extent == "element"}  # fmt: skip
         self.exact = self._in_bf16()
         self.random = [number for number, each in enumerate(program.instructions) if each.operation == "random_bits"]
-        self.calls = [number for number, each in enumerate(program.instructions) if each.operation in DYNAMIC8]
+        self.calls = [number for number, each in enumerate(program.instructions) if each.operation in OF_GROUPS]
         sources = {program.instructions[number].args[0] for number in self.calls if program.completes(number)}
         self.kept |= sources.difference(self.calls)
 
@@ -165,31 +110,13 @@ class _Printer:
 
     def _takes_again(self, number: int) -> bool:
         """Whether a repeated instruction takes its arguments again: what was called is an array."""
-        return self._is_repeated(number) and self.program.instructions[number].operation not in DYNAMIC8
+        return self._is_repeated(number) and self.program.instructions[number].operation not in OF_GROUPS
 
     # -- the source -------------------------------------------------------------------------------------------------
 
     def lines(self) -> Iterator[str]:
-        formats = {buffer.memory for buffer in self.program.buffers}
-        operations = {each.operation for each in self.program.instructions}
-        half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
-        yield from (f"// {line}" for line in self.program.pretty().splitlines())
-        yield _PRELUDE.format(half=half) + (_PHILOX if self.random else "") + (_DYNAMIC8 if self.calls else "")
-        for name, values in self.program.tables.items():
-            entries = ", ".join(_literal(value, "f32") for value in values)
-            yield f"static const float {name}[{len(values)}] = {{{entries}}};"
-        yield (
-            'extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbers,\n'
-            "                    int64_t row_0, int64_t row_1, int64_t group_0, int64_t group_1) {"
-        )
-        for position, buffer in enumerate(self.program.buffers):
-            kind = MEMORY[buffer.memory].cpp
-            const = "const " if buffer.access == "in" else ""
-            yield f"    {const}{kind}* at_{buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
-            if buffer.extent == "element":
-                yield f"    const int64_t pitch_{buffer.name} = pitches[{position}];"
-        for position, name in enumerate(self.program.numbers):
-            yield f"    const int64_t {name} = numbers[{position}];"
+        yield from self._above()
+        yield from self._arguments()
         yield from self._those("scalar", "    ")
         yield f"    const int64_t groups = group_1 - group_0, columns = {self.space.columns};"
         yield "    #pragma omp parallel for schedule(static)"
@@ -202,9 +129,54 @@ class _Printer:
         else:
             yield f"        constexpr int64_t length = {self.space.width};"
         yield from self._those("row", "        ")
+        yield from self._arrays()
+        for phase in range(self.last + 1):
+            yield from self._group_values(phase)
+            yield from self._loop(phase)
+            for number in self.calls:
+                if self.phase[number] == phase and self.program.completes(number):
+                    source = self.program.instructions[number].args[0]
+                    yield self._call(number, f"{'given' if source in self.calls else 'kept'}_{source}")
+        yield from self._group_values(self.last + 1)
+        yield from self._behind_the_loops()
+        yield "    }"
+        yield "}"
+
+    def _above(self) -> Iterator[str]:
+        """The program as a comment, and the functions and tables that it uses."""
+        formats = {buffer.memory for buffer in self.program.buffers}
+        operations = {each.operation for each in self.program.instructions}
+        half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
+        yield from (f"// {line}" for line in self.program.pretty().splitlines())
+        yield PRELUDE.format(half=half) + (_PHILOX if self.random else "")
+        if operations & DYNAMIC8:
+            yield _DYNAMIC8
+        if "rotate" in operations:
+            entries = ", ".join(f"{value:g}" for value in signs(self.space.width))
+            yield f"static constexpr float rotation_signs[{self.space.width}] = {{{entries}}};\n{_ROTATE}"
+        for name, values in self.program.tables.items():
+            entries = ", ".join(literal(value, "f32") for value in values)
+            yield f"static const float {name}[{len(values)}] = {{{entries}}};"
+
+    def _arguments(self) -> Iterator[str]:
+        yield (
+            'extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbers,\n'
+            "                    int64_t row_0, int64_t row_1, int64_t group_0, int64_t group_1) {"
+        )
+        for position, buffer in enumerate(self.program.buffers):
+            kind = MEMORY[buffer.memory].cpp
+            const = "const " if buffer.access == "in" else ""
+            yield f"    {const}{kind}* at_{buffer.name} = static_cast<{const}{kind}*>(buffers[{position}]);"
+            if buffer.extent == "element":
+                yield f"    const int64_t pitch_{buffer.name} = pitches[{position}];"
+        for position, name in enumerate(self.program.numbers):
+            yield f"    const int64_t {name} = numbers[{position}];"
+
+    def _arrays(self) -> Iterator[str]:
+        """What is kept of a group on the stack: values between loops, draws, codes one a byte."""
         room = -(-self.space.width // 64) * 64  # for whole runs of what is called
         for number in sorted(self.kept):
-            kind = _TYPES[self.program.instructions[number].type]
+            kind = CPP_TYPES[self.program.instructions[number].type]
             yield f"        {kind} kept_{number}[{room}];"
         for number in self.calls:
             kind = {"f32": "float", "i32": "uint8_t"}[self.program.instructions[number].type]
@@ -214,29 +186,28 @@ class _Printer:
         for buffer in self.program.buffers:
             if buffer.memory == "u4":
                 yield from self._nibbles(buffer.name)
+            elif buffer.memory in PACKED and buffer.access != "out":
+                yield from self._unpacked(buffer.name, room)
+            if buffer.memory in PACKED and buffer.access != "in":
+                yield f"        uint8_t {buffer.name}_new[{room}];"
         for number in self.calls:
             if name := self.program.reads(number):
                 yield self._call(number, f"at_{name} + row * pitch_{name} + first")
-        for phase in range(self.last + 1):
-            yield from self._group_values(phase)
-            yield from self._loop(phase)
-            for number in self.calls:
-                if self.phase[number] == phase and self.program.completes(number):
-                    source = self.program.instructions[number].args[0]
-                    yield self._call(number, f"{'given' if source in self.calls else 'kept'}_{source}")
-        yield from self._group_values(self.last + 1)
+
+    def _behind_the_loops(self) -> Iterator[str]:
+        """Stores of groups' values, and of packed codes."""
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
+            if buffer.memory in PACKED:
+                yield from self._packed(name)
             if buffer.extent == "group":
                 place = f"at_{name}[row * {self.space.groups} + group]"
                 yield f"        {place} = {self._narrowed(value, buffer.memory)};"
-        yield "    }"
-        yield "}"
 
     def _those(self, extent: str, indent: str) -> Iterator[str]:
         for number, each in enumerate(self.program.instructions):
             if each.extent == extent:
-                yield f"{indent}const {_TYPES[each.type]} v{number} = {self._expression(number)};"
+                yield f"{indent}const {CPP_TYPES[each.type]} v{number} = {self._expression(number)};"
 
     def _draws(self, number: int) -> Iterator[str]:
         each = self.program.instructions[number]
@@ -266,9 +237,35 @@ class _Printer:
         yield f"        for (int64_t j = {name}_low; j < length; ++j)"
         yield f"            {name}_codes[j] = {name}_row[first + j - {half}] >> 4;"
 
+    def _unpacked(self, name: str, room: int) -> Iterator[str]:
+        """Codes of a group, each in a byte of its own."""
+        memory = MEMORY[self.program.buffer(name).memory]
+        mask = (1 << memory.bits) - 1
+        yield f"        uint8_t {name}_codes[{room}];"
+        yield f"        const uint8_t* {name}_bytes = at_{name} + row * pitch_{name} + first / {memory.lanes};"
+        yield "        #pragma omp simd"
+        yield f"        for (int64_t j = 0; j < (length + {memory.lanes - 1}) / {memory.lanes}; ++j) {{"
+        for lane in range(memory.lanes):
+            code = f"({name}_bytes[j] >> {memory.bits * lane}) & {mask}"
+            yield f"            {name}_codes[{memory.lanes} * j + {lane}] = {code};"
+        yield "        }"
+
+    def _packed(self, name: str) -> Iterator[str]:
+        """A group's new codes into bytes; places beyond the row hold 0."""
+        memory = MEMORY[self.program.buffer(name).memory]
+        codes = [f"({name}_new[{memory.lanes} * j + {lane}] << {memory.bits * lane})" for lane in range(memory.lanes)]
+        yield f"        for (int64_t j = length; j % {memory.lanes}; ++j) {name}_new[j] = 0;"
+        yield f"        uint8_t* {name}_to = at_{name} + row * pitch_{name} + first / {memory.lanes};"
+        yield "        #pragma omp simd"
+        yield f"        for (int64_t j = 0; j < (length + {memory.lanes - 1}) / {memory.lanes}; ++j)"
+        yield f"            {name}_to[j] = static_cast<uint8_t>({' | '.join(codes)});"
+
     def _call(self, number: int, source: str) -> str:
-        """The dynamic 8-bit map of a group."""
+        """What takes a group as a whole."""
         each = self.program.instructions[number]
+        if each.operation == "rotate":
+            back = "true" if each.names == ("back",) else "false"
+            return f"        rotate<{back}, {self.space.width}>({source}, length, rotation_signs, given_{number});"
         taken = ", ".join([source, *(f"v{arg}" for arg in each.args[1:])])
         signed = "true" if each.names == ("signed",) else "false"
         return f"        {each.operation}s<{signed}>({taken}, length, given_{number});"
@@ -277,7 +274,7 @@ class _Printer:
         """Values of extent "group" that are known once the loops before ``phase`` are through."""
         for number, each in enumerate(self.program.instructions):
             if each.extent == "group" and self._known(number) == phase:
-                yield f"        const {_TYPES[each.type]} v{number} = {self._expression(number)};"
+                yield f"        const {CPP_TYPES[each.type]} v{number} = {self._expression(number)};"
 
     def _known(self, number: int) -> int:
         """The phase in which a value is known: a reduction's result in the one behind its loop."""
@@ -316,7 +313,7 @@ class _Printer:
             each = self.program.instructions[number]
             earlier = number in self.kept and self.phase[number] < phase
             expression = f"kept_{number}[j]" if earlier else self._expression(number)
-            yield f"            const {_TYPES[each.type]} v{number} = {expression};"
+            yield f"            const {CPP_TYPES[each.type]} v{number} = {expression};"
             if number in self.kept and not earlier:
                 yield f"            kept_{number}[j] = v{number};"
         for number, each in reductions:
@@ -347,12 +344,15 @@ class _Printer:
             if each.extent not in ("element", "column") or number in found:
                 continue
             found.add(number)
-            if each.operation not in DYNAMIC8 and not (number in self.kept and self.phase[number] < phase):
+            if each.operation not in OF_GROUPS and not (number in self.kept and self.phase[number] < phase):
                 pending.extend(each.args)
         return sorted(found)
 
     def _store(self, name: str, value: int) -> Iterator[str]:
         buffer = self.program.buffer(name)
+        if buffer.memory in PACKED:
+            yield f"            {name}_new[j] = static_cast<uint8_t>(v{value});"
+            return
         yield f"            at_{name}[row * pitch_{name} + first + j] = {self._narrowed(value, buffer.memory)};"
 
     # -- one instruction --------------------------------------------------------------------------------------------
@@ -363,20 +363,20 @@ class _Printer:
             return self._load(each)
         if each.operation == "constant":
             value = number_of(each.names[0])
-            return _literal(value, each.type) if each.type in ("f32", "f64") else _integer(int(value), each.type)
+            return literal(value, each.type) if each.type in ("f32", "f64") else integer(int(value), each.type)
         if each.operation == "lookup":
             return f"{each.names[0]}[v{each.args[0]}]"
         if each.operation == "random_bits":
             return f"static_cast<int32_t>(draws_{number}[j])"
-        if each.operation in DYNAMIC8:
-            return f"static_cast<{_TYPES[each.type]}>(given_{number}[j])"
+        if each.operation in OF_GROUPS:
+            return f"static_cast<{CPP_TYPES[each.type]}>(given_{number}[j])"
         if each.operation == "group_sum":
             return f"r{number}"
         if self._is_of_sizes(each):
             return f"float_of(r{number})"
         if each.operation in REDUCTIONS:
             return f"nan_{each.args[0]} ? std::numeric_limits<float>::quiet_NaN() : r{number}"
-        return _SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
+        return SPELLING[self._special(each)].format(*(f"v{arg}" for arg in each.args))
 
     def _special(self, each: Instruction) -> str:
         """The spelling for what is known of the arguments."""
@@ -389,7 +389,7 @@ class _Printer:
                 return "where invariant"
             if self.exact.issuperset(each.args[1:]):
                 return "where invariant bf16"
-        if f"{each.operation} {each.type}" in _SPELLING:
+        if f"{each.operation} {each.type}" in SPELLING:
             return f"{each.operation} {each.type}"
         if each.operation == "round_bf16" and each.args[0] in self.exact:
             return "round_bf16 exact"
@@ -404,7 +404,7 @@ class _Printer:
     def _load(self, each: Instruction) -> str:
         name = each.names[0]
         buffer = self.program.buffer(name)
-        if buffer.memory == "u4":
+        if MEMORY[buffer.memory].bits < 8:
             return f"static_cast<int32_t>({name}_codes[j])"
         place = {
             "scalar": "0", "row": "row", "column": "first + j", "group": f"row * {self.space.groups} + group",
@@ -413,18 +413,4 @@ class _Printer:
         loaded = f"at_{name}[{place}]"
         if buffer.memory == "bf16":
             return f"load_bf16({loaded})"
-        return loaded if each.type == "bool" else f"static_cast<{_TYPES[each.type]}>({loaded})"
-
-
-def _literal(value: float, kind: str) -> str:
-    if value != value:
-        return f"std::numeric_limits<{_TYPES[kind]}>::quiet_NaN()"
-    if value in (float("inf"), float("-inf")):
-        return f"{'-' if value < 0 else ''}std::numeric_limits<{_TYPES[kind]}>::infinity()"
-    return f"static_cast<{_TYPES[kind]}>({float(value).hex()})"
-
-
-def _integer(value: int, kind: str) -> str:
-    if value == -(1 << 63):  # a literal has no sign of its own
-        return "std::numeric_limits<int64_t>::min()"
-    return f"{_TYPES[kind]}({value})"
+        return loaded if each.type == "bool" else f"static_cast<{CPP_TYPES[each.type]}>({loaded})"

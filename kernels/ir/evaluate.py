@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from qgalore_compile.formats.packing import pack, unpack, unpack_int4
+from qgalore_compile.formats.rotation import rotated
 from qgalore_compile.kernels.ir.dynamic8 import expanded
-from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
 from qgalore_compile.kernels.ir.program import REDUCTIONS, TYPES, BlockProgram, Buffer, Instruction, Space, number_of
 from qgalore_compile.rng import random_bits
 
@@ -53,7 +55,10 @@ def evaluate(program: BlockProgram, tensors: Mapping[str, Tensor], numbers: Mapp
         values.append(_run(program, instruction, args, tensors, numbers or {}))
     stored = []
     for name, number in program.stores:
-        value = _spread(values[number], program.instructions[number].extent, program.buffer(name).extent, space)
+        buffer = program.buffer(name)
+        value = _spread(values[number], program.instructions[number].extent, buffer.extent, space)
+        if buffer.memory in PACKED:
+            value = pack(value, buffer.memory)
         # a copy: what was loaded may be the storage that another store overwrites
         stored.append((tensors[name], value.to(tensors[name].dtype, copy=True)))
     for target, value in stored:
@@ -74,6 +79,10 @@ def _run(
     if operation == "random_bits":
         seed, param = (numbers[name] for name in instruction.names)
         return random_bits((space.rows, space.columns), seed=seed, step=args[0], param=param)
+    if operation == "rotate":
+        whole = space.columns // space.width * space.width
+        turned = rotated(args[0][:, :whole].reshape(space.rows, -1, space.width), instruction.names == ("back",))
+        return torch.cat([turned.reshape(space.rows, whole), args[0][:, whole:]], dim=-1)
     if operation in REDUCTIONS:
         reduce, neutral = _REDUCE[operation]
         missing = space.groups * space.width - space.columns
@@ -88,8 +97,9 @@ def _run(
 def _load(buffer: Buffer, tensor: Tensor, space: Space) -> Tensor:
     """A buffer's value in the shape that its extent has here."""
     if buffer.memory == "u4":
-        packed = tensor.view(space.rows, -1)
-        return torch.cat([packed & 15, packed >> 4], dim=-1)[:, : space.columns].to(torch.int32)
+        return unpack_int4(tensor.view(space.rows, -1), space.columns).to(torch.int32)
+    if buffer.memory in PACKED:
+        return unpack(tensor.view(space.rows, -1), buffer.memory, space.columns).to(torch.int32)
     shapes = {
         "scalar": (), "row": (space.rows, 1), "column": (1, space.columns), "group": (space.rows, space.groups),
         "element": (space.rows, space.columns),

@@ -10,7 +10,7 @@ scalar     launch               ()
 row        row                  (rows,)
 column     column               (columns,)
 group      group of a row       (rows, groups)
-element    place                (rows, columns); "u4": (rows, ⌈columns / 2⌉), planar
+element    place                (rows, columns); packed ones (rows, ⌈columns · bits / 8⌉)
 =========  ===================  ==========================================
 
 and a *type*: float "f32" or "f64", integer "i32" or "i64", or "bool"; loads widen what memory holds to one of them and
@@ -29,7 +29,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.formats.rotation import is_size
+from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
 
 EXTENTS = ("scalar", "row", "column", "group", "element")
 TYPES = ("f32", "f64", "i32", "i64", "bool")
@@ -85,11 +86,15 @@ POINTWISE: dict[str, int] = {
 REDUCTIONS = {"group_min", "group_max", "group_sum"}
 DYNAMIC8 = {"dynamic8_value", "dynamic8_code"}
 """bitsandbytes' map, from a code (i32, 0 to 255) and to it; ``dynamic8.py`` defines them."""
+OF_GROUPS = DYNAMIC8 | {"rotate"}
+"""From the elements of a group to as many others, all at once.  "rotate" is the randomised Hadamard rotation of
+``formats/rotation.py``, of every group that is not a short one."""
 OPERATIONS: dict[str, tuple[int, int]] = {
     **{name: (count, 0) for name, count in POINTWISE.items()},
     **dict.fromkeys(REDUCTIONS, (1, 0)),
     "dynamic8_value": (1, 1),  # code; "signed" or "unsigned"
     "dynamic8_code": (2, 1),  # value, the group's divisor; "signed" or "unsigned"
+    "rotate": (1, 1),  # value; "forth" or "back"
     "load": (0, 1),  # buffer
     "constant": (0, 1),  # its value
     "lookup": (1, 1),  # index; table
@@ -184,6 +189,10 @@ class BlockProgram:
             raise ProgramError(f"only groups and elements are stored, but {buffer} is one for each {target.extent}")
         if target.memory == "u4":
             raise ProgramError(f"{buffer} holds u4, which is read only; store u8 codes")
+        if target.memory in PACKED and self.space.groups > 1 and self.space.width % MEMORY[target.memory].lanes:
+            raise ProgramError(
+                f"groups of {self.space.width} elements share bytes of {buffer}, which holds {target.memory}"
+            )
         if MEMORY[target.memory].widened != source.type:
             raise ProgramError(f"%{value} is {source.type}, but {buffer} holds {target.memory}; cast it first")
         if join((target.extent, source.extent)) != target.extent:
@@ -222,6 +231,12 @@ class BlockProgram:
             if (sources[0].type, sources[0].extent) != ("f32", "element"):
                 raise ProgramError(f"{operation} reduces f32 elements, got {sources[0].type}, {sources[0].extent}")
             return "f32", "group"
+        if operation == "rotate":
+            if (sources[0].type, sources[0].extent) != ("f32", "element") or names[0] not in ("forth", "back"):
+                raise ProgramError(f"rotate takes f32 elements, forth or back, got {sources[0].type}, {names[0]}")
+            if not is_size(self.space.width):
+                raise ProgramError(f"rotate is of groups of a power of two of elements, not of {self.space.width}")
+            return "f32", "element"
         if operation in DYNAMIC8:
             found = ", ".join([*(f"{source.type} {source.extent}" for source in sources), *names])
             wanted = "i32 element" if operation == "dynamic8_value" else "f32 element, f32 group"
@@ -265,7 +280,7 @@ class BlockProgram:
     def completes(self, number: int) -> bool:
         """Whether an instruction's result is there only when its phase is complete: reductions, and what is called with
         a whole group, unless the group is there to begin with."""
-        return self.reduces(number) or (self.instructions[number].operation in DYNAMIC8 and not self.reads(number))
+        return self.reduces(number) or (self.instructions[number].operation in OF_GROUPS and not self.reads(number))
 
     def reads(self, number: int) -> str:
         """The buffer whose bytes are the codes that an instruction takes the values of, or ""."""
@@ -296,10 +311,10 @@ class BlockProgram:
         """Size of a buffer."""
         rows, columns, _ = self.space
         places = {"scalar": 1, "row": rows, "column": columns, "group": rows * self.space.groups}
-        bits = MEMORY[buffer.memory].bits
-        if bits < 8:  # of the elements of a row, which ends with a byte
-            return rows * -(-columns * bits // 8)
-        return places.get(buffer.extent, rows * columns) * bits // 8
+        memory = MEMORY[buffer.memory]
+        if memory.bits < 8:  # of the elements of a row, which ends with a byte
+            return rows * memory.pitch(columns)
+        return places.get(buffer.extent, rows * columns) * memory.bits // 8
 
     # -- text -------------------------------------------------------------------------------------------------------
 

@@ -17,14 +17,18 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import islice, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
 from qgalore_compile import formats
+from qgalore_compile.formats import FormatError
 from qgalore_compile.kernels.ir import dynamic8, float_rounding
+from qgalore_compile.kernels.ir.arithmetic import InProgram, Value
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, ProgramError, Space
+from qgalore_compile.kernels.read import coded
+from qgalore_compile.kernels.read.atoms import Atoms, Read
 from qgalore_compile.kernels.read.fx_values import arguments, aten, dtype, is_tensor, shape, value
 from qgalore_compile.kernels.read.patterns import filled, is_slice, nibbles
 from qgalore_compile.kernels.read.region import NARROW, Output, Refusal, RefusedError, Region, memory_of, type_of
@@ -33,13 +37,6 @@ from qgalore_compile.kernels.read.spelling import CAST, POINTWISE, REDUCTIONS, V
 qgalore = torch.ops.qgalore
 MOST_READINGS = 32
 """A vector of a square matrix may be one of rows or of columns: readings of all inputs that are tried."""
-
-
-class _Value(NamedTuple):
-    """An instruction as a tensor of the graph: what each dimension stands for; None for row-major elements."""
-
-    number: int
-    dims: tuple[tuple[str, ...], ...] | None
 
 
 def from_graph(nodes: Sequence[fx.Node], outputs: Sequence[Output], spaces: Sequence[Space]) -> Region:
@@ -85,20 +82,20 @@ def _promoting(arg: Any) -> Any:
     return value(arg) if isinstance(arg, fx.Node) else arg
 
 
-class _Reader:
+class _Reader(Atoms):
     """Reads a region over one space."""
 
     def __init__(self, nodes: Sequence[fx.Node], outputs: Sequence[Output], space: Space) -> None:
-        self.outputs, self.space = outputs, space
-        self.short = space.groups * space.width != space.columns
-        self.sizes = {"row": space.rows, "group": space.groups, "lane": space.width, "column": space.columns}
-        self.columns = ("column",) if self.short else ("group", "lane")
+        super().__init__(outputs, space)
         inside, seen = set(nodes), set[fx.Node]()
+        self.packed, self.apart = coded.packed(nodes), coded.apart(nodes)
+        inside -= self.apart
         self.nibbles = {node: packed for node, packed in filter(None, map(nibbles, nodes)) if packed not in inside}
         self.fills = {node: source for node in nodes if (source := filled(node, space)) is not None}
         # depth first from the outputs, not in the graph's order: layers that do the same get the same text
         self.nodes: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
+        self.coded: list[fx.Node] = []
         pending = [(output.node, False) for output in reversed(outputs)]
         while pending:
             node, complete = pending.pop()
@@ -110,47 +107,12 @@ class _Reader:
                     pending.append((node, True))
                     pending.extend((source, False) for source in reversed(self._sources(node)))
                 else:
-                    self.inputs.append(node)
+                    (self.coded if node in self.packed else self.inputs).append(node)
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         if node in self.nibbles:
             return []
         return [self.fills[node]] if node in self.fills else node.all_input_nodes
-
-    # -- inputs -----------------------------------------------------------------------------------------------------
-
-    def readings(self, node: fx.Node) -> Sequence[tuple[str, tuple[str, ...]]]:
-        """Extents that an input may have, with its atoms; [] where none fits."""
-        if not is_tensor(node):
-            return []
-        count = math.prod(shape(node))
-        whole = ("row", *self.columns)
-        one_group = self.space.rows * self.space.groups == 1 and any(node is each.target for each in self.outputs)
-        whole_group = "element" if self.space.columns == 1 else "group"  # scalars cannot be written
-        options = [(whole_group if one_group else "scalar", ())] if count == 1 else [
-            (extent, atoms)
-            for extent, atoms in (
-                ("element", whole), ("group", ("row", "group")), ("row", ("row",)), ("column", self.columns)
-            )
-            if math.prod(self.sizes[atom] for atom in atoms) == count
-            and (self._split(atoms, shape(node)) is not None or (self.space.rows == 1 and extent == "element"))
-        ]  # fmt: skip
-        distinct = {tuple(atom for atom in atoms if self.sizes[atom] > 1): (extent, atoms)
-                    for extent, atoms in reversed(options)}  # fmt: skip
-        return list(reversed(distinct.values()))
-
-    def _split(self, atoms: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[str, ...], ...] | None:
-        """Atoms in row-major order as the dimensions of a tensor; None where a dimension would cut one."""
-        left = [atom for atom in atoms if self.sizes[atom] > 1]
-        dims = []
-        for size in sizes:
-            taken: list[str] = []
-            while left and math.prod(self.sizes[atom] for atom in taken) < size:
-                taken.append(left.pop(0))
-            if math.prod(self.sizes[atom] for atom in taken) != size:
-                return None
-            dims.append(tuple(taken))
-        return None if left else tuple(dims)
 
     # -- the region -------------------------------------------------------------------------------------------------
 
@@ -158,12 +120,14 @@ class _Reader:
         """The region with its inputs read in a certain way."""
         self.region = Region(BlockProgram(self.space))
         self.program = self.region.program
-        self.values: dict[fx.Node, _Value] = {}
-        self.pairs: dict[fx.Node, tuple[_Value, _Value]] = {}
+        self.values: dict[fx.Node, Read] = {}
+        self.pairs: dict[fx.Node, Sequence[Read]] = {}
         updated = {output.target for output in self.outputs}
+        for node in self.coded:
+            self._load_packed(node, "inout" if node in updated else "in")
         for node, (extent, atoms) in zip(self.inputs, readings, strict=True):
             number = self._load(node, memory_of(node), extent, "inout" if node in updated else "in")
-            self.values[node] = _Value(number, self._split(atoms, shape(node)))
+            self.values[node] = Read(number, self._split(atoms, shape(node)))
         for node in self.nodes:
             self._node(node)
         for output in self.outputs:
@@ -178,9 +142,27 @@ class _Reader:
         self.region.buffers[name] = node
         return self.program.emit("load", names=(name,))
 
+    def _load_packed(self, node: fx.Node, access: str) -> None:
+        memory = self.packed[node]
+        number = self._load(node, memory, "element", access)
+        self.values[node] = Read(number, self._packed_dims(node, memory))
+
+    def _packed_dims(self, node: fx.Node, memory: str) -> tuple[tuple[str, ...], ...]:
+        """What the dimensions of packed codes stand for: rows, and the bytes of one."""
+        *leading, columns = shape(node)
+        if (math.prod(leading), columns) != (self.space.rows, coded.pitch(memory, self.space.columns)) or columns == 1:
+            raise RefusedError(Refusal.SHAPE, node)
+        rows = self._split(("row",), leading)
+        if rows is None:
+            raise RefusedError(Refusal.SHAPE, node)
+        return (*rows, (memory,))
+
     def _store(self, output: Output) -> None:
-        node, target = output
+        node = output.node
         number, dims = self.values[node]
+        if dims and dims[-1] and dims[-1][0] in self.packed.values():
+            self._store_as(output, number, dims[-1][0], "element")
+            return
         whole = ("row", *self.columns)
         atoms = tuple(atom for dim in ([whole] if dims is None else dims) for atom in dim if self.sizes[atom] > 1)
         extents = {
@@ -191,12 +173,16 @@ class _Reader:
         }  # fmt: skip
         if atoms not in extents:
             raise RefusedError(Refusal.SHAPE, node)
+        self._store_as(output, number, memory_of(node), extents[atoms])
+
+    def _store_as(self, output: Output, number: int, memory: str, extent: str) -> None:
+        node, target = output
         name = next((name for name, read in self.region.buffers.items() if read is target), None)
         if name is None:
             if target is not None and not value(target).is_contiguous():
                 raise RefusedError(Refusal.STRIDES, target)
             name = f"b{len(self.program.buffers)}"
-            self.program.buffers.append(Buffer(name, memory_of(node), extents[atoms], "out"))
+            self.program.buffers.append(Buffer(name, memory, extent, "out"))
             if target is not None:
                 self.region.buffers[name] = target
         try:
@@ -220,10 +206,10 @@ class _Reader:
             if sizes != (self.space.rows, self.space.columns):
                 raise RefusedError(Refusal.SHAPE, node)
             number = self._load(packed, "u4", "element", "in")
-            self.values[node] = _Value(number, self._split(("row", *self.columns), sizes))
+            self.values[node] = Read(number, self._split(("row", *self.columns), sizes))
         elif node in self.fills:
             source = self.values[self.fills[node]]
-            self.values[node] = _Value(source.number, self._split(("row", "group", "lane"), sizes))
+            self.values[node] = Read(source.number, self._split(("row", "group", "lane"), sizes))
         elif target is qgalore.drop_tail.default or target is aten.slice.Tensor:
             self._unfill(node)
         elif target in VIEWS:
@@ -232,7 +218,7 @@ class _Reader:
             source = self.values[node.all_input_nodes[0]]
             dims = self._split(("row", "group", "lane"), sizes) or self._split(("row", *self.columns), sizes)
             self._broadcast(node, [source], [node.all_input_nodes[0]], dims)
-            self.values[node] = _Value(source.number, dims)
+            self.values[node] = Read(source.number, dims)
         elif target in REDUCTIONS:
             self._reduce(node)
         elif target is qgalore.random_bits.default:
@@ -243,20 +229,24 @@ class _Reader:
             self._encode(node)
         elif target is qgalore.dequantize_dynamic8.default:
             self._decode(node)
+        elif target is coded.ENCODE:
+            self._encode_as(node)
+        elif target is coded.DECODE:
+            self._decode_as(node)
         elif target is operator.getitem and node.args[0] in self.pairs:
             self.values[node] = self.pairs[arguments(node)[0]][arguments(node)[1]]
         elif target in (aten.full.default, aten.scalar_tensor.default):
             fill = arguments(node)[1] if target is aten.full.default else arguments(node)[0]
-            self.values[node] = _Value(self._constant(fill, node), tuple(() for _ in sizes))
+            self.values[node] = Read(self._constant(fill, node), tuple(() for _ in sizes))
         else:
             self._pointwise(node)
 
     # -- shapes -----------------------------------------------------------------------------------------------------
 
-    def _reshaped(self, node: fx.Node, source: _Value) -> _Value:
+    def _reshaped(self, node: fx.Node, source: Read) -> Read:
         sizes, extent = shape(node), self.program.instructions[source.number].extent
         if extent == "scalar":
-            return _Value(source.number, tuple(() for _ in sizes))
+            return Read(source.number, tuple(() for _ in sizes))
         if source.dims is None:
             atoms: tuple[str, ...] = ("row", *self.columns)
         else:
@@ -266,7 +256,7 @@ class _Reader:
             raise RefusedError(Refusal.SHAPE, node)
         if dims is None and math.prod(self.sizes[atom] for atom in atoms) != self.space.columns:
             raise RefusedError(Refusal.SHAPE, node)
-        return _Value(source.number, dims)
+        return Read(source.number, dims)
 
     def _unfill(self, node: fx.Node) -> None:
         """Back from whole groups to the row."""
@@ -278,35 +268,7 @@ class _Reader:
             raise RefusedError(Refusal.OPERATION, node)
         if sizes[-1] != self.space.columns:
             raise RefusedError(Refusal.OPERATION, node)
-        self.values[node] = _Value(source.number, (*dims[:-1], ("column",)))
-
-    def _broadcast(
-        self, node: fx.Node, values: list[_Value], nodes: list[fx.Node], dims: tuple[tuple[str, ...], ...] | None
-    ) -> tuple[tuple[str, ...], ...] | None:
-        """What the dimensions of a result stand for; ``dims`` where that is known."""
-        sizes = shape(node)
-        varying = [
-            (each, source) for each, source in zip(values, nodes, strict=True)
-            if each.dims is None or any(each.dims)
-        ]  # fmt: skip
-        if any(each.dims is None for each, _ in varying):
-            if all(shape(source) == sizes for _, source in varying) and all(
-                each.dims is None or self._whole(each.dims) for each, _ in varying
-            ):
-                return None
-            raise RefusedError(Refusal.BROADCAST, node)
-        result: list[tuple[str, ...]] = list(dims) if dims is not None else [()] * len(sizes)
-        for each, _ in varying:
-            assert each.dims is not None
-            for position, dim in enumerate(each.dims, len(sizes) - len(each.dims)):
-                if dim and result[position] not in ((), dim):
-                    raise RefusedError(Refusal.BROADCAST, node)
-                result[position] = dim or result[position]
-        return tuple(result)
-
-    def _whole(self, dims: tuple[tuple[str, ...], ...]) -> bool:
-        atoms = [atom for dim in dims for atom in dim]
-        return atoms == [atom for atom in ("row", *self.columns) if self.sizes[atom] > 1]
+        self.values[node] = Read(source.number, (*dims[:-1], ("column",)))
 
     # -- operations -------------------------------------------------------------------------------------------------
 
@@ -359,7 +321,7 @@ class _Reader:
             if dtype(node) != torch.uint8:
                 raise RefusedError(Refusal.DTYPE, node)
             number = self.program.emit("bitand", (self._cast(number, "i32"), self.program.constant(255, "i32")))
-        self.values[node] = _Value(self._rounded(number, node), dims)
+        self.values[node] = Read(self._rounded(number, node), dims)
 
     def _cast(self, number: int, kind: str) -> int:
         have = self.program.instructions[number].type
@@ -391,7 +353,7 @@ class _Reader:
             number = self.program.emit("div", (number, self.program.constant(self.space.width)))
         axis = axes[0]
         left = (*source.dims[:axis], *([()] if keep else []), *source.dims[axis + 1 :])
-        self.values[node] = _Value(number, left)
+        self.values[node] = Read(number, left)
 
     def _random_bits(self, node: fx.Node) -> None:
         step, sizes, seed, param = arguments(node)
@@ -402,14 +364,14 @@ class _Reader:
         self.program.numbers.extend(names)
         self.region.numbers.update(zip(names, (seed, param), strict=True))
         number = self.program.emit("random_bits", (self.values[step].number,), names)
-        self.values[node] = _Value(number, self._split(("row", *self.columns), shape(node)))
+        self.values[node] = Read(number, self._split(("row", *self.columns), shape(node)))
 
     def _round_stochastically(self, node: fx.Node) -> None:
         tensor, noise, kind = arguments(node)
         sources = [self.values[tensor], self.values[noise]]
         dims = self._broadcast(node, sources, [tensor, noise], None)
         number, bits = self._cast(sources[0].number, "f32"), self._cast(sources[1].number, "i32")
-        self.values[node] = _Value(float_rounding.spell(self.program, number, bits, kind), dims)
+        self.values[node] = Read(float_rounding.spell(self.program, number, bits, kind), dims)
 
     def _encode(self, node: fx.Node) -> None:
         tensor, signed = arguments(node)
@@ -418,13 +380,13 @@ class _Reader:
         if self.program.instructions[source.number].extent != "element":
             raise RefusedError(Refusal.BROADCAST, node)
         codes, absmax = dynamic8.encode(self.program, self._cast(source.number, "f32"), signed=signed)
-        self.pairs[node] = (_Value(codes, source.dims), _Value(absmax, self._split(("group",), (self.space.groups,))))
+        self.pairs[node] = (Read(codes, source.dims), Read(absmax, self._split(("group",), (self.space.groups,))))
 
     def _decode(self, node: fx.Node) -> None:
         codes, absmax, signed = arguments(node)
         self._needs_blocks(node, codes)
         number = dynamic8.decode(self.program, self.values[codes].number, self.values[absmax].number, signed=signed)
-        self.values[node] = _Value(number, self.values[codes].dims)
+        self.values[node] = Read(number, self.values[codes].dims)
 
     def _needs_blocks(self, node: fx.Node, tensor: fx.Node) -> None:
         """The blocks of a flattened tensor are groups of a flat space, or the tensor is one short block."""
@@ -432,3 +394,41 @@ class _Reader:
         one_block = rows == 1 and columns == count <= min(width, formats.BLOCK_SIZE)
         if not one_block and (rows, columns, width) != (1, count, formats.BLOCK_SIZE):
             raise RefusedError(Refusal.SHAPE, node)
+
+    def _encode_as(self, node: fx.Node) -> None:
+        tensor, noise, _ = arguments(node)
+        form, source = coded.node_format(node), self.values[tensor]
+        if coded.space_of(node) != self.space:
+            raise RefusedError(Refusal.SHAPE, node)
+        if self.program.instructions[source.number].extent != "element":
+            raise RefusedError(Refusal.BROADCAST, node)
+        x = Value(self.program, self._cast(source.number, "f32"))
+        draws = None if noise is None else Value(self.program, self._cast(self.values[noise].number, "i32"))
+        try:
+            stored = form.store(InProgram(self.program, form.width), x, draws)
+        except FormatError as error:
+            raise RefusedError(Refusal.OPERATION, node) from error
+        groups = ("row", "group") if form.axis == "rows" else ("group",)
+        values = []
+        for index, (part, each) in enumerate(zip(form.parts, stored, strict=True)):
+            result = next((user for user in node.users if user.args[1] == index), None)
+            if result in self.packed:
+                dims: Any = self._packed_dims(result, part.memory)
+            elif part.extent == "group":
+                dims = self._split(groups, form.shape_of(part, shape(tensor)))
+            else:
+                dims = source.dims
+            values.append(Read(each.number, dims))
+        self.pairs[node] = values
+
+    def _decode_as(self, node: fx.Node) -> None:
+        stored, sizes, *_ = arguments(node)
+        form = coded.node_format(node)
+        if coded.space_of(node) != self.space:
+            raise RefusedError(Refusal.SHAPE, node)
+        parts = [Value(self.program, self.values[each].number) for each in stored]
+        for part, each in zip(form.parts, parts, strict=True):
+            if not coded.fits(self.space, self.program.instructions[each.number].extent, part.extent):
+                raise RefusedError(Refusal.BROADCAST, node)
+        value = form.load(InProgram(self.program, form.width), parts)
+        self.values[node] = Read(self._rounded(value.number, node), self._split(("row", *self.columns), sizes))

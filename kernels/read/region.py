@@ -14,6 +14,7 @@ from torch import fx
 from qgalore_compile import _ops, formats, rng  # noqa: F401  # they define torch.ops.qgalore
 from qgalore_compile.kernels.ir.memory import OF_DTYPE
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.read.coded import DECODE, ENCODE, coded_shape, node_format, space_of
 from qgalore_compile.kernels.read.fx_values import dtype, shape
 
 qgalore = torch.ops.qgalore
@@ -78,6 +79,8 @@ def candidates(nodes: Sequence[fx.Node], domain: Sequence[int]) -> list[Space]:
     for node in nodes:
         if node.target in (qgalore.quantize_dynamic8.default, qgalore.dequantize_dynamic8.default):
             flat.append(formats.BLOCK_SIZE)
+        elif node.target in (ENCODE, DECODE) and all(isinstance(size, int) for size in coded_shape(node)):
+            (flat if node_format(node).axis == "flat" else matrix).append(space_of(node).width)
         sizes = shape(node)
         if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
             continue

@@ -4,6 +4,7 @@
 file                  what it does
 ====================  =================================================================================================
 printer.py            program → Triton, on one tile at a time
+spelling.py           how types and operations are spelled
 gemm.py               a product as one Triton kernel
 kernels.py            what a GPU runs for a program's text: prints, loads and launches it
 tiling.py             which tiles, by a model of the chip; bytes by a model of its cache

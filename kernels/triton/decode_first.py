@@ -6,6 +6,9 @@ element in place of one; where nothing follows on the product it is a library's 
 not: on an H100 bf16 × INT8ᵀ of 4096 × 4096 × 4096 takes 344 µs in tiles, and 180 in the library beside 21 for decoding;
 the write-back of 4096 × 4096 at rank 1024 takes 182 µs with the INT4 projector decoded in tiles, and 108 where 8 are
 spent on decoding it before.
+
+What is rotated by groups is always decoded before: a product's tiles take k in parts, and of a rotation each element
+needs the whole group.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from qgalore_compile.kernels.triton.gemm import Matrix, Product
 from qgalore_compile.kernels.triton.targets import Target
 from qgalore_compile.kernels.triton.tiling import (
     NoTilingError,
+    decoding,
     grid_sizes,
     operand_bytes,
     peak,
@@ -37,9 +41,10 @@ _ALIGNED = 8
 
 
 def decodes_first(product: Product, target: Target) -> bool:
-    """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.triton.tiling`."""
+    """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.triton.tiling`, or
+    the only way, as for operands that are decoded in whole groups."""
     plain = decoded(product)
-    if plain == product or not (_aligned(plain.left) and _aligned(plain.right)):
+    if plain == product:
         return False
     try:
         for operand in _quantised(product.program):
@@ -51,6 +56,8 @@ def decodes_first(product: Product, target: Target) -> bool:
         in_tiles = seconds(product, tiling(product, target), target)
     except NoTilingError:
         in_tiles = math.inf
+    if in_tiles < math.inf and not (_aligned(plain.left) and _aligned(plain.right)):
+        return False
     try:
         before = _library(plain, target) if plain.program.epilogue is None else seconds(
             plain, tiling(plain, target), target)  # fmt: skip
@@ -89,7 +96,10 @@ def _decoding(product: Product, operand: Operand, target: Target) -> float:
     prologue = operand.prologue
     assert prologue is not None
     moved = operand_bytes(product, operand, 0, 0) + prologue.bytes_of(prologue.buffer(VALUE))
-    return _LAUNCH + moved / (_ATTAINED * target.dram_bytes_per_second)
+    instructions = math.prod(prologue.space[:2]) * decoding(prologue)
+    return _LAUNCH + max(
+        moved / (_ATTAINED * target.dram_bytes_per_second), instructions / (_ATTAINED * target.fp32_flops / 2)
+    )
 
 
 def _library(product: Product, target: Target) -> float:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.ir.memory import MEMORY
-from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram
+from qgalore_compile.kernels.ir.program import DYNAMIC8, OF_GROUPS, REDUCTIONS, BlockProgram
 from qgalore_compile.kernels.triton.printer import Body, Tile, module, power_of_two, signature
 
 
@@ -70,6 +70,13 @@ class Product(NamedTuple):
         return n if width is None or n % width == 0 else width
 
     @property
+    def decodes_groups(self) -> bool:
+        """Whether an operand is decoded a whole group at a time, as one that is rotated back: a tile of it takes k in
+        parts, so there is none, and it is to be decoded before (``decode_first.py``)."""
+        prologues = (self.program.left.prologue, self.program.right.prologue)
+        return any(each is not None and needs_groups(each) for each in prologues)
+
+    @property
     def exact(self) -> bool:
         """Whether it is computed without tensor cores."""
         return self.memory == "f32" and self.precision == "ieee"
@@ -86,7 +93,7 @@ class Product(NamedTuple):
 def needs_groups(program: BlockProgram) -> bool:
     """Whether a program is to be run on whole groups."""
     stores = any(program.buffer(name).extent == "group" for name, _ in program.stores)
-    return stores or any(each.operation in REDUCTIONS for each in program.instructions)
+    return stores or any(each.operation in REDUCTIONS | OF_GROUPS - DYNAMIC8 for each in program.instructions)
 
 
 def layout_of(program: BlockProgram, step: int) -> str:

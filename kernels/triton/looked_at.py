@@ -78,8 +78,7 @@ def _looked(kernel: Kernel, target: Target) -> Seen:
         binary = compiled(kernel, target)
     except CompileError as error:
         return Seen(0, f"does not compile: {(error.reason.splitlines() or ['no reason given'])[0]}")
-    # a value that is spilled has its place on the stack; the disassembler, which counts them, takes a second
-    return Seen(spills(binary) if binary.stack else 0)
+    return Seen(spills(binary))
 
 
 def compiled(kernel: Kernel, target: Target) -> Binary:
@@ -96,7 +95,14 @@ def compiled(kernel: Kernel, target: Target) -> Binary:
 
 
 def spills(binary: Binary) -> int:
-    """Bytes that a thread keeps in memory of its own; 0 where all values stay in registers."""
+    """Bytes that a thread keeps in memory of its own; 0 where all values stay in registers.
+
+    A stack alone tells of none: of a table's bounds, which are compared and counted, Triton 3.7 leaves an array that no
+    instruction touches.
+    """
+    # without a stack there are none; the disassembler, which counts them, takes a second
+    if not binary.stack or not binary.spilled:
+        return 0
     return max(binary.stack, binary.spilled)
 
 
@@ -110,4 +116,4 @@ def _key(kernel: Kernel, target: Target) -> str:
     import triton
 
     told = [triton.__version__, target.name, kernel.source, list(kernel.signature.items()), kernel.warps, kernel.stages]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(["spills", *told]).encode()).hexdigest()[:32]

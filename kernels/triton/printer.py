@@ -30,90 +30,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.dynamic8 import expanded
-from qgalore_compile.kernels.ir.memory import MEMORY
-from qgalore_compile.kernels.ir.program import REDUCTIONS, TYPES, BlockProgram, Buffer, Instruction, number_of
-
-_TYPES = {kind: MEMORY[kind].triton for kind in TYPES}
-
-_SPELLING = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "{0} * -1",
-    "abs": "tl.abs({0})", "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({0}))",
-    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
-    "log10": "tl.log2({0}) * 0.30102999566398120", "erf": "tl.erf({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})",
-    "sigmoid": "tl.div_rn(1.0, 1.0 + tl.exp(-{0}))", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})",
-    "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
-    "round": "_round({0})", "expm1": "_expm1({0})", "log1p": "_log1p({0})", "tanh": "_tanh({0})",
-    "pow": "_pow({0}, {1})",
-    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
-    "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}", "not": "{0} == 0",
-    "bitand": "{0} & {1}", "bitor": "{0} | {1}", "bitxor": "{0} ^ {1}", "shl": "{0} << {1}", "shr": "{0} >> {1}",
-    "where": "tl.where({0}, {1}, {2})", "bool": "{0} != 0",
-    **{kind: f"({{0}}).to({_TYPES[kind]})" for kind in ("f32", "f64", "i32", "i64")},
-    "round_bf16": "({0}).to(tl.bfloat16).to(tl.float32)",
-    "round_f16": "({0}).to(tl.float16).to(tl.float32)", "as_i32": "({0}).to(tl.int32, bitcast=True)",
-    "as_f32": "({0}).to(tl.float32, bitcast=True)",
-}  # fmt: skip
-_IN_F64 = {
-    "div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "rsqrt": "1.0 / tl.sqrt({0})", "expm1": "_expm1_f64({0})",
-    "log1p": "_log1p_f64({0})", "pow": "_pow_f64({0}, {1})",
-}  # fmt: skip
-"""Where Triton has an operation to nearest for float32 alone, or a function of ours calls one."""
-
-_HELPERS = {
-    "_least": "    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
-    "_most": "    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)",
-    "_sum": "    return a + b",
-    # 2**23 pushes the fraction out of the significand, where the hardware rounds to even
-    "_round": "    high = tl.where(a < 0, -8388608.0, 8388608.0)\n"
-              "    return tl.where(tl.abs(a) < 8388608.0, (a + high) - high, a)",
-    # Kahan's: what 1 + x or exp(x) lost to rounding cancels in the quotient
-    "_log1p": "    u = 1.0 + a\n"
-              "    return tl.where((u == 1.0) | (u == float('inf')), a, tl.log(u) * tl.div_rn(a, u - 1.0))",
-    "_expm1": "    u = tl.exp(a)\n"
-              "    small = (u - 1.0) * tl.div_rn(a, tl.log(u))\n"
-              "    return tl.where(u == 1.0, a, tl.where(tl.abs(a) > 1.0, u - 1.0, small))",
-    "_tanh": "    u = _expm1(2.0 * tl.minimum(tl.abs(a), 20.0, propagate_nan=tl.PropagateNan.ALL))\n"
-             "    size = tl.div_rn(u, u + 2.0)\n"
-             "    return tl.where(a < 0, -size, size)",
-    "_pow": "    size = tl.exp2(b * tl.log2(tl.abs(a)))\n"
-            "    size = tl.where((tl.abs(a) == 1.0) & (b == b), 1.0, size)\n"
-            "    odd = (tl.floor(b) == b) & (tl.floor(b * 0.5) * 2.0 != b)\n"
-            "    signed = tl.where(odd & ((a < 0) | (tl.div_rn(1.0, a) < 0)), size * -1.0, size)\n"
-            "    root = (a < 0) & (a != -float('inf')) & (tl.floor(b) != b)\n"
-            "    return tl.where((b == 0.0) | (a == 1.0), 1.0, tl.where(root, float('nan'), signed))",
-    "_philox": "    # Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3)\n"
-               "    for _ in tl.static_range(10):\n"
-               "        b0 = c0\n"
-               "        b2 = c2\n"
-               "        c0 = tl.umulhi(b2, 0xCD9E8D57) ^ c1 ^ k0\n"
-               "        c2 = tl.umulhi(b0, 0xD2511F53) ^ c3 ^ k1\n"
-               "        c1 = b2 * 0xCD9E8D57\n"
-               "        c3 = b0 * 0xD2511F53\n"
-               "        k0 += 0x9E3779B9\n"
-               "        k1 += 0xBB67AE85\n"
-               "    return c0, c1, c2, c3",
-}  # fmt: skip
-# a division of float64 is to nearest, and tl.div_rn takes none
-_HELPERS |= {f"{name}_f64": _HELPERS[name].replace("tl.div_rn(", "_quotient(") for name in ("_expm1", "_log1p", "_pow")}
-_HELPERS["_quotient"] = "    return a / b"
-_PARAMETERS = {
-    "_philox": "c0, c1, c2, c3, k0, k1",
-    **dict.fromkeys(("_expm1", "_expm1_f64", "_log1p", "_log1p_f64", "_tanh", "_round"), "a"),
-}
-_NEEDS = {"tanh": ("_expm1", "_tanh"), "random_bits": ("_philox",), "group_min": ("_least",), "group_max": ("_most",),
-          "group_sum": ("_sum",), "expm1": ("_expm1",), "log1p": ("_log1p",), "pow": ("_pow",),
-          "round": ("_round",)}  # fmt: skip
-
-_SPREAD = {
-    "tasks": {("row", "group"): "", ("row", "element"): "[:, None]", ("group", "element"): "[:, None]",
-              ("column", "element"): ""},
-    "part": {("row", "group"): "", ("row", "element"): "[:, None]", ("group", "element"): "[:, None]",
-             ("column", "element"): "[None, :]"},
-    "groups": {("row", "group"): "[:, None]", ("row", "element"): "[:, None, None]",
-               ("group", "element"): "[:, :, None]", ("column", "element"): "[None, :, :]"},
-    "free": {("row", "group"): "[:, None]", ("row", "element"): "[:, None]", ("group", "element"): "",
-             ("column", "element"): "[None, :]"},
-}  # fmt: skip
+from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
+from qgalore_compile.kernels.ir.program import REDUCTIONS, BlockProgram, Buffer, Instruction, number_of
+from qgalore_compile.kernels.triton.spelling import (
+    HELPERS,
+    IN_F64,
+    NEEDS,
+    PARAMETERS,
+    SPELLING,
+    SPREAD,
+    TRITON_TYPES,
+)
 
 
 class Tile(NamedTuple):
@@ -143,12 +70,12 @@ def helpers(programs: list[BlockProgram]) -> Iterator[str]:
     wanted: dict[str, None] = {}
     for program in programs:
         for each in expanded(program).instructions:
-            needs = _NEEDS.get(each.operation, ())
+            needs = NEEDS.get(each.operation, ())
             if each.type == "f64" and needs:
                 needs = ("_quotient", *(f"{name}_f64" for name in needs))
             wanted.update(dict.fromkeys(needs))
     for name in wanted:
-        yield f"@triton.jit\ndef {name}({_PARAMETERS.get(name, 'a, b')}):\n{_HELPERS[name]}\n"
+        yield f"@triton.jit\ndef {name}({PARAMETERS.get(name, 'a, b')}):\n{HELPERS[name]}\n"
 
 
 class Body:
@@ -171,6 +98,8 @@ class Body:
                 yield from self._draws(number, each)
             elif each.operation == "lookup":
                 yield from self._look_up(number, each)
+            elif each.operation == "rotate":
+                yield from self._rotation(number, each)
             else:
                 yield f"{self.name(number)} = {self._expression(each)}"
 
@@ -179,6 +108,9 @@ class Body:
         for name, value in self.program.stores:
             buffer = self.program.buffer(name)
             value, changes = self._changed(buffer, value)
+            if buffer.memory in PACKED:
+                yield from self._packed(buffer, value, changes)
+                continue
             stored = self._spread(value, buffer.extent)
             if buffer.memory not in ("f32", "i32", "bool"):
                 stored = f"({stored}).to({MEMORY[buffer.memory].triton})"
@@ -191,6 +123,8 @@ class Body:
         if found.operation == "where" and buffer.access == "inout":
             changes, new, old = found.args
             last = self.program.instructions[old]
+            if buffer.memory in PACKED and self.program.instructions[changes].extent != "scalar":
+                return value, ""  # of neighbours in a byte one may change and another stay
             if last.operation == "load" and last.names == (buffer.name,):
                 return new, self._spread(changes, buffer.extent)
         return value, ""
@@ -210,7 +144,7 @@ class Body:
         if each.operation == "load":
             return self._load(each.names[0], each.type)
         if each.operation == "constant":
-            return f"tl.full((), {_literal(each)}, {_TYPES[each.type]})"
+            return f"tl.full((), {_literal(each)}, {TRITON_TYPES[each.type]})"
         if each.operation in REDUCTIONS:
             return self._reduction(each)
         args = [self._spread(arg, each.extent) for arg in each.args]
@@ -218,8 +152,8 @@ class Body:
             nan = ", propagate_nan=tl.PropagateNan.ALL" if each.type in ("f32", "f64") else ""
             return f"tl.{each.operation}({args[0]}, {args[1]}{nan})"
         if each.operation == "sign":
-            return f"(({args[0]} > 0).to({_TYPES[each.type]}) - ({args[0]} < 0).to({_TYPES[each.type]}))"
-        spelling = _IN_F64 if each.type == "f64" and each.operation in _IN_F64 else _SPELLING
+            return f"(({args[0]} > 0).to({TRITON_TYPES[each.type]}) - ({args[0]} < 0).to({TRITON_TYPES[each.type]}))"
+        spelling = IN_F64 if each.type == "f64" and each.operation in IN_F64 else SPELLING
         return spelling[each.operation].format(*args)
 
     def _spread(self, number: int, extent: str) -> str:
@@ -227,7 +161,7 @@ class Body:
         own = self.program.instructions[number].extent
         if own in ("scalar", extent):
             return self.name(number)
-        return self.name(number) + _SPREAD[self.tile.layout][own, extent]
+        return self.name(number) + SPREAD[self.tile.layout][own, extent]
 
     def _reduction(self, each: Instruction) -> str:
         source, mask = self._spread(each.args[0], "element"), self.tile.masks.get("element")
@@ -245,9 +179,13 @@ class Body:
         loaded = f"tl.load({self._pointer(name)}{mask and f', mask={mask}, other=0'})"
         if buffer.memory == "u4":
             return f"(({loaded} >> {self._half()[1]}) & 15).to(tl.int32)"
+        if buffer.memory in PACKED:
+            memory = MEMORY[buffer.memory]
+            lane = f"(({self._columns()}) & {memory.lanes - 1})"
+            return f"(({loaded}.to(tl.int32) >> ({lane} * {memory.bits}).to(tl.int32)) & {(1 << memory.bits) - 1})"
         if kind == "bool":
             return f"({loaded} != 0)"
-        return loaded if buffer.memory == kind else f"{loaded}.to({_TYPES[kind]})"
+        return loaded if buffer.memory == kind else f"{loaded}.to({TRITON_TYPES[kind]})"
 
     def _mask(self, extent: str) -> str:
         return self.tile.masks.get(extent, "")
@@ -261,22 +199,78 @@ class Body:
             return f"{pointer} + {tile.row}"
         if buffer.extent == "column":
             return f"{pointer} + {tile.column}"
-        spread, row = _SPREAD[tile.layout], tile.row
-        if space.rows * space.columns >= 1 << 31:
-            row = f"{row}.to(tl.int64)"
+        spread, row = SPREAD[tile.layout], self._row()
         if buffer.extent == "group":
             return f"{pointer} + ({row}{spread['row', 'group']} * {space.groups} + {tile.group})"
-        columns = tile.column + spread["column", "element"]
-        pitch = space.columns
+        columns, memory = self._columns(), MEMORY[buffer.memory]
+        pitch = memory.pitch(space.columns)
         if buffer.memory == "u4":
-            columns, pitch = f"({columns} - {self._half()[0]})", -(-space.columns // 2)
+            columns = f"({columns} - {self._half()[0]})"
+        elif buffer.memory in PACKED:
+            columns = f"({columns}) // {memory.lanes}"
         return f"{pointer} + ({row}{spread['row', 'element']} * {pitch} + {columns})"
+
+    def _row(self) -> str:
+        """Rows, in as many bits as offsets take."""
+        space = self.program.space
+        return f"{self.tile.row}.to(tl.int64)" if space.rows * space.columns >= 1 << 31 else self.tile.row
+
+    def _columns(self) -> str:
+        """Columns in the shape of elements."""
+        return self.tile.column + SPREAD[self.tile.layout]["column", "element"]
+
+    def _packed(self, buffer: Buffer, value: int, changes: str) -> Iterator[str]:
+        """Store neighbours that share bytes: the last dimension is taken apart into them, one bit of the place after
+        the other, lowest first.  ``changes`` is a scalar."""
+        memory, shape, name = MEMORY[buffer.memory], self.tile.shape, f"{self.prefix}{buffer.name}"
+        mask, codes = self._mask("element"), self._spread(value, "element")
+        full = f"tl.full({shape}, 0, tl.int32)"
+        taken = {"p": f"{full} + {f'tl.where({mask}, {codes}, 0)' if mask else codes}"}
+        place = self._pointer(buffer.name).removeprefix(f"{name} + ")
+        if self._together(memory.lanes):  # no place for each element, which a thread would hold
+            row = self._row() + SPREAD[self.tile.layout]["row", "element"]
+            pitch = memory.pitch(self.program.space.columns)
+            yield f"{name}_at = {row} * {pitch} + {self._counters(shape, memory.lanes)}"
+        else:
+            taken["at"] = f"{full} + {place}"
+        if mask:
+            taken["in"] = f"{full} + ({mask}).to(tl.int32)"
+        yield from (f"{name}_{each} = {made}" for each, made in taken.items())
+        lanes, size, shift = memory.lanes, shape[-1], memory.bits
+        while lanes > 1:
+            size //= 2
+            pairs = (*shape[:-1], size, 2)
+            yield f"{name}_a, {name}_b = tl.split({name}_p.reshape({pairs}))"
+            yield f"{name}_p = {name}_a | ({name}_b << {shift})"
+            yield from (f"{name}_{each}, _ = tl.split({name}_{each}.reshape({pairs}))" for each in taken if each != "p")
+            lanes, shift = lanes // 2, shift * 2
+        stored = " & ".join(filter(None, [changes, mask and f"({name}_in != 0)"]))
+        yield f"tl.store({name} + {name}_at, {name}_p.to(tl.uint8){stored and f', mask={stored}'})"
+
+    def _rotation(self, number: int, each: Instruction) -> Iterator[str]:
+        """Every whole group of the last dimension rotated; sums in the order of ``formats/rotation.py``."""
+        space, shape, name = self.program.space, self.tile.shape, self.name(number)
+        width, size = space.width, math.prod(shape)
+        column, source = f"({self._columns()})", self._spread(each.args[0], "element")
+        back = each.names == ("back",)
+        yield f"{name}_s = _sign({column} % {width})"
+        yield f"{name} = tl.full({shape}, 0.0, tl.float32) + {source if back else f'{source} * {name}_s'}"
+        distance = 1
+        while distance < width:
+            lead = size // (2 * distance)
+            pairs = f"{name}.reshape(({lead}, 2, {distance})).trans((0, 2, 1))"
+            yield f"{name}_a, {name}_b = tl.split({pairs})"
+            yield f"{name} = tl.join({name}_a + {name}_b, {name}_a - {name}_b).trans((0, 2, 1)).reshape({shape})"
+            distance *= 2
+        yield f"{name} = {name} * {_float(1 / math.sqrt(width))}" + (f" * {name}_s" if back else "")
+        if space.columns % width:
+            yield f"{name} = tl.where(({column} // {width} + 1) * {width} <= {space.columns}, {name}, {source})"
 
     def _half(self) -> tuple[str, str]:
         """(what a column's byte lies behind the column, by how much its nibble is shifted): low nibbles hold the first
         half of a row."""
         tile, half = self.tile, -(-self.program.space.columns // 2)
-        column = tile.column + _SPREAD[tile.layout]["column", "element"]
+        column = self._columns()
         if tile.first is not None and half % tile.step == 0:  # the tile lies in one half
             column = tile.first + ("[:, None]" if tile.layout == "tasks" else "")
         return f"tl.where({column} < {half}, 0, {half})", f"tl.where({column} < {half}, 0, 4).to(tl.uint8)"
@@ -286,11 +280,11 @@ class Body:
     def _draws(self, number: int, each: Instruction) -> Iterator[str]:
         seed, param = (f"{self.prefix}{name}" for name in each.names)
         tile, name, shape = self.tile, self.name(number), self.tile.shape
-        spread = _SPREAD[tile.layout]
+        spread = SPREAD[tile.layout]
         row = tile.row + spread["row", "element"]
-        together = tile.first is not None and shape[-1] % 8 == 0 and (tile.layout != "groups" or shape[-1] >= 8)
+        together = self._together(8)
         yield f"{name}_seed = tl.full((), 0, tl.int64) + {seed}"  # an argument equal to 1 is no tensor
-        counter = self._counters(shape) if together else f"{tile.column}{spread['column', 'element']} // 8"
+        counter = self._counters(shape, 8) if together else f"{tile.column}{spread['column', 'element']} // 8"
         size = (*shape[:-1], shape[-1] // 8) if together else shape
         zero = f"tl.full({size}, 0, tl.uint32)"
         yield f"{name}_step = {self._spread(each.args[0], 'scalar')}.to(tl.int64).to(tl.uint32)"
@@ -311,12 +305,17 @@ class Body:
         yield f"{name}_w = tl.where(({column} & 4) != 0, {high}, {low})"
         yield f"{name} = (({name}_w >> (({column} & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)"
 
-    def _counters(self, shape: tuple[int, ...]) -> str:
-        """Counters of eight draws each."""
-        first, last = self.tile.first, f"tl.arange(0, {shape[-1] // 8})"
+    def _together(self, count: int) -> bool:
+        """Whether so many neighbours, from a multiple of that many columns on, are the tile's all or none."""
+        return self.tile.first is not None and self.tile.shape[-1] % count == 0
+
+    def _counters(self, shape: tuple[int, ...], count: int) -> str:
+        """Numbers of so many neighbours each."""
+        first, last = self.tile.first, f"tl.arange(0, {shape[-1] // count})"
         if self.tile.layout == "groups":
-            return f"({first} // 8 + tl.arange(0, {shape[1]}) * {shape[2] // 8})[None, :, None] + {last}[None, None, :]"
-        return f"({first} // 8){'[:, None]' if self.tile.layout == 'tasks' else ''} + {last}[None, :]"
+            groups = f"tl.arange(0, {shape[1]}) * {shape[2] // count}"
+            return f"({first} // {count} + {groups})[None, :, None] + {last}[None, None, :]"
+        return f"({first} // {count}){'[:, None]' if self.tile.layout == 'tasks' else ''} + {last}[None, :]"
 
     def _look_up(self, number: int, each: Instruction) -> Iterator[str]:
         """A table as a tree of selections: Triton has no constants in memory."""
@@ -381,6 +380,7 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
     dimension; arguments as :func:`signature` has them."""
     program = expanded(program)
     space, width = program.space, power_of_two(program.space.width)
+    width = max([width, *(MEMORY[buffer.memory].lanes for buffer in program.buffers if buffer.memory in PACKED)])
     if _is_flat(program):
         space = space._replace(rows=1, columns=space.rows * space.columns)
         program = dataclasses.replace(program, space=space)
@@ -414,7 +414,10 @@ def print_region(program: BlockProgram, rows: int, name: str = "region") -> str:
 
 def _is_flat(program: BlockProgram) -> bool:
     """Whether groups follow one upon the other in memory, and nothing asks for rows and columns."""
-    if program.space.columns % program.space.width or any(b.memory == "u4" for b in program.buffers):
+    if program.space.columns % program.space.width or any(
+        b.memory == "u4" or (b.memory in PACKED and program.space.columns % MEMORY[b.memory].lanes)
+        for b in program.buffers
+    ):
         return False
     asked = {b.extent for b in program.buffers} & {"row", "column"}
     return not asked and all(each.operation != "random_bits" for each in program.instructions)

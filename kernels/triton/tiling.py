@@ -29,7 +29,7 @@ from itertools import product as combinations
 from typing import Any, NamedTuple
 
 from qgalore_compile.kernels.ir.gemm import Operand, parsed
-from qgalore_compile.kernels.ir.memory import MEMORY
+from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.triton.gemm import Product, Tiling, layout_of
 from qgalore_compile.kernels.triton.printer import power_of_two
@@ -54,8 +54,9 @@ _TENSOR_MEMORY = 512
 """Columns of a block on sm_100, of which two buffers of a product in three parts and one of its operands must fit."""
 _LOADS = 54
 """Bytes a cycle that a multiprocessor gets from the L2 cache."""
-_DECODING = 12
-"""Instructions an element: address, widen, convert, scale, shift, narrow, store."""
+_DECODING = 8
+"""Instructions an element beside a program's own: 12 with the four of INT8 and INT4 groups (load, convert, scale,
+shift), which were measured; the rest are address, widen, narrow, store."""
 _OPERATION = 3
 """Instructions for one operation of an epilogue on an element."""
 _LONG = {"div": 15, "random_bits": 30}
@@ -102,8 +103,10 @@ def tilings(product: Product, target: Target) -> list[Tiling]:
     """Tilings that fit by the model, the fastest first.
 
     Raises:
-        NoTilingError: none fits.
+        NoTilingError: none fits, or none can decode an operand.
     """
+    if product.decodes_groups:
+        raise NoTilingError(f"no tile of a product of {product.sizes} takes the whole groups that an operand needs")
     fitting = _fitting(str(product.program), product[1:], target)
     if not fitting:
         raise NoTilingError(
@@ -211,6 +214,8 @@ def registers(product: Product, tiling: Tiling, target: Target) -> float:
         factor = 1.35 if target.name == "sm_90" else 2.7
     if masked:
         factor = 3.3
+    if any(epilogue.buffer(name).memory in PACKED for name, _ in epilogue.stores):
+        factor = max(factor, 4.0)  # neighbours change places between threads: 193 for 32 sums of e2m1 in groups of 32
     if epilogue.space.columns % 16:  # rows that begin anywhere: a byte at a time, each with an address of its own
         factor = 6.6
     return max(loop, 40 + own * factor)
@@ -261,8 +266,8 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
         bytes_in / _LOADS,
     )
     sides = zip((tiling.m, tiling.n), _operands(product), strict=True)
-    decoded = sum(k * side for side, operand in sides if operand.prologue)
-    parts = [products, decoded * _DECODING / 128, _epilogue_cycles(product, tiling)]
+    decoded = sum(k * side * decoding(operand.prologue) for side, operand in sides if operand.prologue)
+    parts = [products, decoded / 128, _epilogue_cycles(product, tiling)]
     held = target.occupancy(
         min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
     ).blocks
@@ -273,6 +278,11 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     alone = 1.3 if held * tiling.warps < 8 else 1.0
     waves = max(1.0, math.prod(grid(product, tiling, *grid_sizes(product))) / (target.multiprocessors * held))
     return waves * (held * cycles * alone + k / tiling.k * _BARRIER[tiling.stages]) / _CLOCK
+
+
+def decoding(prologue: BlockProgram) -> int:
+    """Instructions that decode an element: of a table of 16 entries more than twice as many as of INT8 groups."""
+    return _DECODING + sum(each.extent == "element" for each in prologue.instructions)
 
 
 def _epilogue_cycles(product: Product, tiling: Tiling) -> float:
@@ -313,7 +323,9 @@ def element_bytes(product: Product, operand: Operand, *, loaded: bool = False) -
     if operand.prologue is None:
         return MEMORY[product.memory].bytes
     found = operand_bytes(product, operand, 0, 0) / math.prod(operand.prologue.space[:2])
-    return found + 0.5 * (loaded and any(each.memory == "u4" for each in operand.prologue.buffers))
+    return found + loaded * sum(
+        1 - MEMORY[each.memory].bytes for each in operand.prologue.buffers if MEMORY[each.memory].bits < 8
+    )
 
 
 def operand_bytes(product: Product, operand: Operand, rows: int, columns: int) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.formats.grouping import check_grouped, from_groups, to_groups
+from qgalore_compile.formats.packing import pack_int4, unpack_int4
 
 
 class Int8Groups(NamedTuple):
@@ -91,24 +92,6 @@ def dequantize_int8(
 
 
 # -- INT4, two codes a byte -----------------------------------------------------------------------------------------
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """(..., n) codes below 16 → (..., ceil(n / 2)) bytes, planar: low nibbles hold the first half of the row.
-
-    Planar, not interleaved: unpacking is then two contiguous stores, which vectorise in generated CPU code.
-    """
-    half = -(-codes.shape[-1] // 2)
-    low, high = codes[..., :half], codes[..., half:]
-    if high.shape[-1] < half:  # an odd row: the last high nibble stays empty
-        high = torch.nn.functional.pad(high, (0, half - high.shape[-1]))
-    return low | (high << 4)
-
-
-def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """The inverse of :func:`pack_int4`: (..., ceil(columns / 2)) bytes → (..., columns) codes in uint8."""
-    codes = torch.cat([packed & 15, packed >> 4], dim=-1)
-    return codes if codes.shape[-1] == columns else codes[..., :columns]
 
 
 def quantize_int4(x: Tensor, group_size: int = 256, *, noise: Tensor | None = None) -> Int4Groups:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
+from qgalore_compile.formats.arithmetic import Arithmetic, nonzero
+from qgalore_compile.formats.base import Format, Grouped, Part
 from qgalore_compile.formats.grouping import check_float, from_groups, to_groups
 
 BLOCK_SIZE = 256
@@ -64,7 +68,12 @@ def _quantize_dynamic8(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         return _quantize_dynamic8_fake(x, signed)
     blocks = to_groups(x.to(torch.float32).reshape(-1), BLOCK_SIZE)
     absmax = blocks.abs().amax(-1, keepdim=True)
-    unit = blocks / torch.where(absmax > 0, absmax, 1.0)
+    codes = nearest_entry(blocks / torch.where(absmax > 0, absmax, 1.0), signed)
+    return from_groups(codes.to(torch.uint8), count).reshape(x.shape), absmax.squeeze(-1)
+
+
+def nearest_entry(unit: Tensor, signed: bool) -> Tensor:
+    """The code of the entry nearest to each number of at most 1 in size, float32 whole numbers."""
     size = unit.abs().clamp(max=1.0)
     decade = (size.log10().ceil() + _DECADES).clamp(0.0, _DECADES)  # log10(0) = -inf lands in decade 0
     power, width = _dynamic_scale(decade, signed)
@@ -73,8 +82,7 @@ def _quantize_dynamic8(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     seam = width - torch.where(decade > 0, 0.3, to_zero)
     entry = torch.where(position < seam, width - 1, position.round().maximum(width).minimum(2 * width - 1))
     entry = torch.where((decade == _DECADES) & (position >= 2 * width - 0.75), 2 * width, entry)
-    codes = torch.where(unit < 0, 127 - entry.clamp(max=127), 127 + entry) if signed else entry - 1
-    return from_groups(codes.to(torch.uint8), count).reshape(x.shape), absmax.squeeze(-1)
+    return torch.where(unit < 0, 127 - entry.clamp(max=127), 127 + entry) if signed else entry - 1
 
 
 def _quantize_dynamic8_fake(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -123,3 +131,51 @@ def dynamic_map(signed: bool, device: torch.device | None = None) -> Tensor:
     largest = 128 if signed else 256
     size = torch.where(entry == largest, 1.0, torch.where(entry == (0 if signed else 1), 0.0, size))
     return torch.where(code < 127, -size, size) if signed else size
+
+
+@dataclass(frozen=True)
+class Dynamic8Blocks(Grouped):
+    """The dynamic map as a format.  Attributes: ``signed``, which map."""
+
+    width: int = BLOCK_SIZE
+    axis: str = "flat"
+    signed: bool = True
+
+    name: ClassVar[str] = "dynamic8"
+    default_axis: ClassVar[str] = "flat"
+    rounds: ClassVar[bool] = False
+
+    @property
+    def inline(self) -> bool:  # type: ignore[override]
+        """bitsandbytes' blocks have operators of their own."""
+        return self.width == BLOCK_SIZE and self.axis == "flat"
+
+    @property
+    def least(self) -> int:  # type: ignore[override]
+        return 128 if self.signed else 1
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return Part("codes", "u8", "element"), Part("absmax", "f32", "group")
+
+    def store(self, on: Arithmetic, x: Any, noise: Any) -> list[Any]:
+        absmax = on.group_max(on.abs(x))
+        return [on.dynamic8_code(x, nonzero(on, absmax), self.signed), absmax]
+
+    def load(self, on: Arithmetic, stored: Sequence[Any]) -> Any:
+        return on.dynamic8_value(stored[0], self.signed) * stored[1]
+
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
+        return list(quantize_dynamic8(x, signed=self.signed)[:2]) if self.inline else super().encode(x)
+
+    def decode(self, stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self.inline:
+            return super().decode(stored, shape, dtype)
+        return dequantize_dynamic8(stored[0], stored[1], self.signed, dtype=dtype)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return () if self.signed else ("unsigned",)
+
+    def unsigned(self) -> Format:
+        return replace(self, signed=False)

@@ -59,8 +59,8 @@ def every_format(space: Space) -> BlockProgram:
 
 def shape_of(buffer: Buffer, space: Space) -> tuple[int, ...]:
     """The shape of a buffer's tensor."""
-    if buffer.memory == "u4":
-        return space.rows, -(-space.columns // 2)
+    if MEMORY[buffer.memory].bits < 8:
+        return space.rows, MEMORY[buffer.memory].pitch(space.columns)
     return {
         "scalar": (), "row": (space.rows,), "column": (space.columns,), "group": (space.rows, space.groups),
         "element": (space.rows, space.columns),

@@ -146,10 +146,10 @@ class Layer:
         given: dict[str, Any] = {}
         if self.follow:
             changed["moments"] = [t[name] for name in moments]
-            given = {"step": t["step"], "on_refresh": self.follow, "betas": t["betas"]}
+            given = {"step": t["step"], "on_refresh": self.follow, "betas": t["betas"], "moments_format": "32bit"}
         given |= {
             "factors": [gradient], "scales": None, "shape": list(self.shape), "rank": self.rank,
-            "bits": 4 if self.projector == "int4" else 0, "group_size": GROUP, "method": self.refresh,
+            "format": f"int4/{GROUP}+planar" if self.projector == "int4" else "float32", "method": self.refresh,
             "power_iterations": 2, "rule": RULE.to_tensor(), "seed": 0, "param": 0,
         }  # fmt: skip
         op = torch.ops.qgalore.refresh_.moments if self.follow else torch.ops.qgalore.refresh_.default

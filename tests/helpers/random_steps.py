@@ -320,11 +320,11 @@ class Step:
         """R and the projector's stored parts behind the refresh op, in its functional form."""
         if not layer.refresh:
             return low, stored
-        bits = {"float": 0, "int8": 8, "int4": 4}[layer.projector]
+        form = {"float": "float32", "int8": f"int8/{GROUP}", "int4": f"int4/{GROUP}+planar"}[layer.projector]
         changed = {"low": low, "projector": stored, "schedule": schedule[0]}
         given = {
-            "factors": [gradient], "scales": None, "shape": [layer.m, layer.n], "rank": layer.rank, "bits": bits,
-            "group_size": GROUP, "method": "svd", "power_iterations": 2, "rule": schedule[1], "seed": 0, "param": index,
+            "factors": [gradient], "scales": None, "shape": [layer.m, layer.n], "rank": layer.rank, "format": form,
+            "method": "svd", "power_iterations": 2, "rule": schedule[1], "seed": 0, "param": index,
         }  # fmt: skip
         _, new_low, *new_stored, new_schedule = recorder.call(
             FUNCTIONALIZED, torch.ops.qgalore.refresh_.default, **functional_arguments(changed, given)

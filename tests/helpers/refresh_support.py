@@ -11,14 +11,15 @@ import torch
 from subspace_support import as_matrix
 from torch import Tensor
 
+from qgalore_compile.formats import Format
 from qgalore_compile.subspace.projection import project, projector_shape, side_of
-from qgalore_compile.subspace.refresh import Moments, ProjectorFormat, refresh_
+from qgalore_compile.subspace.refresh import Moments, refresh_
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=160)
-FLOAT = ProjectorFormat(0, 256)
-INT4 = ProjectorFormat(4, 16)
-FORMATS = {"float": FLOAT, "int8": ProjectorFormat(8, 16), "int4": INT4}
+FLOAT = Format.parse("float32")
+INT4 = Format.parse("int4/16+planar")
+FORMATS = {"float": FLOAT, "int8": Format.parse("int8/16"), "int4": INT4}
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Layer:
 
     shape: tuple[int, int]
     rank: int
-    form: ProjectorFormat = FLOAT
+    form: Format = FLOAT
     method: str = "svd"
     rule: Rule = RULE
     seed: int = 0
@@ -57,7 +58,7 @@ class Layer:
 
     @property
     def projector(self) -> Tensor:
-        return self.form.decode(self.stored, projector_shape(self.shape, self.rank)[1])
+        return self.form.decode(self.stored, projector_shape(self.shape, self.rank))
 
     @property
     def now(self) -> Schedule:

@@ -12,7 +12,7 @@ import qgalore_compile as qg
 from qgalore_compile.backend.dry_run import dry, without_cache
 from qgalore_compile.backend.entry import qgalore
 from qgalore_compile.backend.tracing import step_backend
-from qgalore_compile.subspace.moments import decode, stored_moments
+from qgalore_compile.optim import layout
 
 
 @step_backend
@@ -179,13 +179,19 @@ def _ordered(value: Tensor) -> Tensor:
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
+def moments_of(opt: qg.QGaLoreAdamW, p: Tensor) -> tuple[Tensor, Tensor]:
+    """m and v of a parameter, float32."""
+    group = next(group for group in opt.param_groups if any(p is each for each in group["params"]))
+    formats = group.formats.moments_of(group, p)
+    return formats.decode(layout.stored_moments(formats, opt.state[p]), layout.low_shape(group, p))
+
+
 def decoded(model: nn.Module, opt: qg.QGaLoreAdamW) -> dict[str, Tensor]:
     """Weights and moments as float tensors, for comparing whole steps, whose gradients differ by rounding."""
     values: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         values[name] = (parameter.dequantize() if isinstance(parameter, qg.Int8Weight) else parameter).detach().double()
-        state = opt.state[parameter]
-        m, v = decode(stored_moments(state))
+        m, v = moments_of(opt, parameter)
         values.update({f"{name}/m": m.double(), f"{name}/v": v.double()})
     return {name: value.clone() for name, value in values.items()}
 

@@ -24,6 +24,7 @@ import torch
 import torch._dynamo
 import torch.optim.optimizer as of_torch
 from kernels_support import evaluated_kernels
+from support import moments_of
 from torch import Tensor, fx
 from user_steps import UserStep
 from user_steps_text import HEAD
@@ -31,7 +32,6 @@ from user_steps_text import HEAD
 import qgalore_compile as qg
 from qgalore_compile.backend import entry
 from qgalore_compile.backend.dry_run import dry, without_cache
-from qgalore_compile.subspace.moments import decode, stored_moments
 
 WIDTHS = {"one": (6,), "two widths": (6, 8), "three widths": (6, 8, 10)}
 SIZES = {"equal": (5, 5, 5), "last short": (5, 5, 3), "growing": (4, 5, 6)}  # of one net; the last two of several
@@ -185,7 +185,7 @@ def _state(made: Sequence[Any]) -> dict[str, Tensor]:
             for p, state in ({} if opt is None else opt.state).items():
                 found |= {f"{names[p]}/{key}": value for key, value in state.items() if not key.startswith("exp_avg")}
                 if isinstance(opt, qg.QGaLoreAdamW):
-                    found |= dict(zip((f"{names[p]}/m", f"{names[p]}/v"), decode(stored_moments(state)), strict=True))
+                    found |= dict(zip((f"{names[p]}/m", f"{names[p]}/v"), moments_of(opt, p), strict=True))
     return {name: torch.as_tensor(value).detach().double().nan_to_num().clone() for name, value in found.items()}
 
 

@@ -8,7 +8,7 @@ from graphs import traced
 from kernels_support import assert_like, compiled, evaluated, filled
 from torch import Tensor, fx
 
-from qgalore_compile.kernels.cpp import printer as cpp
+from qgalore_compile.kernels.cpp import spelling as cpp
 from qgalore_compile.kernels.ir import program as ir
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.read import spelling
@@ -26,7 +26,7 @@ def hypot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hypot" not in ir.POINTWISE
     monkeypatch.setitem(ir.POINTWISE, "hypot", 2)
     monkeypatch.setitem(ir.OPERATIONS, "hypot", (2, 0))  # which the table above is made into
-    monkeypatch.setitem(cpp._SPELLING, "hypot", "std::hypot({0}, {1})")
+    monkeypatch.setitem(cpp.SPELLING, "hypot", "std::hypot({0}, {1})")
     monkeypatch.setitem(spelling.POINTWISE, aten.hypot.default, spelling._plain("hypot"))
 
 
@@ -79,10 +79,10 @@ def test_it_is_compiled_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     import interpreted
 
-    from qgalore_compile.kernels.triton import printer as triton
+    from qgalore_compile.kernels.triton import spelling as triton
     from qgalore_compile.kernels.triton.kernels import region_kernel
 
-    monkeypatch.setitem(triton._SPELLING, "hypot", "tl.sqrt_rn({0} * {0} + {1} * {1})")
+    monkeypatch.setitem(triton.SPELLING, "hypot", "tl.sqrt_rn({0} * {0} + {1} * {1})")
     made = read()
     tensors = filled(made)
     found = {name: tensor.clone() for name, tensor in tensors.items()}

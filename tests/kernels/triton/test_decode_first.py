@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from kernels_support import load, program
 from triton_products import decoding, write_back
 
-from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.triton.decode_first import decoded, decoded_program, decodes_first, value_of
 from qgalore_compile.kernels.triton.gemm import Matrix, Product
 from qgalore_compile.kernels.triton.targets import TARGETS, Target
+from qgalore_compile.kernels.triton.tiling import NoTilingError, tilings
 
 pytestmark = pytest.mark.triton
 
@@ -75,6 +77,20 @@ def test_where_no_tile_fits_it_is_decoded_before() -> None:
     nowhere = dataclasses.replace(H100, shared_per_block=1 << 10, shared_per_multiprocessor=1 << 10)
     assert decodes_first(product, nowhere)
     assert not decodes_first(update(4096, 4096, 1024), nowhere)  # whose product itself needs a tile
+
+
+@pytest.mark.parametrize("columns", [64, 61])
+@pytest.mark.parametrize("tokens", [7, None])
+def test_what_is_rotated_back_is_decoded_before_whatever_the_sizes(tokens: int | None, columns: int) -> None:
+    """A group is rotated as a whole, and a tile takes k in parts."""
+    product = linear(32, columns, tokens)
+    made = program(Space(32, columns, 32), "codes u8 element in", f"{VALUE} bf16 element out")
+    made.store(VALUE, made.emit("rotate", (made.emit("f32", (load(made, "codes"),)),), ("back",)))
+    rotated = product._replace(program=dataclasses.replace(product.program, right=Operand(made, True)))
+    assert not decodes_first(product, H100)
+    assert decodes_first(rotated, H100)
+    with pytest.raises(NoTilingError, match="whole groups"):
+        tilings(rotated, H100)
 
 
 def test_what_has_been_decoded_is_stored_row_by_row_in_its_prologues_format() -> None:

@@ -13,10 +13,12 @@ pytest.importorskip("triton")
 
 from triton_products import up
 
+from qgalore_compile.formats.nf4 import NF4
+from qgalore_compile.kernels.ir.arithmetic import InProgram, Value
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
+from qgalore_compile.kernels.triton import ahead, looked_at
 from qgalore_compile.kernels.triton import kernels as triton_kernels
-from qgalore_compile.kernels.triton import looked_at
-from qgalore_compile.kernels.triton.ahead import CompileError
+from qgalore_compile.kernels.triton.ahead import Binary, CompileError
 from qgalore_compile.kernels.triton.kernels import (
     Kernel,
     choose_together,
@@ -152,6 +154,36 @@ def test_where_no_gpu_is_nothing_is_compiled_to_be_looked_at(monkeypatch: pytest
     assert looking(H100) is H100
     monkeypatch.setattr(triton_kernels, "LOOK", False)
     assert looking(H100) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "stack", "spilled"),
+    [
+        (["LDG.E R2, desc[UR4][R2.64] ;"], 64, 0),  # an array that the compiler has left and no instruction touches
+        (["STL [R1+0x8], R5 ;", "LDL.64 R2, [R1+0x8] ;"], 8, 12),
+        (["STL [R1+0x8], R5 ;"], 64, 64),
+    ],
+)
+def test_values_are_spilled_where_instructions_store_or_load_them(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], stack: int, spilled: int
+) -> None:
+    sass = "\n".join(f"        /*{16 * at:04x}*/  {line}" for at, line in enumerate(lines))
+    monkeypatch.setattr(ahead, "_cuobjdump", lambda code, option: sass)
+    binary = Binary("made", H100, "", b"", warps=4, registers=32, stack=stack, shared=0, tensor_memory=0)
+    assert looked_at.spills(binary) == spilled
+
+
+def test_a_region_that_encodes_by_a_tables_bounds_takes_the_models_block(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of counting the bounds below a number Triton 3.7 leaves a stack, on which nothing is kept."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    form = NF4(64)
+    made = program(Space(8, 4096, 64), "x f32 element in", "codes p4 element out", "absmax f32 group out")
+    x = Value(made, load(made, "x"))
+    for name, value in zip(("codes", "absmax"), form.store(InProgram(made, 64), x, None), strict=True):
+        made.store(name, value.number)
+    assert region_kernel(made, H100).passed == ()
 
 
 @pytest.mark.slow

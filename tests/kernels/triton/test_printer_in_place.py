@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import interpreted
 from interpreted import ODD, kernel_of, ran
 
+from qgalore_compile.formats.packing import pack
 from qgalore_compile.kernels.ir.program import Space
 
 pytestmark = pytest.mark.triton
@@ -60,6 +61,26 @@ def test_what_is_to_stay_is_not_written(extent: str, space: Space) -> None:
     source = kernel_of(made).source
     stores = [line for line in source.splitlines() if "tl.store(" in line]
     assert ["mask=v0" in line for line in stores] == [True, True, False]
+
+
+@pytest.mark.parametrize("space", [Space(3, 21, 8), Space(2, 32, 8)], ids=["odd", "whole"])
+@pytest.mark.parametrize("memory", ["p4", "p2"])
+@pytest.mark.parametrize("extent", ["scalar", "group", "element"])
+def test_codes_that_share_bytes_stay_where_they_are_to_stay(extent: str, memory: str, space: Space) -> None:
+    """As all of a weight does in a step whose gradient is not finite."""
+    made = program(space, f"flag bool {extent} in", f"c {memory} element inout")
+    flag, c = load(made, "flag"), load(made, "c")
+    made.store("c", made.emit("where", (flag, made.emit("bitxor", (c, made.constant(3, "i32"))), c)))
+    generator = torch.Generator().manual_seed(0)
+    shape = {"scalar": (), "group": (space.rows, space.groups), "element": (space.rows, space.columns)}[extent]
+    codes = torch.randint(0, 4, (space.rows, space.columns), generator=generator)
+    for flags in (torch.zeros(shape), torch.ones(shape), torch.randint(0, 2, shape, generator=generator)):
+        changes = flags.bool()
+        if extent == "group":
+            changes = changes.repeat_interleave(space.width, 1)[:, : space.columns]
+        tensors = {"flag": flags.bool(), "c": pack(codes, memory)}
+        expected = pack(torch.where(changes, codes ^ 3, codes), memory)
+        assert torch.equal(ran(made, tensors)["c"], expected)
 
 
 def test_a_choice_between_two_buffers_is_written_whole() -> None:

@@ -46,44 +46,46 @@
 // %28 = abs %27 : f32 element
 // %29 = mul %5 %28 : f32 element
 // %30 = maximum %22 %29 : f32 element
-// %31 = f32 %10 : f32 scalar
-// %32 = mul %31 %11 : f32 scalar
-// %33 = expm1 %32 : f32 scalar
-// %34 = neg %33 : f32 scalar
-// %35 = sqrt %34 : f32 scalar
-// %36 = constant 1 : f32 scalar
-// %37 = div %36 %35 : f32 scalar
-// %38 = mul %30 %37 : f32 element
-// %39 = add %38 %12 : f32 element
-// %40 = constant 0 : f32 scalar
-// %41 = eq %39 %40 : bool element
-// %42 = mul %31 %13 : f32 scalar
-// %43 = expm1 %42 : f32 scalar
-// %44 = neg %43 : f32 scalar
-// %45 = div %36 %44 : f32 scalar
-// %46 = mul %27 %45 : f32 element
-// %47 = div %46 %39 : f32 element
-// %48 = where %41 %40 %47 : f32 element
-// %49 = group_max %28 : f32 group
-// %50 = gt %49 %40 : bool group
-// %51 = where %50 %49 %36 : f32 group
-// %52 = dynamic8_code %27 %51 signed : i32 element
-// %53 = where %14 %49 %8 : f32 group
-// %54 = where %14 %52 %7 : i32 element
-// %55 = abs %30 : f32 element
-// %56 = group_max %55 : f32 group
-// %57 = gt %56 %40 : bool group
-// %58 = where %57 %56 %36 : f32 group
-// %59 = dynamic8_code %30 %58 unsigned : i32 element
-// %60 = where %14 %56 %2 : f32 group
-// %61 = constant i32:1 : i32 scalar
-// %62 = maximum %59 %61 : i32 element
-// %63 = where %14 %62 %1 : i32 element
-// store b15 %48
-// store b8 %53
-// store b7 %54
-// store b2 %60
-// store b1 %63
+// %31 = constant i64:1 : i64 scalar
+// %32 = add %10 %31 : i64 scalar
+// %33 = f32 %32 : f32 scalar
+// %34 = mul %33 %11 : f32 scalar
+// %35 = expm1 %34 : f32 scalar
+// %36 = neg %35 : f32 scalar
+// %37 = sqrt %36 : f32 scalar
+// %38 = constant 1 : f32 scalar
+// %39 = div %38 %37 : f32 scalar
+// %40 = mul %30 %39 : f32 element
+// %41 = add %40 %12 : f32 element
+// %42 = constant 0 : f32 scalar
+// %43 = eq %41 %42 : bool element
+// %44 = mul %33 %13 : f32 scalar
+// %45 = expm1 %44 : f32 scalar
+// %46 = neg %45 : f32 scalar
+// %47 = div %38 %46 : f32 scalar
+// %48 = mul %27 %47 : f32 element
+// %49 = div %48 %41 : f32 element
+// %50 = where %43 %42 %49 : f32 element
+// %51 = group_max %28 : f32 group
+// %52 = gt %51 %42 : bool group
+// %53 = where %52 %51 %38 : f32 group
+// %54 = dynamic8_code %27 %53 signed : i32 element
+// %55 = where %14 %54 %7 : i32 element
+// %56 = where %14 %51 %8 : f32 group
+// %57 = abs %30 : f32 element
+// %58 = group_max %57 : f32 group
+// %59 = gt %58 %42 : bool group
+// %60 = where %59 %58 %38 : f32 group
+// %61 = dynamic8_code %30 %60 unsigned : i32 element
+// %62 = constant i32:1 : i32 scalar
+// %63 = maximum %61 %62 : i32 element
+// %64 = where %14 %63 %1 : i32 element
+// %65 = where %14 %58 %2 : f32 group
+// store b15 %50
+// store b7 %55
+// store b8 %56
+// store b1 %64
+// store b2 %65
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -115,6 +117,7 @@ static inline float float_of(int32_t bits) {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
 }
+
 
 // bitsandbytes' dynamic 8-bit map: values of codes, and codes of values over their block's divisor. Bit for bit what
 // kernels/dynamic8.py expands the two operations to, where the arithmetic is explained. Of values and codes there must
@@ -327,19 +330,21 @@ extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbe
     const float v12 = static_cast<float>(at_b12[0]);
     const float v13 = static_cast<float>(at_b13[0]);
     const bool v14 = at_b14[0];
-    const float v31 = static_cast<float>(v10);
-    const float v32 = v31 * v11;
-    const float v33 = std::expm1(v32);
-    const float v34 = -v33;
-    const float v35 = std::sqrt(v34);
-    const float v36 = static_cast<float>(0x1.0000000000000p+0);
-    const float v37 = v36 / v35;
-    const float v40 = static_cast<float>(0x0.0p+0);
-    const float v42 = v31 * v13;
-    const float v43 = std::expm1(v42);
-    const float v44 = -v43;
-    const float v45 = v36 / v44;
-    const int32_t v61 = int32_t(1);
+    const int64_t v31 = int64_t(1);
+    const int64_t v32 = static_cast<int64_t>(static_cast<uint64_t>(v10) + static_cast<uint64_t>(v31));
+    const float v33 = static_cast<float>(v32);
+    const float v34 = v33 * v11;
+    const float v35 = std::expm1(v34);
+    const float v36 = -v35;
+    const float v37 = std::sqrt(v36);
+    const float v38 = static_cast<float>(0x1.0000000000000p+0);
+    const float v39 = v38 / v37;
+    const float v42 = static_cast<float>(0x0.0p+0);
+    const float v44 = v33 * v13;
+    const float v45 = std::expm1(v44);
+    const float v46 = -v45;
+    const float v47 = v38 / v46;
+    const int32_t v62 = int32_t(1);
     const int64_t groups = group_1 - group_0, columns = 320;
     #pragma omp parallel for schedule(static)
     for (int64_t task = 0; task < (row_1 - row_0) * groups; ++task) {
@@ -351,15 +356,15 @@ extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbe
         float kept_30[256];
         float given_15[256];
         float given_23[256];
-        uint8_t given_52[256];
-        uint8_t given_59[256];
+        uint8_t given_54[256];
+        uint8_t given_61[256];
         dynamic8_values<false>(at_b1 + row * pitch_b1 + first, length, given_15);
         dynamic8_values<true>(at_b7 + row * pitch_b7 + first, length, given_23);
         const float v2 = static_cast<float>(at_b2[row * 2 + group]);
         const float v8 = static_cast<float>(at_b8[row * 2 + group]);
-        int32_t r49 = 0;
-        int32_t r56 = 0;
-        #pragma omp simd reduction(max: r49) reduction(max: r56)
+        int32_t r51 = 0;
+        int32_t r58 = 0;
+        #pragma omp simd reduction(max: r51) reduction(max: r58)
         for (int64_t j = 0; j < length; ++j) {
             const float v4 = static_cast<float>(at_b4[row * pitch_b4 + first + j]);
             const float v15 = static_cast<float>(given_15[j]);
@@ -380,40 +385,40 @@ extern "C" void run(void** buffers, const int64_t* pitches, const int64_t* numbe
             const float v29 = v5 * v28;
             const float v30 = v22 != v22 ? v22 : (v22 > v29 ? v22 : v29);
             kept_30[j] = v30;
-            const float v38 = v30 * v37;
-            const float v39 = v38 + v12;
-            const bool v41 = v39 == v40;
-            const float v46 = v27 * v45;
-            const float v47 = v46 / v39;
-            const float v48 = v41 ? v40 : v47;
-            const float v55 = std::abs(v30);
-            r49 = bits_of(v28) > r49 ? bits_of(v28) : r49;
-            r56 = bits_of(v55) > r56 ? bits_of(v55) : r56;
-            at_b15[row * pitch_b15 + first + j] = v48;
+            const float v40 = v30 * v39;
+            const float v41 = v40 + v12;
+            const bool v43 = v41 == v42;
+            const float v48 = v27 * v47;
+            const float v49 = v48 / v41;
+            const float v50 = v43 ? v42 : v49;
+            const float v57 = std::abs(v30);
+            r51 = bits_of(v28) > r51 ? bits_of(v28) : r51;
+            r58 = bits_of(v57) > r58 ? bits_of(v57) : r58;
+            at_b15[row * pitch_b15 + first + j] = v50;
         }
-        const float v49 = float_of(r49);
-        const bool v50 = v49 > v40;
-        const float v51 = v50 ? v49 : v36;
-        const float v53 = v14 ? v49 : v8;
-        const float v56 = float_of(r56);
-        const bool v57 = v56 > v40;
-        const float v58 = v57 ? v56 : v36;
-        const float v60 = v14 ? v56 : v2;
-        dynamic8_codes<true>(kept_27, v51, length, given_52);
-        dynamic8_codes<false>(kept_30, v58, length, given_59);
+        const float v51 = float_of(r51);
+        const bool v52 = v51 > v42;
+        const float v53 = v52 ? v51 : v38;
+        const float v56 = v14 ? v51 : v8;
+        const float v58 = float_of(r58);
+        const bool v59 = v58 > v42;
+        const float v60 = v59 ? v58 : v38;
+        const float v65 = v14 ? v58 : v2;
+        dynamic8_codes<true>(kept_27, v53, length, given_54);
+        dynamic8_codes<false>(kept_30, v60, length, given_61);
         #pragma omp simd
         for (int64_t j = 0; j < length; ++j) {
             const int32_t v1 = static_cast<int32_t>(at_b1[row * pitch_b1 + first + j]);
             const int32_t v7 = static_cast<int32_t>(at_b7[row * pitch_b7 + first + j]);
-            const int32_t v52 = static_cast<int32_t>(given_52[j]);
-            const int32_t v54 = (v52 & -static_cast<int32_t>(v14)) | (v7 & (static_cast<int32_t>(v14) - 1));
-            const int32_t v59 = static_cast<int32_t>(given_59[j]);
-            const int32_t v62 = !(v59 <= v61) ? v59 : v61;
-            const int32_t v63 = (v62 & -static_cast<int32_t>(v14)) | (v1 & (static_cast<int32_t>(v14) - 1));
-            at_b7[row * pitch_b7 + first + j] = static_cast<uint8_t>(v54);
-            at_b1[row * pitch_b1 + first + j] = static_cast<uint8_t>(v63);
+            const int32_t v54 = static_cast<int32_t>(given_54[j]);
+            const int32_t v55 = (v54 & -static_cast<int32_t>(v14)) | (v7 & (static_cast<int32_t>(v14) - 1));
+            const int32_t v61 = static_cast<int32_t>(given_61[j]);
+            const int32_t v63 = !(v61 <= v62) ? v61 : v62;
+            const int32_t v64 = (v63 & -static_cast<int32_t>(v14)) | (v1 & (static_cast<int32_t>(v14) - 1));
+            at_b7[row * pitch_b7 + first + j] = static_cast<uint8_t>(v55);
+            at_b1[row * pitch_b1 + first + j] = static_cast<uint8_t>(v64);
         }
-        at_b8[row * 2 + group] = v53;
-        at_b2[row * 2 + group] = v60;
+        at_b8[row * 2 + group] = v56;
+        at_b2[row * 2 + group] = v65;
     }
 }
