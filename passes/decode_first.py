@@ -7,8 +7,8 @@
     Before    auto_functionalized(run_gemm, "…", read=[%n, %scale, %offset, %codes, …], _all_bases=[…])
     After     the same with a program that takes P as it is, and read=[%n, getitem(%d, 1), …]
 
-Requires  a product with a quantised operand, on a GPU; rows of a multiple of 8 elements; that the model of
-          :mod:`qgalore_compile.kernels.triton.decode_first` finds it faster.
+Requires  a product with a quantised operand, on a GPU; rows of a multiple of 8 elements, and that the model of
+          :mod:`qgalore_compile.kernels.triton.decode_first` finds it faster; or groups that are rotated, of any rows.
 Tier      rounding: a library may add up a product in another order.  What is decoded is the same bit for bit.
 
 What has been decoded lives from its own kernel to the product behind it, and the products of a step share that memory.

@@ -27,6 +27,7 @@ import torch
 from torch import fx
 
 from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.read.coded import DECODE, ENCODE, encoded_again
 from qgalore_compile.kernels.read.from_graph import from_graph
 from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, candidates
 from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
@@ -106,6 +107,10 @@ class _Sandwich:
             (stored, latest_version(target)) for target, stored in map(written, layer.anchors) if shape(target)
         ]
         self.region = _without_statistics(layer.region)
+        self.scales = encoded_again(self.region)
+        left = {node for nodes in self.scales.values() for node in nodes}
+        self.region = [node for node in self.region if node not in left]
+        self.targets = [(stored, target) for stored, target in self.targets if stored not in left]
         first, second = operands(layer.up)
         self.low_is_left = context.facts(graph).storage(first) is None
         self.inner, self.projector = (first, second) if self.low_is_left else (second, first)
@@ -114,6 +119,8 @@ class _Sandwich:
         """Replace the update by calls; nothing has changed where it raises."""
         layer = self.layer
         before = set(layer.between)
+        bits = [node for node in self.region if node.target is _RANDOM]
+        before.update(node for node in bits if before.issuperset(node.users))  # those of moments
         between = [node for node in self.region if node in before]
         behind = [node for node in self.region if node not in before and node is not layer.up]
         outputs = [Output(node, target) for node, target in self.targets]
@@ -122,9 +129,8 @@ class _Sandwich:
         if inner in before and all(output.node is not inner for output in states):
             states.insert(0, Output(inner))
         low = from_graph(between, states, candidates(between, shape(inner))) if states else None
-        epilogue = from_graph(
-            behind, [output for output in outputs if output.node not in before], matrix_spaces(behind, layer.up)
-        )
+        written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
+        epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
         for region in (low, epilogue):
             if region is not None:
                 refuse_own_results(region)
@@ -221,10 +227,20 @@ def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set
 
 
 _LOCAL = {
-    operator.getitem, _RANDOM, torch.ops.qgalore.stochastic_round.default, torch.ops.qgalore.quantize_dynamic8.default,
-    torch.ops.qgalore.dequantize_dynamic8.default, torch.ops.qgalore.drop_tail.default, aten.cat.default,
-    aten.slice.Tensor, aten.expand.default, aten.amin.default, aten.amax.default,
-}  # fmt: skip
+    operator.getitem,
+    _RANDOM,
+    ENCODE,
+    DECODE,
+    torch.ops.qgalore.stochastic_round.default,
+    torch.ops.qgalore.quantize_dynamic8.default,
+    torch.ops.qgalore.dequantize_dynamic8.default,
+    torch.ops.qgalore.drop_tail.default,
+    aten.cat.default,
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.amin.default,
+    aten.amax.default,
+}
 
 
 def _states(stored: fx.Node) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -54,9 +54,9 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 """A call of a function of the graph's module: ``(body, name, *inputs)``."""
 
 
-def same_sizes(first: fx.Node, second: fx.Node) -> bool:
-    """Whether two tensors have the same dimensions, in whatever order; sizes may be symbolic."""
-    return sorted(map(str, shape(first))) == sorted(map(str, shape(second)))
+def same_sizes(node: fx.Node, sizes: Sequence[Any]) -> bool:
+    """Whether a tensor has these dimensions, in whatever order; sizes may be symbolic."""
+    return sorted(map(str, shape(node))) == sorted(map(str, sizes))
 
 
 def is_scalar(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from enum import Enum
 from torch import fx
 
 from qgalore_compile._torch import OpOverload
+from qgalore_compile.kernels.read.coded import floats_of
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts, states_among
@@ -226,8 +227,9 @@ def find_updates(
 def _match(facts: Facts, target: fx.Node, stored: fx.Node, name: str) -> LayerUpdate | Unmatched:
     """The sandwich that ends in ``copy_(target, stored)``, or why there is none."""
     reached = _products(facts, stored)
-    plain = Reason.NOT_PROJECTED if len(shape(target)) == 2 else Reason.NOT_A_MATRIX
-    refused = Unmatched(name, shape(target), plain, (reached[0] if reached else stored).name)
+    sizes = floats_of(target)
+    plain = Reason.NOT_PROJECTED if len(sizes) == 2 else Reason.NOT_A_MATRIX
+    refused = Unmatched(name, sizes, plain, (reached[0] if reached else stored).name)
     for up in reached:
         outcome = _sandwich(facts, target, up, name)
         if isinstance(outcome, LayerUpdate):
@@ -248,8 +250,8 @@ def _with_another_product(layer: LayerUpdate, others: list[fx.Node]) -> Unmatche
 
 def _sandwich(facts: Facts, target: fx.Node, up: fx.Node, name: str) -> LayerUpdate | Unmatched | None:
     """The sandwich whose upper product is ``up``; the reason, if it nearly is one; None if it is nothing like it."""
-    weight = shape(target)
-    if up.target not in _PLAIN or not same_sizes(up, target):
+    weight = floats_of(target)
+    if up.target not in _PLAIN or not same_sizes(up, weight):
         return None
     refused: Unmatched | None = None
     left, right = operands(up)
@@ -271,7 +273,9 @@ def _downs(facts: Facts, inner: fx.Node, target: fx.Node) -> Iterator[tuple[fx.N
             for gradient, other in ((first, second), (second, first)):
                 # an input may be a gradient where the optimizer's step is compiled alone, but not one that the step
                 # writes: a weight times its input is shaped like this too
-                if same_sizes(gradient, target) and not facts.written & (facts.storage(gradient) or frozenset()):
+                if same_sizes(gradient, floats_of(target)) and not facts.written & (
+                    facts.storage(gradient) or frozenset()
+                ):
                     yield down, gradient, other
 
 
@@ -293,7 +297,7 @@ def _mismatch(facts: Facts, up: fx.Node, projector: fx.Node, down: fx.Node, othe
     storage = facts.storage(projector)
     if storage is None:
         return Reason.COMPUTED_PROJECTOR if _source(projector) is _source(other) else Reason.NOT_PROJECTED
-    if not storage or facts.storage(other) is None or not same_sizes(other, projector):
+    if not storage or facts.storage(other) is None or not same_sizes(other, shape(projector)):
         return Reason.NOT_PROJECTED
     if facts.storage(other) != storage or not facts.same_decoding(other, projector):
         return Reason.OTHER_PROJECTOR
@@ -316,7 +320,7 @@ def _layer(
     down: fx.Node, gradient: fx.Node, name: str,
 ) -> LayerUpdate | Unmatched:  # fmt: skip
     """The record of a sandwich, unless another product stands inside it."""
-    m, n = shape(target)
+    m, n = floats_of(target)
     on_right = (operands(up)[1] is projector) == (m == n or shape(up) == (m, n))
     low, refresh = _refreshed(down)
     layer = LayerUpdate(

@@ -185,6 +185,9 @@ def compile_(
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products use tensor cores.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step. [default: the preset's]")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence. [default: the preset's]")] = None,
+    weight_format: Annotated[str | None, typer.Option(help=settings()["weight_format"].help)] = None,
+    projector_format: Annotated[str | None, typer.Option(help=settings()["projector_format"].help)] = None,
+    moments: Annotated[str | None, typer.Option(help=settings()["moments"].help)] = None,
 ) -> None:
     """Compile the GPU kernels of a preset's training step, on a machine that needs no GPU, and look into them.
 
@@ -203,9 +206,18 @@ def compile_(
             try:
                 with console.status("tracing the step") as status:
                     rows = compile_ahead(
-                        preset, target, out, dtype=dtype, tf32=tf32, batch=batch, seq=seq,
+                        preset,
+                        target,
+                        out,
+                        dtype=dtype,
+                        tf32=tf32,
+                        batch=batch,
+                        seq=seq,
+                        weight_format=weight_format,
+                        projector_format=projector_format,
+                        moments=moments,
                         progress=lambda kernel: status.update(f"compiling {kernel}"),
-                    )  # fmt: skip
+                    )
             except CompileError as error:
                 _fail(str(error))
             console.print(table(rows, target, preset))

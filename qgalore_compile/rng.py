@@ -28,6 +28,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 SEEDS = range(-(1 << 63), 1 << 64)  # what 64 bits hold, signed or not
+MOMENT_STREAM = 1 << 30
+"""Bit of the counter's parameter word by which draws for √v are others than those for the weight."""
 _DRAWS = 8  # 16-bit draws in one counter's four words
 # Counters at a time on a CPU: below PyTorch's grain of 32,768 elements, so that no thread waits for another.  16 M
 # draws take 0.20 s on two cores; 1 << 16 takes 0.145 s on idle ones, and on busy ones twice as long as this.

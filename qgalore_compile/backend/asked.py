@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qgalore_compile.backend.records import Record, layer_record
-from qgalore_compile.optim import groups
+from qgalore_compile.optim import groups, layout
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 
 
@@ -84,7 +84,7 @@ def _projected(optimizer: QGaLoreAdamW, number: int, inputs: dict[int, int | str
         if "rank" in group:
             for name, parameter in zip(groups.names_of(group, position), group["params"], strict=True):
                 assert isinstance(parameter, Tensor)
-                rank, frozen = groups.rank_of(group, parameter), not parameter.requires_grad
+                rank, frozen = layout.rank_of(group, parameter), not parameter.requires_grad
                 shape = tuple(parameter.shape)
                 yield Asked(name, shape, rank, (number, position), frozen, inputs.get(id(parameter)))
 

@@ -24,6 +24,8 @@ from qgalore_compile.exports.safetensors_file import (
     write_shards,
 )
 from qgalore_compile.exports.tensors import as_dtype, identity, tensors_of, unwrapped
+from qgalore_compile.formats import Format
+from qgalore_compile.formats.base import Grouped, dtype_of
 from qgalore_compile.weights import Targets, select_linears
 from qgalore_compile.weights.targets import obstacle
 from qgalore_compile.weights.tensor import NO_INT8_FORM, has_int8_form
@@ -65,7 +67,9 @@ class _Quantisation:
     def looks(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The same on the meta device."""
         m, n = weight.shape
-        parts = quantised.encode(self.format, torch.empty(m, n, device="meta"))
+        form = Format.parse(self.format)
+        parts = {part.name: torch.empty(form.shape_of(part, (m, n)), dtype=dtype_of(part), device="meta")
+                 for part in form.parts}  # fmt: skip
         if self.rank is not None:
             parts["left"] = torch.empty(m, self.rank, dtype=self.dtype, device="meta")
             parts["right"] = torch.empty(self.rank, n, dtype=self.dtype, device="meta")
@@ -79,6 +83,7 @@ def export(
     dtype: str | torch.dtype = "bfloat16",
     bits: int | None = None,
     group_size: int = 128,
+    format: str | Format | None = None,
     targets: Targets | None = None,
     compensation: str | None = None,
     rank: int | None = None,
@@ -98,9 +103,10 @@ def export(
         path: a folder, made where it is missing, or one file, if it ends in ``.safetensors``: then without configs.
         dtype: of floats, "float32", "bfloat16" or "float16"; of 4-bit files all floats but scales and offsets.
         bits: None for floats, or 4.
-        group_size: elements of a row that share a scale and an offset.
+        group_size: elements of a row that share a scale and an offset, with ``bits``.
+        format: in place of bits, any format of weights or its text, "nf4/64+double" (``docs/formats.md``).
         targets: the layers with codes, as for :func:`qg.quantize_`: by default the linear layers of the blocks.
-        compensation: None, "lorc" or "eora"; needs bits and rank.
+        compensation: None, "lorc" or "eora"; needs bits or format, and rank.
         rank: of the products, at most the smaller side of every layer.
         calibration: for "eora", batches on the model's device: tensors, tuples of arguments or dicts of named ones.
         max_shard_size: of a file in a folder, bytes or a text ("5GB", "500MiB"); a larger weight has its own.
@@ -110,18 +116,19 @@ def export(
         OSError: a file cannot be written; those before it are removed again.
     """
     floats = _dtype(dtype)
-    _check_asked(bits, group_size, targets, compensation, rank, calibration)
+    text = _format(bits, group_size, format)
+    _check_asked(text, targets, compensation, rank, calibration)
     limit = bytes_of(max_shard_size)
     model = unwrapped(model)
     tensors, tied = tensors_of(model, floats)
-    chosen = {} if bits is None else _chosen(model, targets, rank)
+    chosen = {} if text is None else _chosen(model, targets, rank)
     beside = {} if Path(path).suffix == _SUFFIX else _configs(model, floats)
     folder, single = _place(Path(path), beside)
     metadata, plan = {"format": "pt", **tied}, None
-    if bits is not None:
+    if text is not None:
         layers = [layer for sharing in chosen.values() for layer in sharing]
         moments = {} if calibration is None else second_moments(model, layers, calibration)
-        plan = _Quantisation(f"int{bits}/{group_size}", compensation, rank, floats, moments)
+        plan = _Quantisation(text, compensation, rank, floats, moments)
         metadata = {"format": "pt"} | plan.described({n: t for n, t in tensors.items() if identity(t) in chosen}, tied)
     sources = [_source(name, t, floats, plan if identity(t) in chosen else None) for name, t in tensors.items()]
     stem = "model" if plan is None else quantised.STEM
@@ -140,24 +147,36 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+def _format(bits: int | None, group_size: int, format: str | Format | None) -> str | None:
+    """The text of the weights' format; None for floats."""
+    if bits not in (None, 4):
+        raise ValueError(f"bits={bits!r}: must be 4, or None for floats; other formats by format=")
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size={group_size!r}: must be an integer of at least 1")
+    if format is None:
+        return None if bits is None else f"int4/{group_size}+planar"
+    if bits is not None:
+        raise ValueError(f"bits={bits!r} and format={str(format)!r}: give one of them")
+    form = Format.parse(format)
+    rows = getattr(form, "inner", form)
+    if not isinstance(rows, Grouped) or rows.axis != "rows":
+        raise ValueError(f"format={str(form)!r} is none of weights, which have groups in rows; for floats use dtype=")
+    return str(form)
+
+
 def _check_asked(
-    bits: int | None,
-    group_size: int,
+    form: str | None,
     targets: Targets | None,
     compensation: str | None,
     rank: int | None,
     calibration: Iterable[Batch] | None,
 ) -> None:
-    if bits not in (None, 4):
-        raise ValueError(f"bits={bits!r}: must be 4, or None for floats")
     if compensation not in (None, *COMPENSATIONS):
         raise ValueError(f"compensation={compensation!r}: must be None, {' or '.join(map(repr, COMPENSATIONS))}")
-    if bits is None:
+    if form is None:
         for name, value in (("compensation", compensation), ("targets", targets)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for codes, and floats have none; add bits=4, or drop it")
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size={group_size!r}: must be an integer of at least 1")
     if compensation is None and rank is not None:
         raise ValueError(f"rank={rank!r} is a compensation's; choose compensation='lorc' or 'eora', or drop it")
     if compensation is not None and (not isinstance(rank, int) or rank < 1):

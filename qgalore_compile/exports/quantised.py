@@ -1,7 +1,8 @@
 """A file of quantised weights: names, description, and the way back to floats.
 
-A weight ``W`` (m × n) stands in it as ``W.codes`` (uint8, m × ceil(n / 2), two a byte, planar: a row's first half in
-low nibbles), ``W.scale`` and ``W.offset`` (float32, m × groups): value = codes · scale + offset by group.  With
+A weight ``W`` (m × n) stands in it as the parts of its format: for 4 bits ``W.codes`` (uint8, m × ceil(n / 2), two a
+byte, planar: a row's first half in low nibbles), ``W.scale`` and ``W.offset`` (float32, m × groups), of which the value
+is codes · scale + offset by group.  With
 compensation the product of ``W.left`` (m × r) and ``W.right`` (r × n) is added.  Everything else is stored as in a file
 of floats.  What was done is JSON in the header's metadata, under the key ``qgalore_compile``: :class:`Description`.
 """
@@ -9,7 +10,6 @@ of floats.  What was done is JSON in the header's metadata, under the key ``qgal
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.exports.safetensors_file import index_name
-from qgalore_compile.formats import dequantize_int4, quantize_int4
+from qgalore_compile.formats import Format
 
 STEM = "quantised"
 """Of the files' names; transformers looks for another, and so does not take codes for weights."""
@@ -33,7 +33,7 @@ class Description:
     """What a file of quantised weights is.
 
     Attributes:
-        format: of the codes, "int4/128": 4 bits in groups of 128 along a row.
+        format: text of the weights' format (``docs/formats.md``), "int4/128+planar" for 4 bits in groups of 128.
         compensation, rank: "lorc" or "eora", and the rank of the products that are added; None without.
         dtype: of everything that has no codes, "bfloat16", say.
         weights: shape by name of each weight that has codes.
@@ -54,29 +54,16 @@ class Description:
         return {KEY: json.dumps(asdict(self))}
 
 
-# -- the quantiser: what the two functions below know of a format's text, nothing else does ---------------------------
-
-
 def encode(form: str, value: Tensor) -> dict[str, Tensor]:
-    """What ``value`` (m, n) is stored as, by part's name, in the format that ``form`` names.
-
-    Raises:
-        ValueError: no such format.
-    """
-    packed, scale, offset, *_ = quantize_int4(value, _group_size(form))
-    return {"codes": packed, "scale": scale, "offset": offset}
+    """What ``value`` (m, n) is stored as, by part's name, in the format that ``form`` names; FormatError for none."""
+    own = Format.parse(form)
+    return dict(zip((part.name for part in own.parts), own.encode(value), strict=True))
 
 
 def decode(form: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     """The float32 tensor of ``shape`` that :func:`encode` made ``parts`` of, to the nearest codes."""
-    return dequantize_int4(parts["codes"], parts["scale"], parts["offset"], shape[-1], _group_size(form))
-
-
-def _group_size(form: str) -> int:
-    found = re.fullmatch(r"int4/([1-9]\d*)", form)
-    if found is None:
-        raise ValueError(f"format {form!r}: must be int4/N, 4 bits in groups of N")
-    return int(found[1])
+    own = Format.parse(form)
+    return own.decode([parts[part.name] for part in own.parts], shape)
 
 
 # -- the way back ------------------------------------------------------------------------------------------------------
@@ -121,7 +108,7 @@ def load_quantised(path: str | Path, *, dtype: torch.dtype | None = None) -> dic
 
 
 def _parts(described: Description) -> list[str]:
-    stored = encode(described.format, torch.empty(1, 1, device="meta"))
+    stored = [part.name for part in Format.parse(described.format).parts]
     return [*stored, *(("left", "right") if described.compensation is not None else ())]
 
 

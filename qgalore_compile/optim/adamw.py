@@ -6,11 +6,11 @@ One step for a projected weight W (m, n) with gradient G, projector P and rank r
     refresh                      where the schedule says so: P from G anew, R with the new P,  refresh.py
                                  and the stored moments follow, if asked to                    moments.py
     m = β1 m + (1 - β1) R        float32, from moments dequantised; likewise v with R²
-    √v = max(√v, κ |m|)          8-bit moments only: what Cauchy and Schwarz say of float ones  moments.py
+    √v = max(√v, κ |m|)          not in 32 bits: what Cauchy and Schwarz say of float ones  moments.py
     N = m̂ / (√v̂ + ε)             bias-corrected, from the fresh m and v; 0 where the divisor is 0
     U = α N P                    left side: α P N
     W = W - lr U;  W = W - lr λ W                              decoupled decay, after the update
-    store m, √v, W               8-bit blocks; INT8 and short floats with stochastic rounding   formats.py, rounding.py
+    store m, √v, W               with stochastic rounding; dynamic 8-bit blocks to nearest      formats/
 
 Every other parameter takes the same step with R = G and U = N.  Source: Q-GaLore (arXiv 2407.08296), algorithm 1.
 
@@ -30,17 +30,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qgalore_compile.formats import rounding
-from qgalore_compile.optim import checkpoint, checks, groups, hooks, settings
+from qgalore_compile.optim import checkpoint, checks, groups, hooks, layout, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
 from qgalore_compile.optim.placement import check_placement
 from qgalore_compile.optim.settings import KEYS
-from qgalore_compile.rng import random_bits
-from qgalore_compile.subspace import moments
+from qgalore_compile.rng import MOMENT_STREAM, random_bits
+from qgalore_compile.subspace.moments import MomentFormats
 from qgalore_compile.subspace.projection import project, project_back, side_of
 from qgalore_compile.subspace.refresh import refresh_
 from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
 from qgalore_compile.subspace.timing import seconds_of
-from qgalore_compile.weights import Int8Weight, write_back_
+from qgalore_compile.weights import QuantizedWeight, write_back_
 
 
 class _Pending(NamedTuple):
@@ -60,11 +60,12 @@ class QGaLoreAdamW(Optimizer):
         params: parameters, or groups of them (:func:`qgalore_compile.param_groups`).  ``rank`` marks a projected group;
             its other keys are GaLore's and this project's (``optim/settings.py``).  Weights may be float32,
             bfloat16, float16 or ``Int8Weight``, all on one device; a group's ``rounding``, "stochastic" or "nearest",
-            is that of ``Int8Weight``, bfloat16 and float16.
+            is that of ``Int8Weight``, bfloat16 and float16, and of √v but in 8 and 32 bits.
         lr: a float or a 0-d tensor; kept as a tensor a group, so that schedules of it recompile nothing.
         betas, eps, weight_decay: AdamW's.  All numbers of a group may be set between steps; they are checked there, and
             a compiled step follows them (:class:`~qgalore_compile.optim.hyper_parameters.Group`).
-        moments: "8bit" (parameters that are not projected and have fewer than 4096 elements keep 32) or "32bit".
+        moments: "8bit", "4bit" (parameters that are not projected and have fewer than 4096 elements keep 32), "32bit",
+            or the text of a format.
         max_grad_norm: clip to this global norm: of R for projected parameters, of G for the others.  May be set, too.
         nonfinite: "skip_step": one NaN or Inf anywhere leaves every parameter and its state as it was (a projector
             that was due and finite may be new, and its moments with it; the schedules' clocks count the attempt);
@@ -75,13 +76,9 @@ class QGaLoreAdamW(Optimizer):
 
     ==========================================  =======================================================================
     ``step``                                    int64, 0-d: updates so far
-    ``exp_avg``                                 m, shaped like R: uint8 codes or float32
-    ``exp_avg_sq_root``                         √v, shaped like R: uint8 codes; 8-bit moments only
-    ``exp_avg_absmax``,                         float32, one per block of 256; 8-bit moments only
-    ``exp_avg_sq_root_absmax``
-    ``exp_avg_sq``                              v, shaped like R: float32; 32-bit moments only
-    ``projector``                               packed INT4, INT8 codes or float32
-    ``projector_scale``, ``projector_offset``   float32, one per group; quantised projectors only
+    ``exp_avg``, ``exp_avg_…``                  m, shaped like R, in the parts of its format
+    ``exp_avg_sq_root``, ``…_sq_root_…``        √v, likewise; ``exp_avg_sq``, v, where moments are in 32 bits
+    ``projector``, ``projector_…``              P in the parts of its format (``layout.py``)
     ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.subspace.scheduler`)
     ``grad_norm``, ``skipped_steps``            float32 and int64, 0-d: of all parameters, beside the first one's alone
     ==========================================  =======================================================================
@@ -135,7 +132,7 @@ class QGaLoreAdamW(Optimizer):
         first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
         for index, parameter in enumerate(group["params"], first):
             slot = groups.slot_of(group, index) if "rank" in group else -1
-            state = groups.new_state(parameter, group, slot)
+            state = layout.new_state(parameter, group, slot)
             if not self.state:
                 # here, and under no key of their own: torch.distributed.checkpoint takes every key for a parameter
                 state["grad_norm"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -195,7 +192,7 @@ class QGaLoreAdamW(Optimizer):
                 continue
             for name, p in zip(groups.names_of(group, position), group["params"], strict=True):
                 schedule = self.state[p]["schedule"]
-                rank, shape = groups.rank_of(group, p), tuple(p.shape)
+                rank, shape = layout.rank_of(group, p), tuple(p.shape)
                 records.append(
                     record_of(Schedule.from_tensor(schedule), name, shape, side_of(shape), rank, seconds_of(schedule))
                 )
@@ -264,11 +261,11 @@ class QGaLoreAdamW(Optimizer):
         """R in the gradient's dtype, after the refresh if one is due: the GEMM runs in that dtype, and all R of a step
         wait for the last one's norm (6 GiB in float32 at 7B)."""
         assert p.grad is not None
-        projector = groups.projector(p, group, state, p.grad.dtype)
+        projector = layout.projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape))
         refresh_(
-            low, groups.stored_projector(state), state["schedule"], [p.grad],
-            shape=p.shape, rank=groups.rank_of(group, p), form=groups.projector_format(group),
+            low, layout.stored_projector(group.formats, state), state["schedule"], [p.grad],
+            shape=p.shape, rank=layout.rank_of(group, p), form=group.formats.projector,
             method=group["refresh"], power_iterations=group["power_iterations"], rule=group.numbers.rule,
             seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state, group.numbers.betas),
         )  # fmt: skip
@@ -316,19 +313,26 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     if clip is not None:
         grad = grad * clip
     step = state["step"] + 1
-    update = _adam(grad, group, state, step, ok)
+    formats = group.formats.moments_of(group, p)
+    noise = None
+    if formats.rounds and group["rounding"] == "stochastic":
+        # along the flattened tensor, as moments are; a stream beside the weight's
+        noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
+            grad.shape
+        )
+    update = _adam(grad, group, state, formats, noise, step, ok)
     if "rank" in group:
         dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
-        projector = groups.projector(p, group, state, dtype)
+        projector = layout.projector(p, group, state, dtype)
         update = group.numbers.scale * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
-    weight = p.dequantize(torch.float32) if isinstance(p, Int8Weight) else p.to(torch.float32)
+    weight = p.dequantize(torch.float32) if isinstance(p, QuantizedWeight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
     if torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0:  # a graph is of every number
         weight = weight - group["lr"] * group.numbers.weight_decay * weight
     noise = None
-    if group["rounding"] == "stochastic" and (isinstance(p, Int8Weight) or p.dtype in rounding.DTYPES):
+    if group["rounding"] == "stochastic" and (isinstance(p, QuantizedWeight) or p.dtype in rounding.DTYPES):
         noise = _draws(p, group, step, position)
-    if isinstance(p, Int8Weight):
+    if isinstance(p, QuantizedWeight):
         write_back_(p, weight, noise, ok)
     else:
         p.copy_(torch.where(ok, rounding.round_to(weight, p.dtype, noise), p))
@@ -338,22 +342,29 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
 def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:
     """16 random bits for each element of a weight.  Those of a weight that is updated at full rank lie along the
     flattened tensor, as its moments do: of rows as short as a convolution's most draws would be left over."""
-    shape = p.shape if "rank" in group or isinstance(p, Int8Weight) else (p.numel(),)
+    shape = p.shape if "rank" in group or isinstance(p, QuantizedWeight) else (p.numel(),)
     return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)
 
 
-def _adam(grad: Tensor, group: Group, state: dict[str, Tensor], step: Tensor, ok: Tensor) -> Tensor:
+def _adam(
+    grad: Tensor,
+    group: Group,
+    state: dict[str, Tensor],
+    formats: MomentFormats,
+    noise: Tensor | None,
+    step: Tensor,
+    ok: Tensor,
+) -> Tensor:
     """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
     beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = group.numbers
-    stored = moments.stored_moments(state)
-    eight_bit = "exp_avg_absmax" in state
-    exp_avg, exp_avg_sq = moments.decode(stored)
+    stored = layout.stored_moments(formats, state)
+    exp_avg, exp_avg_sq = formats.decode(stored, grad.shape)
     exp_avg = beta1 * exp_avg + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
     root = exp_avg_sq.sqrt()
-    if eight_bit:
+    if formats.root:
         root = torch.maximum(root, least_root * exp_avg.abs())
-    for tensor, value in zip(stored, moments.encode(exp_avg, exp_avg_sq, eight_bit, root=root), strict=True):
+    for tensor, value in zip(stored, formats.encode(exp_avg, exp_avg_sq, root=root, noise=noise), strict=True):
         tensor.copy_(torch.where(ok, value, tensor))
     update = exp_avg / _bias(log1, step)
     below = root / _bias(log2, step).sqrt() + eps

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qgalore_compile.optim import checks, settings
-from qgalore_compile.subspace.moments import stored_moments
-from qgalore_compile.subspace.moments import zeros as zero_moments
-from qgalore_compile.subspace.projection import projector_shape, side_of
-from qgalore_compile.subspace.refresh import Moments, ProjectorFormat
-from qgalore_compile.subspace.scheduler import Rule, Schedule
+from qgalore_compile.optim.layout import stored_moments
+from qgalore_compile.subspace.refresh import Moments
+from qgalore_compile.subspace.scheduler import Rule
 from qgalore_compile.weights.coverage import tell_projected
 from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_layers, select_linears
-
-MIN_8BIT_ELEMENTS = 4096
-"""Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
 
 
 def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
@@ -123,36 +118,6 @@ def names_of(group: dict[str, Any], position: int) -> list[str]:
     return list(group.get("param_names", places))
 
 
-def rank_of(group: dict[str, Any], parameter: Tensor) -> int:
-    """The group's rank, clipped to the parameter's smaller side."""
-    rank: int = min(group["rank"], *parameter.shape)
-    return rank
-
-
-def projector_columns(group: dict[str, Any], parameter: Tensor) -> int:
-    """Columns of the parameter's projector: n on the right side, the rank on the left."""
-    return projector_shape(parameter.shape, rank_of(group, parameter))[1]
-
-
-def projector_format(group: dict[str, Any]) -> ProjectorFormat:
-    """How the group's projectors are stored."""
-    return ProjectorFormat(group["quant_n_bit"] if group["quant"] else 0, group["quant_group_size"])
-
-
-PROJECTOR = ("projector", "projector_scale", "projector_offset")
-"""Where a state holds a projector; the first alone where it is not quantised."""
-
-
-def stored_projector(state: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors that a parameter's projector is stored in."""
-    return [state[name] for name in PROJECTOR if name in state]
-
-
-def projector(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """P, decoded, as the two GEMMs take it."""
-    return projector_format(group).decode(stored_projector(state), projector_columns(group, p), dtype)
-
-
 def refresh_rule(group: Mapping[str, Any]) -> Rule:
     """When the group's parameters are refreshed."""
     gap, max_gap = group["update_proj_gap"], group["max_gap"]
@@ -166,11 +131,12 @@ def refresh_rule(group: Mapping[str, Any]) -> Rule:
     return rule(shrink=threshold / 2 if shrink is None else shrink)
 
 
-def moments_that_follow(group: dict[str, Any], state: dict[str, Tensor], betas: Tensor) -> Moments | None:
+def moments_that_follow(group: Any, state: dict[str, Tensor], betas: Tensor) -> Moments | None:
     """What a refresh changes beside the projector; None where moments are kept.  ``betas``: float64 (2,)."""
     if group["moments_on_refresh"] == "keep":
         return None
-    return Moments(stored_moments(state), state["step"], group["moments_on_refresh"], betas)
+    own = group.formats.moments
+    return Moments(stored_moments(own, state), state["step"], group["moments_on_refresh"], betas, own.text)
 
 
 def slot_of(group: dict[str, Any], index: int) -> int:
@@ -180,20 +146,3 @@ def slot_of(group: dict[str, Any], index: int) -> int:
     """
     staggered = group["stagger"] and group["similarity"] != "official"
     return index % group["update_proj_gap"] if staggered else -1
-
-
-def new_state(p: Tensor, group: dict[str, Any], slot: int = -1) -> dict[str, Tensor]:
-    """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
-    state = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
-    shape, eight_bit = tuple(p.shape), group["moments"] == "8bit"
-    if "rank" in group:
-        rank = rank_of(group, p)
-        (m, n), side = p.shape, side_of(p.shape)
-        shape = (m, rank) if side == "right" else (rank, n)
-        zeros = torch.zeros(projector_shape(p.shape, rank), dtype=torch.float32, device=p.device)
-        state.update(zip(PROJECTOR, projector_format(group).encode(zeros), strict=False))
-        state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
-    else:
-        eight_bit = eight_bit and p.numel() >= MIN_8BIT_ELEMENTS
-    state.update(zero_moments(shape, eight_bit, p.device))
-    return state

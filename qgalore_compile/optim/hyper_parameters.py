@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.optim import checks, groups, settings
+from qgalore_compile.optim.layout import GroupFormats, rank_of, texts
 from qgalore_compile.subspace.moments import least_root
 from qgalore_compile.subspace.scheduler import Rule
 
@@ -86,13 +87,15 @@ class Group(dict[str, Any]):
     """
 
     numbers: Numbers
+    formats: GroupFormats
 
     def __init__(self, checked: Mapping[str, Any]) -> None:
-        super().__init__(checked)
+        super().__init__(texts(dict(checked)))
         # a clone a group: one shared tensor would be scheduled once a group
         super().__setitem__("lr", _own_tensor(self["lr"]))
         self.numbers = Numbers.zeros()
         self.numbers.write_(self)
+        self.formats = GroupFormats.of(self)
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Group:
@@ -101,6 +104,7 @@ class Group(dict[str, Any]):
         dict.update(group, values)
         group.numbers = Numbers.zeros()
         group.numbers.write_(group)
+        group.formats = GroupFormats.of(group)
         return group
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -160,6 +164,7 @@ class Group(dict[str, Any]):
 
     def _set(self, values: Mapping[str, Any], fixed: Iterable[str] = FIXED) -> None:
         where = self._where()
+        values = texts(dict(values))
         merged = {**self, **values}
         checks.check_keys(merged, where)
         checks.check_values(merged, where)
@@ -183,7 +188,7 @@ class Group(dict[str, Any]):
 
     def _same(self, key: str, value: Any) -> bool:
         """Whether ranks above the smaller side are clipped to the same."""
-        return key == "rank" and all(min(value, *p.shape) == groups.rank_of(self, p) for p in self["params"])
+        return key == "rank" and all(min(value, *p.shape) == rank_of(self, p) for p in self["params"])
 
     def _check_parameters(self, merged: Mapping[str, Any], where: str) -> None:
         known = {id(p) for p in self["params"]}

@@ -27,15 +27,13 @@ class PlacementError(RuntimeError):
     """A parameter or its state is not where, or not what, the optimizer made it; raised before anything changes."""
 
 
-def dtype_of(name: str, state: dict[str, Tensor]) -> torch.dtype:
-    """What the tensor ``name`` of a parameter's state holds: the table in ``QGaLoreAdamW``'s docstring."""
+def dtype_of(name: str, formats: dict[str, torch.dtype]) -> torch.dtype:
+    """What the tensor ``name`` of a parameter's state holds, given that of parts of formats by name."""
     if name == "step" or name == "skipped_steps":
         return torch.int64
     if name == "schedule":
         return torch.float64
-    if f"{name}_absmax" in state or f"{name}_scale" in state:
-        return torch.uint8
-    return torch.float32
+    return formats.get(name, torch.float32)
 
 
 def check_placement(groups: Sequence[dict[str, Any]], state: dict[Any, dict[str, Tensor]]) -> None:
@@ -69,7 +67,9 @@ def check_placement(groups: Sequence[dict[str, Any]], state: dict[Any, dict[str,
                     f"{names_of(group, position)[index]} has no state: it was put into its group after the optimizer "
                     "was built; use add_param_group"
                 )
-            problem = _problem(own, p.device)
+            formats = group.formats
+            parts = formats.dtypes if formats.moments_of(group, p) is formats.moments else formats.small.dtypes
+            problem = _problem(own, parts, p.device)
             if problem is not None:
                 raise PlacementError(f"{names_of(group, position)[index]}: {problem}; {_BUILD_ANEW}")
             device = p.device if device is None else device
@@ -80,10 +80,10 @@ def check_placement(groups: Sequence[dict[str, Any]], state: dict[Any, dict[str,
                 )
 
 
-def _problem(state: dict[str, Tensor], device: torch.device) -> str | None:
+def _problem(state: dict[str, Tensor], formats: dict[str, torch.dtype], device: torch.device) -> str | None:
     """What is not as it was made, in words."""
     for name, tensor in state.items():
-        dtype, right = dtype_of(name, state), _CPU if name == "schedule" else device
+        dtype, right = dtype_of(name, formats), _CPU if name == "schedule" else device
         if tensor.dtype != dtype or tensor.device != right:
             return f"its {name} is {tensor.dtype} on {tensor.device} and must be {dtype} on {right}"
     return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import checks, groups, settings
+from qgalore_compile.optim import checks, groups, layout, settings
 from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.subspace.scheduler import EXACT, FIXED, LEAST, Schedule
 
@@ -56,7 +56,7 @@ def check_group(own: dict[str, Any], saved: dict[str, Any], position: int) -> No
                 "build it with the settings of the saved one"
             )
     for name, parameter in zip(names, own["params"], strict=True):
-        if "rank" in own and groups.rank_of(merged, parameter) != groups.rank_of(own, parameter):
+        if "rank" in own and layout.rank_of(merged, parameter) != layout.rank_of(own, parameter):
             raise ValueError(
                 f"{name} of shape {tuple(parameter.shape)}: the saved state has rank={merged['rank']}, this "
                 f"optimizer's {own['rank']}; build it with the settings of the saved one"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from qgalore_compile.optim.layout import bad_moments, bad_projector_format
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.subspace.finder import METHODS
 from qgalore_compile.subspace.moments import ON_REFRESH
@@ -179,7 +180,8 @@ _TABLE = (
         "moments",
         str,
         "8bit",
-        choices=("8bit", "32bit"),
+        check=bad_moments,
+        values="'8bit', '4bit', '32bit', or a format's text",
         fixed="state",
         help="How m and √v are stored; small parameters that are not projected keep 32 bits.",
     ),
@@ -188,7 +190,7 @@ _TABLE = (
         str,
         "stochastic",
         choices=("stochastic", "nearest"),
-        help="Of weights in INT8, bfloat16 and float16.",
+        help="Of quantised weights, those in bfloat16 and float16, and of √v in other formats than 8 and 32 bits.",
     ),
     Key("seed", int, 0, check=_seed, values="an integer that fits into 64 bits", help="Of all random bits."),
     # of projected ones: GaLore's and Q-GaLore's own names
@@ -211,6 +213,16 @@ _TABLE = (
         fixed="shapes",
         help="Which side is projected: the smaller one.",
     ),
+    _projected(
+        "projector_format",
+        str,
+        None,
+        unset="what the three keys below say",
+        check=bad_projector_format,
+        values="a format's text",
+        fixed="state",
+        help="How projectors are stored, such as 'nf4/64'.",
+    ),
     _projected("quant", bool, True, fixed="state", help="Whether projectors are quantised."),
     _projected("quant_n_bit", int, 4, choices=(4, 8), fixed="state", help="Bits of a quantised projector's elements."),
     _projected(
@@ -223,7 +235,13 @@ _TABLE = (
     _projected("queue_size", int, 5, least=1, fixed="schedule", help="Similarities in the mean that lets a gap grow."),
     # of projected ones: this project's
     _projected("refresh", str, "randomized", choices=METHODS, help="How a subspace is computed."),
-    _projected("power_iterations", int, 1, least=1, help='Of refresh "randomized", and of the first one of "power".'),
+    _projected(
+        "power_iterations",
+        int,
+        1,
+        least=1,
+        help='Passes over the gradient that sharpen a range finder: of refresh "randomized", and of the first "power".',
+    ),
     _projected(
         "moments_on_refresh", str, "keep", choices=ON_REFRESH, help="What becomes of the moments in a new subspace."
     ),

@@ -37,7 +37,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qgalore_compile.optim import groups
 from qgalore_compile.reports.compared import Compared, TensorError, compare, wrong
 from qgalore_compile.reports.copies import Copier, CopyError, alone
 from qgalore_compile.reports.judgement import Rates
@@ -197,7 +196,7 @@ def _to_follow(plain: Run, compiled: Run) -> dict[str, Sequence[Tensor]]:
     follow: dict[str, Sequence[Tensor]] = {}
     for name, own in plain.renewed.items():
         entry = compiled.entries.get(name)
-        stored = groups.stored_projector(entry.state) if entry is not None and name not in plain.again else []
+        stored = entry.projector_parts() if entry is not None and name not in plain.again else []
         alike = len(stored) == len(own.stored) and all(
             (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(stored, own.stored, strict=True)
         )

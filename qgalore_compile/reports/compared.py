@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qgalore_compile.optim import groups
 from qgalore_compile.reports.judgement import Rates, Sample, judge
 from qgalore_compile.reports.reach import Entry
 from qgalore_compile.reports.runs import Renewed, Run
@@ -271,9 +270,8 @@ def _compare_subspace(name: str, found: Entry, expected: Entry, own: Sequence[Re
 
 def _with(entry: Entry, own: Renewed) -> Entry:
     """The entry as if this projector were stored."""
-    return entry._replace(
-        tensor=own.stored[0], state=entry.state | dict(zip(groups.PROJECTOR, own.stored, strict=False))
-    )
+    state = entry.state | dict(zip(entry.projector_names, own.stored, strict=False))
+    return entry._replace(tensor=own.stored[0], state=state)
 
 
 def _subspaces_apart(one: Tensor, other: Tensor, side: Side, gradient: Tensor) -> float:

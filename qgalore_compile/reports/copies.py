@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from qgalore_compile._torch import has_storage
 from qgalore_compile.reports.reach import ATOMIC, globals_of, has_variables, moves, unwrapped, walk
-from qgalore_compile.weights import Int8Weight
+from qgalore_compile.weights import QuantizedWeight
 
 _KEPT = ("torch._library", "torch._ops", "torch.library", "triton")  # classes whose objects Dynamo knows by identity
 
@@ -195,7 +195,7 @@ class Copier:
 def _storage(x: Tensor) -> int:
     """Which storage a plain tensor is a view of; 0 where it has none of its own."""
     plain = x.layout is torch.strided and not x.is_quantized and not x.is_meta and has_storage(x)
-    return x.untyped_storage()._cdata if plain and not isinstance(x, Int8Weight) else 0
+    return x.untyped_storage()._cdata if plain and not isinstance(x, QuantizedWeight) else 0
 
 
 def alone(step: Callable[..., Any]) -> Callable[..., Any]:

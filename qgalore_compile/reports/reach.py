@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qgalore_compile import formats
-from qgalore_compile.optim import groups
-from qgalore_compile.subspace import moments
+from qgalore_compile.formats import Stored
+from qgalore_compile.optim import groups, layout
+from qgalore_compile.optim.hyper_parameters import Group
 from qgalore_compile.subspace.projection import Side, side_of
 from qgalore_compile.subspace.scheduler import Schedule
-from qgalore_compile.weights import Int8Weight
+from qgalore_compile.weights import Int8Weight, QuantizedWeight
 
 _STATE = (Tensor, nn.Module, Optimizer)
 _MUTABLE = (list, dict, set, bytearray, deque)
@@ -103,7 +103,7 @@ def _children(name: str, x: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(x, Tensor):
         if x.is_leaf:
             yield f"{name}.grad", x.grad
-        if not isinstance(x, Int8Weight):
+        if not isinstance(x, QuantizedWeight):
             yield from ((dot + key, value) for key, value in vars(x).items())
     elif not isinstance(x, ATOMIC):
         slots = [slot for cls in type(x).__mro__ for slot in cls.__dict__.get("__slots__", ()) if hasattr(x, slot)]
@@ -201,20 +201,43 @@ class Entry(NamedTuple):
         return side_of(self.parameter.shape)
 
     @property
+    def projector_names(self) -> tuple[str, ...]:
+        """Where the state holds a projector."""
+        return self.group.formats.names if isinstance(self.group, Group) else ("projector",)
+
+    def projector_parts(self) -> list[Tensor]:
+        """What the projector is stored in; [] where there is none."""
+        return [self.state[name] for name in self.projector_names if name in self.state]
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it belongs to what another part stands for."""
+        if not isinstance(self.group, Group) or self.parameter is None:
+            return False
+        formats = self.group.formats
+        own = formats.moments_of(self.group, self.parameter)
+        firsts = (formats.names[0], own.names[0], own.names[len(own.first.parts)])
+        return self.key in (*formats.names, *own.names) and self.key not in firsts
+
+    @property
     def turn(self) -> int:
         """The clock of the next turn; a step that moves it may have computed the subspace anew."""
         return Schedule.from_tensor(self.state["schedule"]).next if "schedule" in self.state else 0
 
+    @property
+    def stored(self) -> Stored | None:
+        """The projector or the moment that this is, by its first part."""
+        if self.parameter is None or not isinstance(self.group, Group):
+            return None
+        return layout.stored(self.parameter, self.group, self.state, self.key)
+
     def value(self) -> Tensor:
         """What it stands for, exact or in float64."""
         x = self.tensor.detach()
-        if isinstance(x, Int8Weight):
+        if isinstance(x, QuantizedWeight):
             x = x.dequantize()
-        elif self.projector:
-            assert self.parameter is not None
-            x = groups.projector(self.parameter, self.group, self.state)
-        elif f"{self.key}_absmax" in self.state:
-            x = formats.dequantize_dynamic8(x, self.state[f"{self.key}_absmax"], self.key == "exp_avg")
+        elif (stored := self.stored) is not None:
+            x = stored.load()
         if x.is_complex():
             x = torch.view_as_real(x.resolve_conj())
         return x.to(torch.float64) if x.is_floating_point() else x
@@ -222,28 +245,22 @@ class Entry(NamedTuple):
     def code_step(self) -> Tensor | None:
         """How far the next code is from each element's, float64; None where there are no codes, or of a projector."""
         x = self.tensor.detach()
-        if isinstance(x, Int8Weight):
-            step = x.scale.repeat_interleave(x.group_size, -1)[..., : x.codes.shape[-1]]
+        if isinstance(x, QuantizedWeight):
+            if isinstance(x, Int8Weight):
+                step = x.scale.repeat_interleave(x.group_size, -1)[..., : x.codes.shape[-1]]
+            else:
+                found = x.stored.code_step()
+                assert found is not None
+                step = found
             return (step.t() if x.transposed else step).to(torch.float64)
-        if f"{self.key}_absmax" not in self.state:
-            return None
-        value = self.value()
-        sides = [self._replace(tensor=(x.to(torch.int16) + by).clamp(0, 255).to(torch.uint8)) for by in (-1, 1)]
-        return torch.maximum(*((side.value() - value).abs() for side in sides))
+        stored = self.stored
+        return None if stored is None or self.projector else stored.code_step()
 
     def codes(self) -> Tensor | None:
         """Its integer codes, one an element."""
-        if isinstance(self.tensor, Int8Weight):
-            return self.tensor.codes
-        if self.tensor.dtype != torch.uint8 or not self.state:
-            return None
-        if self.projector and self.group["quant_n_bit"] == 4:
-            assert self.parameter is not None
-            return formats.unpack_int4(self.tensor, groups.projector_columns(self.group, self.parameter))
-        return self.tensor
-
-
-_PARTS = (*groups.PROJECTOR[1:], *moments.IN_8_BITS[1::2])
+        if isinstance(self.tensor, QuantizedWeight):
+            return self.tensor.stored.codes()
+        return None if self.stored is None else self.stored.codes()
 
 
 def entries(roots: dict[str, Any]) -> dict[str, Entry]:
@@ -260,7 +277,7 @@ def entries(roots: dict[str, Any]) -> dict[str, Entry]:
         if isinstance(x, (int, float, complex)) and (name.endswith("/lr") or re.match(r"result\b", name)):
             x = torch.tensor(x)
         entry = homes.get(id(x), Entry(x, "", {}, None, {})) if isinstance(x, Tensor) else None
-        if entry is not None and entry.key not in _PARTS:
+        if entry is not None and not entry.is_part:
             times[name] += 1
             found[name if times[name] == 1 else f"{name} ({times[name]})"] = entry
     return found

@@ -16,40 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore_compile import formats, rng
+from qgalore_compile import rng
 from qgalore_compile._ops import define
+from qgalore_compile.formats import Format
 from qgalore_compile.subspace.finder import Gradient, captured_energy, leading_subspace, sketched_subspace
 from qgalore_compile.subspace.gather import gathered, is_carrier
-from qgalore_compile.subspace.moments import follow_
+from qgalore_compile.subspace.moments import MomentFormats, follow_
 from qgalore_compile.subspace.projection import Side, official_similarity, projector_shape, side_of, subspace_similarity
 from qgalore_compile.subspace.scheduler import Rule, Schedule, ticked_unless_due
 from qgalore_compile.subspace.timing import timed
 
 SIMILARITIES = ("subspace", "official")
 TRIGGERS = ("similarity", "energy")
-
-
-class ProjectorFormat(NamedTuple):
-    """How a projector is stored: ``bits`` 4 (packed) or 8 in groups of ``group_size``, or 0 for float32."""
-
-    bits: int
-    group_size: int
-
-    def encode(self, projector: Tensor) -> list[Tensor]:
-        """The stored tensors of a float32 projector: [P], or [codes, scale, offset]."""
-        if self.bits == 0:
-            return [projector]
-        quantize = formats.quantize_int4 if self.bits == 4 else formats.quantize_int8
-        return list(quantize(projector, self.group_size)[:3])
-
-    def decode(self, stored: Sequence[Tensor], columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The projector (…, columns), computed in float32 and returned in ``dtype``."""
-        if self.bits == 0:
-            return stored[0].to(dtype)
-        codes, scale, offset = stored
-        if self.bits == 8:
-            return formats.dequantize_int8(codes, scale, offset, self.group_size, dtype=dtype)
-        return formats.dequantize_int4(codes, scale, offset, columns, self.group_size, dtype=dtype)
 
 
 Observer = Callable[[Tensor, Sequence[Tensor], Gradient], Sequence[Tensor]]
@@ -74,17 +52,17 @@ class _Settings(NamedTuple):
     rule: Rule
     shape: Sequence[int]
     rank: int
-    bits: int
-    group_size: int
+    format: str
     method: str
     power_iterations: int
     seed: int
     param: int
     on_refresh: str = "keep"
+    moments_format: str = "32bit"
 
     @property
-    def form(self) -> ProjectorFormat:
-        return ProjectorFormat(self.bits, self.group_size)
+    def form(self) -> Format:
+        return Format.parse(self.format)
 
 
 # Every layer calls one of these two in every step, so nothing is built before the schedule has been asked.
@@ -181,14 +159,14 @@ def _compute_anew(
 ) -> Schedule:
     """Overwrite the projector, R and the moments in place; the schedule after it."""
     side, form = side_of(settings.shape), settings.form
-    columns = projector_shape(settings.shape, settings.rank)[1]
+    size = projector_shape(settings.shape, settings.rank)
     new, failures = _found(gradient, low, now, side, settings)
     now = now.failed(failures)
     if new is None:
         return now  # still due, and R is the old projector's
     # the first refresh may follow a stand-in: the moments are of its basis, and its similarity would tell of a sketch
-    old = form.decode(projector, columns) if now.has_projector else None
-    if old is not None and form.bits == 0:
+    old = form.decode(projector, size) if now.has_projector else None
+    if old is not None and str(form) == "float32":
         old = old.clone()  # decoded, it is the stored tensor itself, which is about to be overwritten
     similarity = None
     if old is not None and now.refreshes:
@@ -202,9 +180,18 @@ def _compute_anew(
     if old is not None and step is not None:
         assert betas is not None
         beta1, beta2 = betas.tolist()
-        decoded = form.decode(projector, columns)
-        follow_(moments, settings.on_refresh, old, decoded, side, updates=int(step), betas=(beta1, beta2))
-    low.copy_(gradient.project(lambda dtype: form.decode(projector, columns, dtype), side))
+        follow_(
+            moments,
+            settings.on_refresh,
+            old,
+            form.decode(projector, size),
+            side,
+            shape=low.shape,
+            updates=int(step),
+            betas=(beta1, beta2),
+            formats=MomentFormats.parse(settings.moments_format),
+        )
+    low.copy_(gradient.project(lambda dtype: form.decode(projector, size, dtype), side))
     return now.stood_in() if now.stands_in else now.refreshed(settings.rule, similarity)
 
 
@@ -238,7 +225,7 @@ def _found(
 
 # No argument is keyword-only, and none has a default: as keywords, passing them on costs twice as much.
 _GRADIENT = "Tensor[] factors, Tensor[]? scales"
-_CONSTANTS = "SymInt[] shape, int rank, int bits, int group_size, str method, int power_iterations, int seed, int param"
+_CONSTANTS = "SymInt[] shape, int rank, str format, str method, int power_iterations, int seed, int param"
 # it decides on the host: no part of a CUDA graph
 _refresh_op = define(
     f"refresh_(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor rule, {_GRADIENT}, {_CONSTANTS}) "
@@ -250,7 +237,7 @@ _refresh_op = define(
 # An overload, so that groups that keep their moments have a graph in which nothing but Adam writes them.
 _refresh_with_moments_op = define(
     "refresh_.moments(Tensor(a!) low, Tensor(b!)[] projector, Tensor(c!) schedule, Tensor(d!)[] moments, Tensor step, "
-    f"Tensor rule, Tensor betas, {_GRADIENT}, {_CONSTANTS}, str on_refresh) -> ()",
+    f"Tensor rule, Tensor betas, {_GRADIENT}, {_CONSTANTS}, str on_refresh, str moments_format) -> ()",
     _refresh_with_moments,
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
@@ -261,12 +248,13 @@ REFRESHES = (_refresh_op, _refresh_with_moments_op)
 
 class Moments(NamedTuple):
     """What follows a projector: ``stored_moments``, the 0-d count of the updates that they
-    hold, ``on_refresh`` ("reset" or "rotate") and the betas, float64 (2,) on the CPU."""
+    hold, ``on_refresh`` ("reset" or "rotate"), the betas, float64 (2,) on the CPU, and the group key ``moments``."""
 
     stored: Sequence[Tensor]
     step: Tensor
     on_refresh: str
     betas: Tensor
+    text: str = "8bit"
 
 
 def refresh_(
@@ -277,7 +265,7 @@ def refresh_(
     *,
     shape: Sequence[int],
     rank: int,
-    form: ProjectorFormat,
+    form: Format,
     method: str,
     rule: Rule | Tensor,
     seed: int,
@@ -289,7 +277,7 @@ def refresh_(
 
     Args:
         low: R, in the gradient's dtype, of this gradient and the projector as it was; overwritten in a refresh.
-        projector: its stored tensors (:class:`ProjectorFormat`); overwritten in a refresh.
+        projector: its stored tensors (``Format.encode``); overwritten in a refresh.
         schedule: float64 (10 + queue_size,) on the CPU (:mod:`qgalore_compile.subspace.scheduler`); overwritten.
         factors: ``[G]`` or ``[dY1, X1, …]``; a compiled step may pass what ``gather.py`` collected, and
             0-d ``scales``, one a product.  Where they are not finite, the projector stays, the parameter stays due
@@ -307,7 +295,7 @@ def refresh_(
     CUDA), then "power" without an SVD.  Where that fails too, the projector and R stay as they are and the parameter
     stays due.  The schedule counts each failure.
     """
-    constants = (list(shape), rank, form.bits, form.group_size, method, power_iterations, rng.signed_seed(seed), param)
+    constants = (list(shape), rank, form.text, method, power_iterations, rng.signed_seed(seed), param)
     if isinstance(rule, Rule):
         rule = rule.to_tensor()
     if moments is None:
@@ -315,5 +303,5 @@ def refresh_(
         return
     _refresh_with_moments_op(
         low, list(projector), schedule, list(moments.stored), moments.step, rule, moments.betas, list(factors), None,
-        *constants, moments.on_refresh,
+        *constants, moments.on_refresh, moments.text,
     )  # fmt: skip

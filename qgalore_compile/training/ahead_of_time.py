@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,6 +84,9 @@ def compile_ahead(
     tf32: bool = False,
     batch: int | None = None,
     seq: int | None = None,
+    weight_format: str | None = None,
+    projector_format: str | None = None,
+    moments: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Compile every generated kernel of a preset's training step for a GPU.
@@ -95,6 +98,7 @@ def compile_ahead(
         dtype: of weights and activations, "bfloat16" or "float32".
         tf32: let float32 products use tensor cores.
         batch, seq: of a step; the preset's by default.
+        weight_format, projector_format, moments: storage, as ``qgalore train`` has it.
         progress: is told each kernel's name.
 
     Raises:
@@ -107,21 +111,37 @@ def compile_ahead(
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is bfloat16 or float32, got {dtype!r}")
     chip, folder = Target.named(target), Path(out)
-    kernels = traced(preset, chip, getattr(torch, dtype), tf32=tf32, batch=batch, seq=seq, look=True)
+    keys = {name: value for name, value in (("projector_format", projector_format), ("moments", moments)) if value}
+    kernels = traced(
+        preset,
+        chip,
+        getattr(torch, dtype),
+        tf32=tf32,
+        batch=batch,
+        seq=seq,
+        weight_format=weight_format,
+        keys=keys,
+        look=True,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for kernel, calls in kernels.items():
         name = f"{len(rows):02}-{name_of(kernel)}"
         progress(name)
         binary = compiled(kernel, chip)
-        text, code = (".ptx", ".cubin") if chip.backend == "cuda" else (".amdgcn", ".hsaco")
-        (folder / f"{name}.py").write_text(kernel.source)
-        (folder / f"{name}{text}").write_text(binary.text)
-        (folder / f"{name}{code}").write_bytes(binary.code)
-        (folder / f"{name}.asm").write_text(binary.assembly)
+        _keep(folder / name, kernel, binary, chip)
         rows.append(row(kernel, binary, name, calls))
         _write(folder / "kernels.csv", rows)
     return rows
+
+
+def _keep(path: Path, kernel: Kernel, binary: Binary, chip: Target) -> None:
+    """A kernel's source, and what became of it, in files of one stem."""
+    text, code = (".ptx", ".cubin") if chip.backend == "cuda" else (".amdgcn", ".hsaco")
+    path.with_name(f"{path.name}.py").write_text(kernel.source)
+    path.with_name(f"{path.name}{text}").write_text(binary.text)
+    path.with_name(f"{path.name}{code}").write_bytes(binary.code)
+    path.with_name(f"{path.name}.asm").write_text(binary.assembly)
 
 
 def traced(
@@ -132,10 +152,17 @@ def traced(
     tf32: bool = False,
     batch: int | None = None,
     seq: int | None = None,
+    weight_format: str | None = None,
+    keys: Mapping[str, Any] | None = None,
     look: bool = False,
 ) -> dict[Kernel, int]:
-    """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each; ``look``: their tiles are
-    those that a GPU would take, without spills."""
+    """The kernels of a preset's step, and how often a step of ``LAYERS`` layers calls each.
+
+    Args:
+        preset, target, dtype, tf32, batch, seq, weight_format: as for :func:`compile_ahead`.
+        keys: of the parameter groups.
+        look: tiles are those that a GPU would take, without spills.
+    """
     from qgalore_compile._torch import FakeTensorMode, dynamo_config
     from qgalore_compile.kernels.triton.kernels import made_for
     from qgalore_compile.reports.report import explain
@@ -143,8 +170,8 @@ def traced(
     chosen = find_preset(preset)
     with FakeTensorMode():
         model = Llama(replace(chosen.model, num_layers=min(LAYERS, chosen.model.num_layers)))
-        quantize_(move_(model, dtype))
-        optimizer = QGaLoreAdamW(param_groups(model, rank=chosen.rank), lr=chosen.lr)
+        quantize_(move_(model, dtype), format=weight_format)
+        optimizer = QGaLoreAdamW(param_groups(model, rank=chosen.rank, **(keys or {})), lr=chosen.lr)
         tokens = torch.zeros((batch or chosen.batch, seq or chosen.seq), dtype=torch.int64)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -259,10 +286,13 @@ def what(kernel: Kernel) -> str:
 
 
 def _format(operand: Operand, memory: str) -> str:
+    """What a tile loads of an operand: its memory, or how many bits a code has."""
+    from qgalore_compile.kernels.ir.memory import MEMORY
+
     if operand.prologue is None:
         return f"{memory}{'ᵀ' if operand.transposed else ''}"
-    held = {each.memory for each in operand.prologue.buffers}
-    return f"{'INT4' if 'u4' in held else 'INT8' if 'u8' in held else 'decoded'}{'ᵀ' if operand.transposed else ''}"
+    codes = (each.memory for each in operand.prologue.buffers if each.access == "in" and each.extent == "element")
+    return f"{sum(MEMORY[each].bits for each in codes)}-bit{'ᵀ' if operand.transposed else ''}"
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:

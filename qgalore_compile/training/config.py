@@ -10,6 +10,7 @@ from typing import Any
 from qgalore_compile.optim.settings import KEYS, REQUIRED
 from qgalore_compile.training.llama import PRESETS, LlamaConfig, find_preset
 from qgalore_compile.training.setting import LARGEST, MODEL, OUTPUT, STEP, Setting, of_group, of_run, option
+from qgalore_compile.weights.tensor import bad_weight_format
 
 # What a run may change when it goes on from a checkpoint; all else decides what the run computes. The data may have
 # moved: whether it is the same text, its fingerprint says.
@@ -86,6 +87,16 @@ class TrainConfig:
     stagger: bool = of_group("stagger")
     trigger: str = of_group("trigger")
     energy_threshold: float = of_group("energy_threshold")
+    weight_format: str | None = of_run(
+        STEP,
+        str,
+        None,
+        "How the blocks' weights are stored, such as 'e4m3' or 'nf4/64+double' (docs/formats.md); with qgalore alone.",
+        unset="int8/256",
+        check=bad_weight_format,
+    )
+    projector_format: str | None = of_group("projector_format", unset="int4 with qgalore, floats with galore")
+    moments: str | None = of_group("moments", default=None, unset="8bit with qgalore, 32bit with galore")
     weight_decay: float = of_group("weight_decay", check=None, least=0, help="Decoupled, not on norms.")
     max_grad_norm: float | None = of_run(STEP, float, None, "Clip to this global norm.", unset="no clipping", above=0)
     nonfinite: str = of_run(

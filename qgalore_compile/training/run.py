@@ -44,7 +44,7 @@ def make_model(config: TrainConfig) -> Llama:
             model = Llama(config.model)
     model.to(device=device, dtype=dtype)
     if config.optimizer == "qgalore":
-        quantize_(model)
+        quantize_(model, format=config.weight_format)
     return model
 
 
@@ -75,7 +75,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
     return QGaLoreAdamW(
         groups,
         lr=config.lr,
-        moments="8bit" if quantised else "32bit",
+        moments=config.moments or ("8bit" if quantised else "32bit"),
         max_grad_norm=config.max_grad_norm,
         nonfinite=config.nonfinite,
         seed=config.seed,

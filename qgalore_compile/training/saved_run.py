@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from qgalore_compile.optim import checkpoint
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.saved_state import REMEDY
-from qgalore_compile.weights import Int8Weight
+from qgalore_compile.weights import QuantizedWeight
 
 
 def check_saved(
@@ -45,18 +45,18 @@ def check_model(saved: dict[str, Any], model: nn.Module) -> None:
     for name, tensor in own.items():
         if (looks := _looks(tensor)) != (found := _looks(saved[name])):
             raise ValueError(f"the saved model is another one than this run's: its {name} is {found}, not {looks}")
-        if isinstance(tensor, Int8Weight):
-            for part in ("scale", "offset"):
+        if isinstance(tensor, QuantizedWeight):
+            for part in [part.name for part in tensor.format.parts if part.memory == "f32"]:
                 values: Tensor = getattr(saved[name], part)
-                if not bool(torch.isfinite(values).all()) or (part == "scale" and bool((values < 0).any())):
+                size = part in ("scale", "absmax")
+                if not bool(torch.isfinite(values).all()) or (size and bool((values < 0).any())):
                     raise ValueError(f"{name}: the saved {part} holds NaN, Inf or what is below 0; {REMEDY}")
 
 
 def _looks(value: object) -> str:
-    """Type, shape, dtype and storage of a tensor as text, the parts of an INT8 weight included."""
-    if isinstance(value, Int8Weight):
-        parts = " ".join(_looks(getattr(value, part)) for part in ("codes", "scale", "offset"))
-        return f"INT8 {tuple(value.shape)} {value.dtype} in groups of {value.group_size} ({parts})"
+    """Type, shape, dtype and storage of a tensor as text, the parts of a quantised weight included."""
+    if isinstance(value, QuantizedWeight):
+        return f"{value.format} {tuple(value.shape)} {value.dtype} ({' '.join(map(_looks, value.parts))})"
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
     return f"a {type(value).__name__}"

@@ -1,9 +1,10 @@
-"""INT8 weights, as others import them: the tensor, and turning a model's linear weights into it.
+"""Quantised weights, as others import them: the tensor, and turning a model's linear weights into it.
 
 ====================  =================================================================================================
 file                  what it does
 ====================  =================================================================================================
-tensor.py             ``Int8Weight``, and the write-back of an optimizer
+tensor.py             ``QuantizedWeight``, in any format; ``Int8Weight``, Q-GaLore's own
+operations.py         what operations do with one: keep the storage, or write it; an optimizer's write-back
 dequantising.py       reading a weight and its views; what would write into a temporary is refused
 assigning.py          what ``copy_`` stores
 collectives.py        torch.distributed on a weight
@@ -15,14 +16,22 @@ coverage.py           what was taken, in words
 """
 
 from qgalore_compile.weights.conversion import dequantize_, quantize_
+from qgalore_compile.weights.operations import write_back_
 from qgalore_compile.weights.targets import BLOCK_LINEARS, Targets, select_linears
-from qgalore_compile.weights.tensor import Int8Weight, _rebuilt, write_back_  # _rebuilt: files name it by this path
+from qgalore_compile.weights.tensor import (
+    Int8Weight,
+    QuantizedWeight,
+    _rebuilt,  # files name these two by this path
+    _rebuilt_from_text,
+)
 
 __all__ = [
     "BLOCK_LINEARS",
     "Int8Weight",
+    "QuantizedWeight",
     "Targets",
     "_rebuilt",
+    "_rebuilt_from_text",
     "dequantize_",
     "quantize_",
     "select_linears",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from qgalore_compile.weights.tensor import Int8Weight
+from qgalore_compile.weights.tensor import QuantizedWeight
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -18,10 +18,11 @@ class CoverageWarning(UserWarning):
 
 
 def int8_line(model: nn.Module) -> str:
-    """``INT8: 14 weights, 69 % of the parameters``; shared weights count once."""
+    """``INT8: 14 weights, 69 % of the parameters``, or the format in its place; shared weights count once."""
     parameters = list(model.parameters())
-    int8 = [parameter for parameter in parameters if isinstance(parameter, Int8Weight)]
-    return f"INT8: {_amount(int8, parameters)} of the parameters"
+    quantised = [parameter for parameter in parameters if isinstance(parameter, QuantizedWeight)]
+    names = dict.fromkeys(parameter.storage_name for parameter in quantised) or {"INT8": None}
+    return f"{', '.join(names)}: {_amount(quantised, parameters)} of the parameters"
 
 
 def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons: list[str]) -> None:

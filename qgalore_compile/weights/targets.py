@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from qgalore_compile._torch import is_traceable_wrapper_subclass
-from qgalore_compile.weights.tensor import Int8Weight
+from qgalore_compile.weights.tensor import QuantizedWeight
 
 Targets = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Linear], bool]
 """What is turned into INT8 or projected: name endings, a regular expression, or ``predicate(name, linear)``."""
@@ -73,7 +73,7 @@ def foreign(parameter: Tensor) -> str | None:
             "parallel), which is not supported: a shard's projector and INT8 groups would not be those of the whole "
             "weight; replicate the model (DistributedDataParallel) and keep its parameters whole"
         )
-    if is_traceable_wrapper_subclass(parameter) and not isinstance(parameter, Int8Weight):
+    if is_traceable_wrapper_subclass(parameter) and not isinstance(parameter, QuantizedWeight):
         return f"a {kind} is another library's tensor, which is not supported; use ordinary parameters"
     return None
 

@@ -1,8 +1,8 @@
-"""``Int8Weight``: a parameter stored as INT8 groups, whose gradient is an ordinary float tensor.
+"""Weights that are stored in a format, with ordinary float gradients: ``QuantizedWeight``, ``Int8Weight`` among them.
 
 The subclass takes part in PyTorch below autograd (``__torch_dispatch__``): every reading operation sees the
 dequantised values, so ``F.linear`` and its backward dequantise on the fly and autograd's formulas stay PyTorch's own.
-No float copy of the weight outlives the operation that asked for it: what autograd saves for backward is the INT8
+No float copy of the weight outlives the operation that asked for it: what autograd saves for backward is the
 weight itself, or its transpose, which is a flag.
 
 Writing is explicit.  ``copy_`` (hence ``load_state_dict``) quantises to nearest (``assigning.py`` has
@@ -15,32 +15,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile import formats
-from qgalore_compile._ops import define
 from qgalore_compile._torch import is_fake, skip_frames_of
-from qgalore_compile.weights.assigning import requantised
+from qgalore_compile.formats import Format, FormatError, Stored, encode
+from qgalore_compile.formats.base import Grouped
+from qgalore_compile.formats.integers import Integers
 from qgalore_compile.weights.callers import refuse_swap
 from qgalore_compile.weights.dequantising import Dequantising, fall_back
 
 aten = torch.ops.aten
 
 
-_OWN = ("codes", "scale", "offset", "group_size", "transposed", "label", "_exported")
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+"""What operations do with a weight below autograd; ``operations.py`` fills it."""
+
+_OWN = ("format", "size_stored", "transposed", "label", "_exported")
 
 
-class Int8Weight(Dequantising):
-    """A two-dimensional float tensor stored as INT8 groups along its rows.
+class QuantizedWeight(Dequantising):
+    """A two-dimensional float tensor stored in a format, with groups along its rows.
 
     Attributes:
-        codes: uint8 (m, n).
-        scale, offset: float32 (m, ceil(n / group_size)).
-        group_size: elements of a row that share a scale and an offset.
-        transposed: whether this is the (n, m) transpose of what is stored.
+        format: how it is stored; each of its parts is an attribute: ``codes``, ``scale``, ….
+        size_stored: (m, n), of what is stored.
+        transposed: whether this is the (n, m) transpose of that.
         label: the parameter's name in the model that :func:`quantize_` was given, for messages; None elsewhere.
 
     ``dtype`` is what it dequantises to; ``.to(dtype)`` changes that and nothing else.  ``shape`` is that of the float
@@ -49,13 +51,230 @@ class Int8Weight(Dequantising):
 
     __module__ = "qgalore_compile.weights"  # the public path, by which files name it
 
+    format: Format
+    size_stored: tuple[int, int]
+    transposed: bool
+    label: str | None
+    _exported: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        parts: Sequence[Tensor],
+        format: Format,
+        size: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+        requires_grad: bool = False,
+    ) -> QuantizedWeight:
+        """Wrap parts as they are; :meth:`from_float` quantises."""
+        m, n = size
+        shape, strides = ((n, m), (1, n)) if transposed else ((m, n), (n, 1))  # a tangent's layout must be the same
+        with torch.inference_mode(False):  # an inference tensor has no version counter for its views to share
+            self: QuantizedWeight = Tensor._make_wrapper_subclass(
+                cls, shape, strides=strides, dtype=dtype, device=parts[0].device, requires_grad=requires_grad
+            )
+        for part, tensor in zip(format.parts, parts, strict=True):
+            setattr(self, part.name, tensor)
+        self.format, self.size_stored, self.transposed, self.label = format, size, transposed, None
+        self._exported = None
+        return self
+
+    @staticmethod
+    def wrapped(
+        parts: Sequence[Tensor],
+        format: Format,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+        transposed: bool = False,
+        requires_grad: bool = False,
+    ) -> QuantizedWeight:
+        """Wrap parts in the class of their format."""
+        if is_int8(format):
+            codes, scale, offset = parts
+            return Int8Weight(codes, scale, offset, format.width, dtype, transposed, requires_grad)
+        return QuantizedWeight(parts, format, size, dtype, transposed, requires_grad)
+
+    @classmethod
+    def from_float(cls, value: Tensor, format: Format | str | int = 256) -> QuantizedWeight:
+        """Quantise ``value`` (m, n) to nearest; the result dequantises to value's dtype.
+
+        Args:
+            value: floating point.
+            format: of storage, or its text; a number is that of INT8 elements in a group.
+
+        Raises:
+            ValueError: value is not two-dimensional, or holds NaN or Inf; no format of weights.
+            TypeError: value is not floating point.
+        """
+        if value.dim() != 2:
+            raise ValueError(
+                f"an {cls.__name__} has two dimensions, got shape {tuple(value.shape)}; reshape it, or leave it "
+                "in float"
+            )
+        if not has_int8_form(value):
+            raise ValueError(f"a weight of shape {tuple(value.shape)} {NO_INT8_FORM}")
+        own = weight_format(format)
+        m, n = value.shape
+        return cls.wrapped(encode(value.detach(), own), own, (m, n), value.dtype)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is stored in."""
+        return tuple(getattr(self, part.name) for part in self.format.parts)
+
+    @property
+    def stored(self) -> Stored:
+        """The same, beside the format."""
+        return Stored(self.format, self.parts, self.size_stored)
+
+    @property
+    def storage_name(self) -> str:
+        """The format, for messages."""
+        return str(self.format)
+
+    # -- what tracing and serialisation need --------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, tuple[int, int], torch.dtype, bool]]:
+        names = [part.name for part in self.format.parts]
+        return names, (self.format.text, self.size_stored, self.dtype, self.transposed)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        inner: dict[str, Tensor],
+        context: tuple[str, tuple[int, int], torch.dtype, bool],
+        outer_size: Sequence[int],
+        outer_stride: Sequence[int],
+    ) -> QuantizedWeight:
+        text, size, dtype, transposed = context
+        form = Format.parse(text)
+        return cls.wrapped([inner[part.name] for part in form.parts], form, size, dtype, transposed)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on beside the inner tensors' metadata; AOTAutograd's cache asks for it."""
+        own = (self.format.text, self.dtype, self.transposed, tuple(self.shape), self.requires_grad)
+        return f"{type(self).__name__}{own}"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        label = f"{self.label!r}, " if self.label else ""
+        how = f"group_size={self.format.width}" if is_int8(self.format) else f"format={self.format.text!r}"
+        return f"{type(self).__name__}({label}shape={tuple(self.shape)}, {how}, dtype={self.dtype}{grad})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if not self.is_leaf:
+            raise RuntimeError(f"{self!r} is no leaf of the graph of gradients: deepcopy weight.detach() instead")
+        with torch.no_grad():
+            new = like(self, torch.clone)
+        new.requires_grad_(self.requires_grad)
+        memo[id(self)] = new
+        own = {name: value for name, value in vars(self).items() if name not in self._kept()}
+        vars(new).update(copy.deepcopy(own, memo))
+        if self.grad is not None:
+            new.grad = copy.deepcopy(self.grad, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kept = self._kept()
+        attributes = {name: value for name, value in vars(self).items() if name not in kept or name == "label"}
+        rest = (self.dtype, self.transposed, self.requires_grad, attributes)
+        if is_int8(self.format):  # as files of before have it
+            return _rebuilt, (self.parts, self.format.width, *rest)
+        return _rebuilt_from_text, (self.parts, self.format.text, self.size_stored, *rest)
+
+    def _kept(self) -> tuple[str, ...]:
+        """Attributes that are the tensor, and no user's."""
+        return (*_OWN, *(part.name for part in self.format.parts), "group_size")
+
+    # -- what a user calls ----------------------------------------------------------------------------------------
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float tensor that this stands for, detached, in ``dtype`` (its own by default)."""
+        return torch.ops.qgalore.int8_dequantize(self.detach(), dtype or self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # writeable in the stubs only
+        """Bytes of storage, all parts together."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def data(self) -> QuantizedWeight:
+        """The same storage, detached.  Assigning a tensor to it quantises that tensor into the storage."""
+        return self.detach()  # type: ignore[return-value]  # dispatch returns one of these
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.detach().copy_(value)
+
+    def value(self) -> Tensor:
+        """The floats that this stands for, as a plain tensor, below autograd."""
+        return float_of(self)
+
+    def storage(self) -> Any:
+        """Refused, in the way in which a tensor without storage says it: libraries go on without one."""
+        raise NotImplementedError(f"{self!r} has no storage of floats; {self._part_names()} have storages")
+
+    def data_ptr(self) -> int:
+        """Address of the floats that a detached weight stands for, in memory that lives as long as this object: for
+        reading, as a file format does that knows plain tensors only.  What is written there is lost.
+
+        A parameter has none, since it would keep the float copy that INT8 spares.
+        """
+        if isinstance(self, nn.Parameter):
+            raise NotImplementedError(
+                f"{self!r} has no floats in memory. To save a model in a format of plain tensors pass "
+                "model.state_dict(); to tell weights apart use weight.codes.data_ptr()"
+            )
+        value = float_of(self).contiguous()
+        if self._exported is None:
+            self._exported = value
+        return self._exported.copy_(value).data_ptr()
+
+    def _part_names(self) -> str:
+        *names, last = (f"weight.{part.name}" for part in self.format.parts)
+        return f"{', '.join(names)} and {last}" if names else last
+
+    def share_memory_(self) -> QuantizedWeight:
+        """Refused: the wrapper has no storage of its own, and PyTorch would crash on it."""
+        raise NotImplementedError(f"{self!r} cannot move into shared memory; share {self._part_names()} instead")
+
+    def _use_count(self) -> int:
+        """PyTorch's own count; ``torch.utils.swap_tensors`` asks for it, and is refused what would end this storage."""
+        refuse_swap(self)
+        return super()._use_count()  # type: ignore[no-any-return, misc]
+
+    # -- dispatch -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = HANDLERS.get(func)
+        return fall_back(func, args, kwargs or {}) if handler is None else handler(*args, **(kwargs or {}))
+
+
+skip_frames_of(QuantizedWeight.__torch_dispatch__)
+
+
+class Int8Weight(QuantizedWeight):
+    """A two-dimensional float tensor stored as INT8 groups along its rows: Q-GaLore's weight.
+
+    Attributes:
+        codes: uint8 (m, n).
+        scale, offset: float32 (m, ceil(n / group_size)).
+        group_size: elements of a row that share a scale and an offset.
+    """
+
+    __module__ = "qgalore_compile.weights"
+
     codes: Tensor
     scale: Tensor
     offset: Tensor
     group_size: int
-    transposed: bool
-    label: str | None
-    _exported: Tensor | None
 
     @staticmethod
     def __new__(
@@ -70,282 +289,81 @@ class Int8Weight(Dequantising):
     ) -> Int8Weight:
         """Wrap inner tensors as they are; :meth:`from_float` quantises."""
         m, n = codes.shape
-        shape, strides = ((n, m), (1, n)) if transposed else ((m, n), (n, 1))  # a tangent's layout must be the same
-        with torch.inference_mode(False):  # an inference tensor has no version counter for its views to share
-            self: Int8Weight = Tensor._make_wrapper_subclass(
-                cls, shape, strides=strides, dtype=dtype, device=codes.device, requires_grad=requires_grad
-            )
-        self.codes, self.scale, self.offset = codes, scale, offset
-        self.group_size, self.transposed, self.label = group_size, transposed, None
-        self._exported = None
+        parts, form = (codes, scale, offset), Format.parse(f"int8/{group_size}")
+        self = QuantizedWeight.__new__(cls, parts, form, (m, n), dtype, transposed, requires_grad)
+        assert isinstance(self, Int8Weight)
+        self.group_size = group_size
         return self
 
-    @classmethod
-    def from_float(cls, value: Tensor, group_size: int = 256) -> Int8Weight:
-        """Quantise ``value`` (m, n) to nearest; the result dequantises to value's dtype.
-
-        Raises:
-            ValueError: value is not two-dimensional, or holds NaN or Inf.
-            TypeError: value is not floating point.
-        """
-        if value.dim() != 2:
-            raise ValueError(
-                f"an Int8Weight has two dimensions, got shape {tuple(value.shape)}; reshape it, or leave it in float"
-            )
-        if not has_int8_form(value):
-            raise ValueError(f"a weight of shape {tuple(value.shape)} {NO_INT8_FORM}")
-        return cls(*formats.quantize_int8(value.detach(), group_size), dtype=value.dtype)
-
-    # -- what tracing and serialisation need --------------------------------------------------------------------
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, torch.dtype, bool]]:
-        return ["codes", "scale", "offset"], (self.group_size, self.dtype, self.transposed)
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls,
-        inner: dict[str, Tensor],
-        context: tuple[int, torch.dtype, bool],
-        outer_size: Sequence[int],
-        outer_stride: Sequence[int],
-    ) -> Int8Weight:
-        group_size, dtype, transposed = context
-        return cls(inner["codes"], inner["scale"], inner["offset"], group_size, dtype, transposed)
-
-    def _stable_hash_for_caching(self) -> str:
-        """What compiled code depends on beside the inner tensors' metadata; AOTAutograd's cache asks for it."""
-        return f"Int8Weight({self.group_size},{self.dtype},{self.transposed},{tuple(self.shape)},{self.requires_grad})"
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        grad = ", requires_grad=True" if self.requires_grad else ""
-        label = f"{self.label!r}, " if self.label else ""
-        return f"Int8Weight({label}shape={tuple(self.shape)}, group_size={self.group_size}, dtype={self.dtype}{grad})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Weight:
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
-        if not self.is_leaf:
-            raise RuntimeError(f"{self!r} is no leaf of the graph of gradients: deepcopy weight.detach() instead")
-        with torch.no_grad():
-            new = _like(self, torch.clone)
-        new.requires_grad_(self.requires_grad)
-        memo[id(self)] = new
-        own = {name: value for name, value in vars(self).items() if name not in _OWN}
-        vars(new).update(copy.deepcopy(own, memo))
-        if self.grad is not None:
-            new.grad = copy.deepcopy(self.grad, memo)
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        attributes = {name: value for name, value in vars(self).items() if name not in _OWN or name == "label"}
-        inner = (self.codes, self.scale, self.offset)
-        return _rebuilt, (inner, self.group_size, self.dtype, self.transposed, self.requires_grad, attributes)
-
-    # -- what a user calls ----------------------------------------------------------------------------------------
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float tensor that this stands for, detached, in ``dtype`` (its own by default)."""
-        return _dequantize_op(self.detach(), dtype or self.dtype)  # type: ignore[no-any-return]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What files of before 0.2 restore attributes by."""
+        vars(self).update(state)
+        self.format = Format.parse(f"int8/{self.group_size}")
+        self.size_stored = (self.codes.shape[0], self.codes.shape[1])
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]  # writeable in the stubs only
-        """Bytes of storage: codes, scales and offsets."""
-        return self.codes.nbytes + self.scale.nbytes + self.offset.nbytes
+    def storage_name(self) -> str:
+        """As messages call it."""
+        return "INT8"
 
-    @property
-    def data(self) -> Int8Weight:
-        """The same storage, detached.  Assigning a tensor to it quantises that tensor into the storage."""
-        return self.detach()  # type: ignore[return-value]  # dispatch returns an Int8Weight
 
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.detach().copy_(value)
+def is_int8(form: Format) -> TypeGuard[Integers]:
+    """Whether a format is Q-GaLore's own of weights, which ``Int8Weight`` is the class of."""
+    return isinstance(form, Integers) and form.inline and not form.planar
 
-    def value(self) -> Tensor:
-        """The floats that this stands for, as a plain tensor, below autograd."""
-        return _float(self)
 
-    def storage(self) -> Any:
-        """Refused, in the way in which a tensor without storage says it: libraries go on without one."""
-        raise NotImplementedError(f"{self!r} has no storage of floats; weight.codes, .scale and .offset have storages")
-
-    def data_ptr(self) -> int:
-        """Address of the floats that a detached weight stands for, in memory that lives as long as this object: for
-        reading, as a file format does that knows plain tensors only.  What is written there is lost.
-
-        A parameter has none, since it would keep the float copy that INT8 spares.
-        """
-        if isinstance(self, nn.Parameter):
-            raise NotImplementedError(
-                f"{self!r} has no floats in memory. To save a model in a format of plain tensors pass "
-                "model.state_dict(); to tell weights apart use weight.codes.data_ptr()"
-            )
-        value = _float(self).contiguous()
-        if self._exported is None:
-            self._exported = value
-        return self._exported.copy_(value).data_ptr()
-
-    def share_memory_(self) -> Int8Weight:
-        """Refused: the wrapper has no storage of its own, and PyTorch would crash on it."""
-        raise NotImplementedError(
-            f"{self!r} cannot move into shared memory; share weight.codes, weight.scale and weight.offset instead"
+def weight_format(given: Format | str | int) -> Format:
+    """A format of weights; ValueError for one that a trained weight cannot be kept in."""
+    form = Format.parse(f"int8/{given}" if isinstance(given, int) else given)
+    rows = getattr(form, "inner", form)
+    # the dynamic maps, of moments, have no -1: a weight at that end would drift
+    in_rows = isinstance(rows, Grouped) and rows.axis == rows.default_axis == "rows" and rows.rounds
+    if not (in_rows and form.trains):
+        raise FormatError(
+            f"{form} is no format of weights: those have groups in rows, and are written with stochastic rounding, "
+            "such as 'int8/256', 'e4m3', 'nf4/64' or 'int4/128'; for bfloat16 use model.bfloat16()"
         )
-
-    def _use_count(self) -> int:
-        """PyTorch's own count; ``torch.utils.swap_tensors`` asks for it, and is refused what would end INT8 storage."""
-        refuse_swap(self)
-        return super()._use_count()  # type: ignore[no-any-return, misc]
-
-    # -- dispatch -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        handler = _HANDLERS.get(func)
-        return fall_back(func, args, kwargs or {}) if handler is None else handler(*args, **(kwargs or {}))
+    return form
 
 
-skip_frames_of(Int8Weight.__torch_dispatch__)
+def bad_weight_format(value: Any) -> str | None:
+    """What is wrong with the text of a weights' format, for a table of settings; None for one that can be."""
+    try:
+        weight_format(value)
+    except FormatError as error:
+        return f"is no format of weights: {error}"
+    return None
+
 
 NO_INT8_FORM = "holds NaN or Inf, or spans more than float32 does, and has no INT8 form; repair it first"
 
 
 def has_int8_form(value: Tensor) -> bool:
     """Whether a float tensor can be quantised: max - min is a finite float32; of a meta tensor or a fake one, yes."""
-    if value.is_meta or is_fake(value) or value.numel() == 0 or isinstance(value, Int8Weight):
+    if value.is_meta or is_fake(value) or value.numel() == 0 or isinstance(value, QuantizedWeight):
         return True
     low, high = value.detach().aminmax()
     return bool(torch.isfinite(high.to(torch.float32) - low.to(torch.float32)))
 
 
-def _float(weight: Int8Weight, dtype: torch.dtype | None = None) -> Tensor:
+def float_of(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """The dequantised values as a plain tensor, below autograd."""
-    value = formats.dequantize_int8(
-        weight.codes, weight.scale, weight.offset, weight.group_size, dtype=dtype or weight.dtype
-    )
+    value = weight.stored.load(dtype or weight.dtype)
     return value.t() if weight.transposed else value
 
 
-def _like(
-    weight: Int8Weight,
+def like(
+    weight: QuantizedWeight,
     change: Callable[[Tensor], Tensor],
     dtype: torch.dtype | None = None,
     transposed: bool | None = None,
-) -> Int8Weight:
+) -> QuantizedWeight:
     """The same weight over changed inner tensors, with another dtype or orientation where one is given."""
-    inner = (change(weight.codes), change(weight.scale), change(weight.offset))
     orientation = weight.transposed if transposed is None else transposed
-    result = Int8Weight(*inner, weight.group_size, dtype or weight.dtype, orientation)
+    parts = [change(part) for part in weight.parts]
+    result = QuantizedWeight.wrapped(parts, weight.format, weight.size_stored, dtype or weight.dtype, orientation)
     result.label = weight.label
     return result
-
-
-# -- the operations that keep INT8 or write it ------------------------------------------------------------------------
-
-
-def _assign(weight: Int8Weight, codes: Tensor, scale: Tensor, offset: Tensor) -> Int8Weight:
-    weight.codes.copy_(codes)
-    weight.scale.copy_(scale)
-    weight.offset.copy_(offset)
-    return weight
-
-
-def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if not isinstance(target, Int8Weight):
-        assert isinstance(source, Int8Weight)
-        return target.copy_(_float(source, target.dtype), non_blocking)
-    if target.shape != source.shape:
-        raise ValueError(
-            f"cannot copy a tensor of shape {tuple(source.shape)} into {target!r}; the shapes must be equal"
-        )
-    if isinstance(source, Int8Weight):
-        if (source.group_size, source.transposed) == (target.group_size, target.transposed):
-            return _assign(target, source.codes, source.scale, source.offset)
-        source = _float(source, torch.float32)
-    source = source.to(target.device)
-    stored = (target.codes, target.scale, target.offset)
-    value = source.t() if target.transposed else source
-    return _assign(target, *requantised(value, *stored, target.group_size, target.label))
-
-
-def _to_copy(
-    weight: Int8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **kwargs: Any
-) -> Tensor:
-    dtype = dtype or weight.dtype
-    if not dtype.is_floating_point:
-        return _float(weight).to(dtype=dtype, device=device)
-    non_blocking = kwargs.get("non_blocking", False)
-
-    def moved(inner: Tensor) -> Tensor:
-        return inner.clone() if device is None else inner.to(device, non_blocking=non_blocking, copy=True)
-
-    return _like(weight, moved, dtype)
-
-
-def _transpose(weight: Int8Weight) -> Int8Weight:
-    return _like(weight, _same, transposed=not weight.transposed)
-
-
-def _view(weight: Int8Weight, shape: Sequence[int]) -> Tensor:
-    """A view of the same shape, which autograd takes of every parameter that a module moves, is INT8 still."""
-    if tuple(shape) != tuple(weight.shape):
-        return fall_back(aten.view.default, (weight, shape), {})  # type: ignore[no-any-return]
-    return _like(weight, _same)
-
-
-def _empty_like(
-    weight: Int8Weight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **kwargs: Any
-) -> Tensor:
-    """INT8 where a device is given, which is how ``Module.to_empty`` asks; zeros, since rubbish may be NaN."""
-    if device is None or not (dtype or weight.dtype).is_floating_point:
-        return torch.empty_like(weight.value(), dtype=dtype, device=device, **kwargs)
-    return _like(weight, lambda inner: torch.zeros_like(inner, device=device), dtype)
-
-
-def _same(inner: Tensor) -> Tensor:
-    return inner
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: lambda weight: _like(weight, _same),
-    aten.alias.default: lambda weight: _like(weight, _same),
-    aten.clone.default: lambda weight, **_: _like(weight, torch.clone),
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten.empty_like.default: _empty_like,
-    aten.view.default: _view,
-    aten.t.default: _transpose,
-    aten.transpose.int: lambda weight, dim0, dim1: _transpose(weight) if (dim0 + dim1) % 2 else _like(weight, _same),
-    aten.permute.default: lambda weight, dims: _transpose(weight) if dims[0] % 2 else _like(weight, _same),
-}
-
-
-def _write_back(weight: Int8Weight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
-    if weight.transposed:
-        raise ValueError("write back into the weight itself, not into its transpose")
-    q = formats.quantize_int8(value, weight.group_size, noise=noise)
-    _assign(
-        weight,
-        torch.where(ok, q.codes, weight.codes),
-        torch.where(ok, q.scale, weight.scale),
-        torch.where(ok, q.offset, weight.offset),
-    )
-
-
-def _needs_int8(weight: Tensor, *_: Any) -> Any:
-    raise TypeError(f"an Int8Weight is needed here, got a {type(weight).__name__} of dtype {weight.dtype}")
-
-
-# Both are one node to Dynamo; below, the dispatch above turns them into arithmetic and copies on codes, scale and
-# offset, which is what compiler passes see.
-_dequantize_op = define("int8_dequantize(Tensor weight, ScalarType dtype) -> Tensor", _needs_int8, None)
-_write_back_op = define(
-    "int8_write_back_(Tensor(a!) weight, Tensor value, Tensor? noise, Tensor ok) -> ()", _needs_int8, None
-)
-_HANDLERS[_dequantize_op] = _float
-_HANDLERS[_write_back_op] = _write_back
 
 
 def _rebuilt(
@@ -363,19 +381,23 @@ def _rebuilt(
     return weight
 
 
-_rebuilt.__module__ = Int8Weight.__module__
+def _rebuilt_from_text(
+    parts: Sequence[Tensor],
+    format: str,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    transposed: bool,
+    requires_grad: bool,
+    attributes: dict[str, Any],
+) -> QuantizedWeight:
+    """Likewise, of every other format."""
+    weight = QuantizedWeight(parts, Format.parse(format), size, dtype, transposed, requires_grad)
+    for name, value in attributes.items():
+        setattr(weight, name, value)
+    return weight
 
 
-def write_back_(weight: Int8Weight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
-    """Quantise ``value`` into ``weight``, or leave the weight as it is.
-
-    Args:
-        weight: (m, n), changed in place.
-        value: float (m, n), the new weight.
-        noise: int32 (m, n), 16 random bits an element, for stochastic rounding; None rounds to nearest.
-        ok: 0-d bool; where False the weight keeps its codes, scales and offsets.
-    """
-    _write_back_op(weight, value, noise, ok)
+_rebuilt.__module__ = _rebuilt_from_text.__module__ = Int8Weight.__module__
 
 
-torch.serialization.add_safe_globals([Int8Weight, _rebuilt])
+torch.serialization.add_safe_globals([Int8Weight, QuantizedWeight, _rebuilt, _rebuilt_from_text])

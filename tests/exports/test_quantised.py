@@ -36,7 +36,8 @@ def test_the_names_and_the_description_are_those_of_the_documentation(tmp_path: 
     weights = {f"blocks.{index}.{name}.weight": shape
                for index in (0, 1) for name, shape in (("q_proj", [20, 12]), ("o_proj", [12, 20]))}  # fmt: skip
     assert described == {
-        "format": "int4/5", "compensation": "eora", "rank": 3, "dtype": "bfloat16", "weights": weights, "tied": {},
+        "format": "int4/5+planar", "compensation": "eora", "rank": 3, "dtype": "bfloat16", "weights": weights,
+        "tied": {},
         "version": 1,
     }  # fmt: skip
     name = "blocks.0.q_proj.weight"
@@ -76,10 +77,19 @@ def test_codes_decode_within_half_a_step(columns: int) -> None:
     assert bool((error <= steps / 2 + 1e-6).all())
 
 
-@pytest.mark.parametrize("form", ["int4", "int4/0", "int4/-3", "int8/128", "int4/12x", ""])
-def test_other_formats_are_refused(form: str) -> None:
-    with pytest.raises(ValueError, match="must be int4/N"):
+@pytest.mark.parametrize("form", ["int4/0", "int4/-3", "int5/128", "int4/12x", ""])
+def test_what_is_no_format_is_refused(form: str) -> None:
+    with pytest.raises(ValueError, match=r"at least 1|number of elements in a group|there is no format"):
         encode(form, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("form", ["nf4/64+double", "e4m3/16", "int6/8+pow2row", "e2m1/16+rotated"])
+def test_any_format_of_weights_comes_back(form: str, tmp_path: Path) -> None:
+    export(tmp_path, bits=None, format=form, group_size=128, dtype="float32", rank=4)
+    state, model = load_quantised(tmp_path), Tiny()
+    for name in ("blocks.1.q_proj.weight", "blocks.1.o_proj.weight"):
+        assert state[name].shape == model.get_parameter(name).shape
+        assert bool(state[name].isfinite().all())
 
 
 def test_other_files_are_refused_in_words(tmp_path: Path) -> None:

@@ -140,8 +140,12 @@ def test_parameters_of_another_dtype_are_refused_with_what_may_be_and_the_remedy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_state_has_the_dtype_of_its_table(dtype: torch.dtype) -> None:
     model, opt = toy(dtype=dtype)
-    for state in opt.state.values():
-        assert {name: t.dtype for name, t in state.items()} == {name: dtype_of(name, state) for name in state}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            parts = group.formats.dtypes if group.formats.moments_of(group, p).text == "8bit" else {}
+            assert {name: t.dtype for name, t in opt.state[p].items()} == {
+                name: dtype_of(name, parts) for name in opt.state[p]
+            }
     state = opt.state[model.blocks[0].weight]
     assert {name: t.dtype for name, t in state.items()} == {
         "step": torch.int64,

@@ -11,7 +11,7 @@ from support import Toy, snapshot, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.optim.groups import projector
+from qgalore_compile.optim.layout import projector
 from qgalore_compile.subspace.moments import follow_, stored_moments
 
 PROJECTED, OTHER_PROJECTED = "blocks.0.weight", "blocks.1.weight"
@@ -167,7 +167,17 @@ def test_a_refreshed_subspace_takes_its_moments_along_though_another_gradient_re
     opt.step()
     new = projector(model.get_parameter(PROJECTED), group, state)
     assert not torch.equal(old, new)
-    follow_(expected, how, old, new, "right", updates=GAP, betas=group["betas"])
+    follow_(
+        expected,
+        how,
+        old,
+        new,
+        "right",
+        updates=GAP,
+        betas=group["betas"],
+        shape=state["exp_avg"].shape,
+        formats=group.formats.moments,
+    )
     assert all(map(torch.equal, expected, stored_moments(state)))
     assert all(map(torch.equal, kept, stored_moments(opt.state[model.get_parameter(OTHER_PROJECTED)])))
     assert int(state["step"]) == GAP

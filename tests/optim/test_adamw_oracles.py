@@ -13,11 +13,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from support import moments_of
 from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile import formats
-from qgalore_compile.subspace.moments import decode, stored_moments
 
 
 @contextlib.contextmanager
@@ -160,7 +160,7 @@ def step_both(bnb: ModuleType, steps: int, shape: tuple[int, ...], size: float) 
         for p in (ours, theirs):
             p.grad = grad.clone()
             p.data.zero_()  # the update, to all its digits, is then what p holds
-        m, v = (value.double().numpy() for value in decode(stored_moments(mine)))
+        m, v = (value.double().numpy() for value in moments_of(opt, ours))
         adam = partial(oracle.adam, m, grad=grad.double().numpy(), step=step + 1, betas=(0.9, 0.99), eps=1e-8)
         (m, _, update), (_, their_v, their_update) = adam(v=v, coded=True), adam(v=their_v)
         opt.step()

@@ -21,6 +21,8 @@ from interpreted import Calls
 
 from qgalore_compile import formats
 from qgalore_compile.backend.dry_run import final_graph
+from qgalore_compile.formats import Format
+from qgalore_compile.formats.operators import decode, encode
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.passes import PASSES, PassManager
@@ -126,6 +128,44 @@ def test_small_products_stay_as_they_are() -> None:
     module = traced(forward_and_input_gradient, *inputs())
     record = after(module, *NAMES).records[-1]
     assert (record.matches, record.skipped, record.ops) == ([], [], {})
+
+
+@pytest.mark.parametrize("columns", [N, N - 3], ids=["aligned", "rows that begin anywhere"])
+def test_operands_that_are_rotated_are_decoded_before_however_small(calls: Calls, columns: int) -> None:
+    """A product's tile takes k in parts, and a group is rotated as a whole."""
+    form = Format.parse("int8/8+rotated")
+    weight, projector = (form.encode(torch.randn(M, size)) for size in (columns, 8))
+
+    def step(x: Tensor, dy: Tensor, m: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward, input gradient, and momentum in a subspace."""
+
+        def floats() -> tuple[Tensor, Tensor]:
+            return decode(stored[:3], (M, columns), form), decode(stored[3:], (M, 8), form)
+
+        w, p = floats()
+        y, dx = x @ w.t(), dy @ w
+        momentum = 0.9 * m + p.t() @ (dy.t() @ x)
+        old, p = floats()
+        for part, new in zip(stored[:3], encode(old - 0.1 * (p @ momentum), form), strict=True):
+            aten.copy_.default(part, new)
+        aten.copy_.default(m, momentum)
+        return y, dx
+
+    given = [torch.randn(T, columns), torch.randn(T, M), torch.randn(8, columns), *weight, *projector]
+    module, plain = (traced(step, *given) for _ in range(2))
+    fakes = [value(node) for node in module.graph.find_nodes(op="placeholder")]
+    manager = PassManager([each for each in PASSES if each.name in (*NAMES, "triton_calls")], lint=True)
+    with torch._inductor.config.patch(post_grad_custom_post_pass=manager):
+        made = final_graph(module, fakes, is_inference=False)
+    records = {each.name: each for each in manager.records}
+    assert len(records["fuse_products"].matches) == 3  # R's among them
+    assert len(records["decode_first"].matches) == 4  # and the update's
+    assert records["triton_calls"].skipped == []
+    cloned = [each.clone() for each in given]
+    returned = calls.runner(made)(*cloned)
+    names = [str(index) for index in range(len(given) + 2)]
+    found = dict(zip(names, [*returned, *cloned], strict=True))
+    assert_within_contract(found, dict(zip(names, results(plain, given), strict=True)))
 
 
 @pytest.mark.usefixtures("always")

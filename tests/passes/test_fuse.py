@@ -135,6 +135,32 @@ def test_stochastic_rounding_takes_the_layers_own_random_bits() -> None:
     assert_within_contract(found, expected)
 
 
+def test_random_bits_of_moments_are_drawn_where_the_moments_are() -> None:
+    form = formats.Format.parse("dynamic4/8")
+
+    def step(
+        dy: Tensor, x: Tensor, p: Tensor, w: Tensor, codes: Tensor, absmax: Tensor, at: Tensor, ok: Tensor
+    ) -> None:
+        momentum = 0.9 * formats.decode([codes, absmax], (20, 4), form) + dy.t() @ x @ p.t()
+        noise = rng.random_bits((80,), seed=1, step=at, param=2).view(20, 4)
+        for part, new in zip((codes, absmax), formats.encode(momentum, form, noise), strict=True):
+            aten.copy_.default(part, torch.where(ok, new, part))
+        aten.copy_.default(w, w - 0.1 * (momentum @ p))
+
+    stored = form.encode(torch.randn(20, 4))
+    floats = [torch.randn(shape) for shape in ((7, 20), (7, 13), (4, 13), (20, 13))]
+    inputs = [*floats, *stored, torch.tensor(3), torch.tensor(True)]
+    plain, module = traced(step, *inputs), traced(step, *inputs)
+    after(plain, *PASSES[:-1])
+    record = after(module, *PASSES).records[-1]
+    assert len(record.matches) == 1
+    low, up = calls(module.graph)
+    assert (low.kwargs["numbers"], up.kwargs["numbers"]) == ([1, 2], [])
+    assert torch.ops.qgalore.random_bits.default not in targets(module.graph)
+    for found, expected in zip(results(module, inputs), results(plain, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # codes too: of the same draws
+
+
 def test_the_states_of_a_fused_layer_are_written_in_place() -> None:
     built, _ = fused(Layer(weight="int8"))
     low, up = calls(built.graph)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,6 @@ import torch
 from graphs import after, assert_bit_equal, position, results, targets, traced
 from quantised_products import GROUP, forward_and_input_gradient, product_and_size, stored_int8, with_bias
 from torch import Tensor, fx
-from torch._inductor import config as inductor_config
-from torch._inductor.utils import run_and_get_code
 
 from qgalore_compile import formats, rng
 from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, is_gemm, shape, value
@@ -414,45 +411,3 @@ def test_the_analysis_stays_true_where_the_projection_itself_becomes_a_call() ->
     assert FUNCTIONALIZED not in targets(module.graph)
     assert Counter(calls(module)) == {"qgalore_update_0": 1, "qgalore_product_1": 1}
     assert_bit_equal(results(module, inputs), expected)
-
-
-# -- the generated code -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.compiles
-@inductor_config.patch(fx_graph_cache=False)  # the run's cache has no code to show
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_generated_code_holds_each_function_once(dynamic: bool) -> None:
-    """A step with one INT8 layer that is read twice, for one batch size and for any."""
-
-    def step(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, p: Tensor, m: Tensor) -> Tensor:
-        first = torch.tanh(x @ formats.dequantize_int8(codes, scale, offset, GROUP).t())
-        y = torch.tanh(first @ formats.dequantize_int8(codes, scale, offset, GROUP).t())
-        momentum = 0.9 * m + 0.1 * (y.t() @ first @ p.t())
-        weight = formats.dequantize_int8(codes, scale, offset, GROUP) - 0.1 * (momentum @ p)
-        m.copy_(momentum)
-        for part, new in zip((codes, scale, offset), formats.quantize_int8(weight, GROUP)[:3], strict=True):
-            part.copy_(new)
-        return y.sum()
-
-    inputs = [*stored_int8(N, N), torch.randn(R, N), torch.randn(N, R)]
-    options = {"disable": ["fuse", "fuse_products"]}  # what they leave, or all of it on a device that they do not know
-    compiled = torch.compile(step, backend="qgalore", fullgraph=True, options=options)
-    for tokens in (T, T + 2) if dynamic else (T,):
-        x = torch.randn(tokens, N)
-        eager, given = ([each.clone() for each in inputs] for _ in range(2))
-        expected = step(x, *eager)
-        if tokens == T:
-            if dynamic:
-                torch._dynamo.mark_dynamic(x, 0)
-            found, (code,) = run_and_get_code(compiled, x, *given)
-        else:
-            with torch.compiler.set_stance("fail_on_recompile"):
-                found = compiled(x, *given)
-        torch.testing.assert_close(found, expected)
-        for one, other in zip(given[1:], eager[1:], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    made = Counter(re.findall(r"^def (qgalore_[a-z]+)_\d+\(", code, re.M))
-    assert made == {"qgalore_product": 1, "qgalore_update": 1}
-    called = Counter(re.findall(r" = (qgalore_[a-z]+)_\d+\(", code[code.index("def call(self, args):") :]))
-    assert called == {"qgalore_product": 2, "qgalore_update": 1}

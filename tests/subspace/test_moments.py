@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgalore_compile import formats
-from qgalore_compile.subspace.moments import LEAST_CODE, change_of_basis, follow_, rotated
+from qgalore_compile.rng import MOMENT_STREAM, random_bits
+from qgalore_compile.subspace.moments import LEAST_CODE, MomentFormats, change_of_basis, follow_, rotated
 from qgalore_compile.subspace.projection import Side, project_back
 
 BETAS = (0.9, 0.999)
@@ -121,13 +122,18 @@ def decoded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     )
 
 
+def how_stored(parts: list[Tensor]) -> dict[str, Any]:
+    """What ``follow_`` must know of them."""
+    return {"shape": parts[0].shape, "formats": MomentFormats.parse("8bit" if len(parts) == 4 else "32bit")}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["32 bits", "8 bits"])
 def test_stored_moments_are_decoded_rotated_and_encoded_in_place(side: Side, eight_bit: bool) -> None:
     old, new = basis(40, 8, side), basis(40, 8, side)
     parts = stored(*moments(8, 70, side), eight_bit)
     exact = expected(*decoded(parts), old, new, side, 7)
-    follow_(parts, "rotate", old, new, side, updates=7, betas=BETAS)
+    follow_(parts, "rotate", old, new, side, updates=7, betas=BETAS, **how_stored(parts))
     wanted_parts = stored(*(torch.from_numpy(value).float() for value in exact), eight_bit)
     for found, wanted in zip(decoded(parts), decoded(wanted_parts), strict=True):
         torch.testing.assert_close(
@@ -147,7 +153,9 @@ UNCHANGED: dict[str, dict[str, Any]] = {
 def test_kept_moments_and_those_without_an_update_stay_bit_for_bit(case: dict[str, Any], eight_bit: bool) -> None:
     parts = stored(*moments(4, 70, "left"), eight_bit)
     before = [part.clone() for part in parts]
-    follow_(parts, old=basis(9, 4, "left"), new=basis(9, 4, "left"), side="left", betas=BETAS, **case)
+    follow_(
+        parts, old=basis(9, 4, "left"), new=basis(9, 4, "left"), side="left", betas=BETAS, **how_stored(parts), **case
+    )
     assert all(map(torch.equal, parts, before))
 
 
@@ -155,5 +163,28 @@ def test_kept_moments_and_those_without_an_update_stay_bit_for_bit(case: dict[st
 def test_reset_moments_are_those_before_the_first_step(eight_bit: bool) -> None:
     m, v = moments(4, 70, "left")
     parts = stored(m, v, eight_bit)
-    follow_(parts, "reset", basis(9, 4, "left"), basis(9, 4, "left"), "left", updates=7, betas=BETAS)
+    follow_(
+        parts, "reset", basis(9, 4, "left"), basis(9, 4, "left"), "left", updates=7, betas=BETAS, **how_stored(parts)
+    )
     assert all(map(torch.equal, parts, stored(torch.zeros_like(m), torch.zeros_like(v), eight_bit)))
+
+
+@pytest.mark.parametrize("text", ["4bit", "e4m3/32", "nf4/16"])
+def test_the_root_is_right_on_average_and_m_to_nearest(text: str) -> None:
+    own = MomentFormats.parse(text)
+    m, root = torch.linspace(-0.8, 1, 128), torch.linspace(0.2, 1, 128)  # dynamic4 has no -1
+    sums, nearest = torch.zeros(128), own.decode(own.encode(m, root.square(), root=root), (128,))
+    for step in range(400):
+        noise = random_bits((128,), seed=0, step=step, param=MOMENT_STREAM)
+        found = own.decode(own.encode(m, root.square(), root=root, noise=noise), (128,))
+        assert torch.equal(found[0], nearest[0])
+        sums += found[1].sqrt()
+    five_deviations = 5 * (0.35 / 2) / 400**0.5  # of a mean of 400, where the coarsest map's step is 0.35
+    torch.testing.assert_close(sums / 400, root, rtol=0, atol=five_deviations)
+    assert (nearest[1].sqrt() - root).abs().max() > (sums / 400 - root).abs().max()
+
+
+def test_what_is_rounded_to_nearest_alone_takes_no_draws() -> None:
+    assert not MomentFormats.parse("8bit").rounds
+    assert not MomentFormats.parse("32bit").rounds
+    assert MomentFormats.parse("4bit").rounds

@@ -22,7 +22,9 @@ import qgalore_compile as qg
 from qgalore_compile.formats import BLOCK_SIZE
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.ir.program import BlockProgram
-from qgalore_compile.subspace.moments import decode, encode, follow_, least_root, stored_moments
+from qgalore_compile.subspace.moments import MomentFormats, follow_, least_root, stored_moments
+
+IN_8_BITS = MomentFormats.parse("8bit")
 
 NINE_DECADES = torch.logspace(-9, 0, BLOCK_SIZE)
 BETAS = (0.9, 0.999)
@@ -234,7 +236,7 @@ def test_it_is_the_least_that_holds(betas: tuple[float, float]) -> None:
 def test_no_second_moment_is_zero_in_a_block_that_has_one(found: list[float], seed: int) -> None:
     torch.manual_seed(seed)
     root = 10.0 ** torch.tensor(found, dtype=torch.float32) * torch.rand(len(found)).round()
-    _, v = decode(encode(torch.zeros_like(root), root.square(), True, root=root))
+    _, v = IN_8_BITS.decode(IN_8_BITS.encode(torch.zeros_like(root), root.square(), root=root), root.shape)
     blocks = root.split(BLOCK_SIZE)
     for block, stored in zip(blocks, v.sqrt().split(BLOCK_SIZE), strict=True):
         assert bool((stored > 0).all()) is bool(block.any())
@@ -246,20 +248,20 @@ def test_no_second_moment_is_zero_in_a_block_that_has_one(found: list[float], se
 @pytest.mark.parametrize("how", ["rotate", "reset"])
 def test_blocks_of_zeros_alone_stay_zeros(how: str) -> None:
     zeros = torch.zeros(8, 70)
-    stored = encode(zeros, zeros, True)
+    stored = IN_8_BITS.encode(zeros, zeros)
     projectors = (torch.linalg.qr(torch.randn(20, 8))[0] for _ in range(2))
-    follow_(stored, how, *projectors, "left", updates=3, betas=BETAS)
-    assert not any(value.any() for value in decode(stored))
+    follow_(stored, how, *projectors, "left", updates=3, betas=BETAS, shape=zeros.shape, formats=IN_8_BITS)
+    assert not any(value.any() for value in IN_8_BITS.decode(stored, zeros.shape))
     assert max(largest_moves(lambda _: torch.zeros(16, BLOCK_SIZE), 3)) == 0.0
 
 
 def test_rotated_moments_obey_the_bound_as_well() -> None:
     """Rotated with |m̂| ≤ √v̂, which is stricter at any step."""
     m = torch.randn(8, 300) * torch.logspace(-9, 0, 300)
-    stored = encode(m, m.square() * 1e-3, True)
+    stored = IN_8_BITS.encode(m, m.square() * 1e-3)
     old, new = (torch.linalg.qr(torch.randn(20, 8))[0] for _ in range(2))
-    follow_(stored, "rotate", old, new, "left", updates=200, betas=BETAS)
-    found, v = decode(stored)
+    follow_(stored, "rotate", old, new, "left", updates=200, betas=BETAS, shape=m.shape, formats=IN_8_BITS)
+    found, v = IN_8_BITS.decode(stored, m.shape)
     # 2: of m's lowest code, in which half of an entry is rounded up to one
     lowest = 5.5e-7 * torch.repeat_interleave(stored[1], BLOCK_SIZE)[: m.numel()].view_as(m)
     assert bool((least_root(BETAS) * (found.abs() - 2 * lowest) <= 2 * v.sqrt()).all())

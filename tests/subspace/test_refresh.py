@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from refresh_support import FLOAT, FORMATS, INT4, RULE, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
+from qgalore_compile.formats import Format
 from qgalore_compile.subspace.finder import METHODS
 from qgalore_compile.subspace.projection import project, subspace_similarity
-from qgalore_compile.subspace.refresh import ProjectorFormat, _Settings
+from qgalore_compile.subspace.refresh import _Settings
 from qgalore_compile.subspace.scheduler import Rule
 
 
 @both_sides
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
-def test_the_first_call_computes_projector_and_r(shape: tuple[int, int], form: ProjectorFormat) -> None:
+def test_the_first_call_computes_projector_and_r(shape: tuple[int, int], form: Format) -> None:
     layer, grad = Layer(shape, 4, form), torch.randn(shape)
     layer.call(grad)
-    quantum = {0: 1e-5, 8: 0.02, 4: 0.2}[form.bits]
+    quantum = {"float32": 1e-5, "int8/16": 0.02, "int4/16+planar": 0.2}[form.text]
     np.testing.assert_allclose(layer.matrix(), oracle.projection_matrix(grad.numpy(), 4), atol=quantum)
     torch.testing.assert_close(layer.low, project(grad, layer.projector, layer.side))
     assert (layer.now.clock, layer.now.last, layer.now.refreshes, layer.now.similarities) == (1, 0, 1, ())
@@ -71,7 +72,7 @@ def test_similarity_is_reported_from_the_second_refresh_on(shape: tuple[int, int
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
-def test_the_same_gradient_again_is_fully_similar(form: ProjectorFormat) -> None:
+def test_the_same_gradient_again_is_fully_similar(form: Format) -> None:
     layer, grad = Layer((60, 40), 4, form, gap=1), torch.randn(60, 40)
     for _ in range(3):
         layer.call(grad)
@@ -80,9 +81,7 @@ def test_the_same_gradient_again_is_fully_similar(form: ProjectorFormat) -> None
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
-def test_a_non_finite_gradient_keeps_the_projector_keeps_it_due_and_shows_in_r(
-    poison: float, form: ProjectorFormat
-) -> None:
+def test_a_non_finite_gradient_keeps_the_projector_keeps_it_due_and_shows_in_r(poison: float, form: Format) -> None:
     layer = Layer((23, 12), 4, form, gap=2)
     grad = torch.randn(23, 12)
     bad = grad.clone()
@@ -187,15 +186,15 @@ def test_every_seed_that_random_bits_takes_is_taken() -> None:
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("columns", [1, 6, 15, 16, 17, 431])
-def test_a_projector_survives_its_format(form: ProjectorFormat, columns: int) -> None:
+def test_a_projector_survives_its_format(form: Format, columns: int) -> None:
     p = torch.randn(5, columns) / columns**0.5
     stored = form.encode(p)
-    back = form.decode(stored, columns)
+    back = form.decode(stored, p.shape)
     assert back.shape == p.shape
-    quanta = {0: 1, 8: 255, 4: 15}[form.bits]
-    step = 0.0 if form.bits == 0 else float(p.max() - p.min()) / quanta / 2 + 1e-6
+    quanta = {"float32": 1, "int8/16": 255, "int4/16+planar": 15}[form.text]
+    step = 0.0 if form is FLOAT else float(p.max() - p.min()) / quanta / 2 + 1e-6
     assert float((back - p).abs().max()) <= step
-    if form.bits == 4:
+    if form is INT4:
         assert stored[0].numel() == 5 * -(-columns // 2)  # two codes a byte
 
 
@@ -205,14 +204,14 @@ def test_a_projector_survives_its_format(form: ProjectorFormat, columns: int) ->
 @both_sides
 @pytest.mark.parametrize("official", [True, False])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
-def test_power_goes_on_from_the_stored_projector(shape: tuple[int, int], official: bool, form: ProjectorFormat) -> None:
+def test_power_goes_on_from_the_stored_projector(shape: tuple[int, int], official: bool, form: Format) -> None:
     layer = Layer(shape, 4, form, "power", gap=1, rule=RULE._replace(official=official))
     u, v = (torch.linalg.qr(torch.randn(size, 12))[0] for size in shape)
     grad = (u * 0.5 ** torch.arange(12)) @ v.t()
     for _ in range(4):
         project_old(layer, grad)
         layer.call(grad)
-    quantum = {0: 1e-4, 8: 0.02, 4: 0.2}[form.bits]
+    quantum = {"float32": 1e-4, "int8/16": 0.02, "int4/16+planar": 0.2}[form.text]
     np.testing.assert_allclose(layer.matrix(), oracle.projection_matrix(grad.numpy(), 4), atol=quantum)
     assert layer.now.refreshes == 4
     assert min(layer.now.similarities) > 0.9
@@ -236,8 +235,7 @@ def test_factors_leave_the_r_that_their_product_leaves(method: str, scaled: bool
         [torch.tensor(scale)] if scaled else None,
         shape=[300, 90],
         rank=8,
-        bits=4,
-        group_size=16,
+        format="int4/16+planar",
         method=method,
         power_iterations=2,
         seed=0,
@@ -305,7 +303,7 @@ def test_arguments_are_positional_and_the_constants_in_the_order_of_their_record
     arguments = getattr(torch.ops.qgalore.refresh_, overload)._schema.arguments
     assert not any(argument.kwarg_only or argument.has_default_value() for argument in arguments)
     names = [argument.name for argument in arguments]
-    constants = list(_Settings._fields[1:] if overload == "moments" else _Settings._fields[1:-1])
+    constants = list(_Settings._fields[1:] if overload == "moments" else _Settings._fields[1:-2])
     assert names[names.index("shape") :] == constants
 
 

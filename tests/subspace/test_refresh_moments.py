@@ -10,18 +10,21 @@ import torch
 from refresh_support import FLOAT, INT4, Layer, both_sides, no_convergence, project_old
 from torch import Tensor
 
+from qgalore_compile.formats import Format
 from qgalore_compile.subspace.finder import METHODS
 from qgalore_compile.subspace.moments import change_of_basis, rotated
-from qgalore_compile.subspace.refresh import Moments, ProjectorFormat
+from qgalore_compile.subspace.refresh import Moments
 from qgalore_compile.subspace.scheduler import Schedule
 
 BETAS = (0.9, 0.999)
 
 
-def with_moments(shape: tuple[int, int], how: str, form: ProjectorFormat = INT4, **settings: Any) -> Layer:
+def with_moments(shape: tuple[int, int], how: str, form: Format = INT4, **settings: Any) -> Layer:
     layer = Layer(shape, 4, form, gap=2, **settings)
     m = torch.randn(layer.low.shape)
-    layer.moments = Moments([m, m.square() * 2], torch.tensor(7.0), how, torch.tensor(BETAS, dtype=torch.float64))
+    layer.moments = Moments(
+        [m, m.square() * 2], torch.tensor(7.0), how, torch.tensor(BETAS, dtype=torch.float64), "32bit"
+    )
     return layer
 
 
@@ -34,7 +37,7 @@ def stored(layer: Layer) -> list[Tensor]:
 @pytest.mark.parametrize("how", ["reset", "rotate"])
 @pytest.mark.parametrize("form", [INT4, FLOAT], ids=["int4", "float"])
 def test_moments_follow_every_refresh_but_the_first_and_nothing_else(
-    shape: tuple[int, int], how: str, form: ProjectorFormat
+    shape: tuple[int, int], how: str, form: Format
 ) -> None:
     layer = with_moments(shape, how, form)
     kept = stored(layer)

@@ -13,7 +13,7 @@ from support import Interpreted, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.optim import groups
+from qgalore_compile.optim import layout
 from qgalore_compile.subspace.finder import captured_energy
 from qgalore_compile.subspace.projection import project
 from qgalore_compile.subspace.scheduler import Rule, Schedule
@@ -148,7 +148,7 @@ def test_the_energy_is_that_of_the_stored_projector() -> None:
         opt.step()
     (record,) = opt.schedule()
     group, state = opt.param_groups[0], opt.state[p]
-    low = project(p.grad, groups.projector(p, group, state), "right")
+    low = project(p.grad, layout.projector(p, group, state), "right")
     expected = float(low.square().sum() / p.grad.square().sum())
     assert record.energy == record.reference == pytest.approx(expected, rel=1e-5)
 

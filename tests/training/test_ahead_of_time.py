@@ -93,7 +93,7 @@ def test_a_kernels_row_counts_its_operations_and_bytes(kernels: dict[Kernel, int
     assert found.operations == 2 * m * n * k
     codes, scales = n * k, 2 * 4 * n * -(-k // 256)
     assert found.bytes == 2 * m * k + codes + scales + 2 * m * n
-    assert found.what.startswith("bf16 × INT8")
+    assert found.what.startswith("bf16 × 8-bit")
     assert (found.calls, found.limit) == (3, "bytes")
 
 
@@ -145,7 +145,7 @@ def line(kernel: str, *, registers: int = 100, spills: int = 0) -> Row:
     """A kernel's line of the table."""
     return Row(
         kernel,
-        "bf16 × INT8",
+        "bf16 × 8-bit",
         1,
         registers,
         spills,
