@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from qgalore_compile.formats import Format
 from qgalore_compile.subspace.cost import described
 from qgalore_compile.subspace.finder import leading_subspace
-from qgalore_compile.subspace.moments import encode
+from qgalore_compile.subspace.moments import MomentFormats
 from qgalore_compile.subspace.projection import project, projector_shape, side_of
-from qgalore_compile.subspace.refresh import Moments, ProjectorFormat, refresh_
+from qgalore_compile.subspace.refresh import Moments, refresh_
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.data import load_corpus, training_batch
@@ -45,7 +46,7 @@ from qgalore_compile.training.run import make_model, make_optimizer
 
 SHAPES = ((512, 1376, 128, 1024), (2048, 2048, 512, 2048), (4096, 11008, 1024, 2048))
 RULE = Rule(official=False, threshold=math.inf, gamma=1.0, max_gap=None)
-INT4 = ProjectorFormat(4, 256)
+INT4 = Format.parse("int4/256+planar")
 SVD_ELEMENTS = 1 << 20
 
 
@@ -78,7 +79,7 @@ class Parameter:
         self.stored = INT4.encode(torch.zeros(projector_shape(self.shape, rank)))
         self.schedule = Schedule.first(1, 5).to_tensor()
         moments = torch.randn(low) * 0.01
-        self.moments = encode(moments, moments.square() * 2, eight_bit=True)
+        self.moments = MomentFormats.parse("8bit").encode(moments, moments.square() * 2)
 
     def refresh(self, side: Side) -> None:
         rotated = Moments(self.moments, torch.tensor(10.0), "rotate", torch.tensor([0.9, 0.999], dtype=torch.float64))
