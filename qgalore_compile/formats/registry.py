@@ -15,6 +15,7 @@ from qgalore_compile.formats.dynamic import Dynamic8Blocks
 from qgalore_compile.formats.dynamic4 import Dynamic4
 from qgalore_compile.formats.integers import Integers
 from qgalore_compile.formats.minifloat import Minifloat
+from qgalore_compile.formats.nf4 import NF4
 from qgalore_compile.formats.official import Official
 from qgalore_compile.formats.plain import Plain
 from qgalore_compile.formats.symmetric import Symmetric
@@ -31,6 +32,7 @@ FORMATS: dict[str, Format] = {
     "e3m2": Minifloat(32, name="e3m2"),
     "e2m1": Minifloat(32, name="e2m1"),
     "e3m0": Minifloat(32, name="e3m0"),
+    "nf4": NF4(64),
     "official8": Official(256, name="official8"),
     "official4": Official(256, name="official4"),
     "float32": Plain("float32"),

@@ -15,11 +15,13 @@ WRITTEN = (
     "int8/64", "int6/32", "int4/32", "int4/32+pow2", "int8/32+rotated", "int4/32+flat",
     "dynamic8/64+rows", "dynamic8", "dynamic8+unsigned", "dynamic4/32", "dynamic4/32+unsigned", "dynamic4/32+rows",
     "e4m3/32", "e5m2/64", "e2m3/32", "e3m2/32", "e2m1/32", "e3m0/32", "e4m3/32+flat", "e2m1/32+pow2",
+    "e4m3/32+pow2+rotated", "nf4/64", "nf4/32+rotated", "official8/32", "official4/32",
 )  # fmt: skip
 """Each name, each modifier, and some of them together: to add a format to all tests, add its text here."""
 READ = ("int4/32+planar", "int6/32+pow2row", "e2m1/32+pow2row")
 """Those that kernels only read."""
 GROUPED = (*WRITTEN, *READ)
+DOUBLE = ("nf4/64+double", "e2m1/32+double")
 PLAIN = ("float32", "bfloat16")
 ALL = (*GROUPED, *DOUBLE, *PLAIN)
 
