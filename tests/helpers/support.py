@@ -87,7 +87,7 @@ def tokens(batch: int = 4, length: int = 9, *, seed: int = 1) -> Tensor:
 
 def training_step(model: nn.Module, opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
     """The whole step: forward, backward and update over one or more micro-batches; ``clear`` the gradients."""
-    return _step(lambda batch, count: model(batch) / count, opt, clear)
+    return _step(model, lambda model, batch, count: model(batch) / count, opt, clear)
 
 
 def small(*, int8: bool = False, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[nn.Module, qg.QGaLoreAdamW]:
@@ -105,16 +105,22 @@ def data(*, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def step_of(model: Callable[..., Tensor], opt: torch.optim.Optimizer, *, clear: bool = True) -> Callable[..., Tensor]:
     """As :func:`training_step`, of a model that returns no loss but what is to be small."""
-    return _step(lambda batch, _: model(batch).float().square().mean(), opt, clear)
+    return _step(model, lambda model, batch, _: model(batch).float().square().mean(), opt, clear)
 
 
-def _step(loss_of: Callable[[Tensor, int], Tensor], opt: torch.optim.Optimizer, clear: bool) -> Callable[..., Tensor]:
-    """Backward from a loss of each micro-batch, which is told how many there are, then the update."""
+def _step(
+    model: Callable[..., Tensor],
+    loss_of: Callable[[Callable[..., Tensor], Tensor, int], Tensor],
+    opt: torch.optim.Optimizer,
+    clear: bool,
+) -> Callable[..., Tensor]:
+    """Backward from a loss of each micro-batch, which is told how many there are, then the update.  The model is in the
+    closure of the step itself, by which reports name its parameters."""
 
     def step(*batches: Tensor) -> Tensor:
         total = torch.zeros(())
         for batch in batches:
-            loss = loss_of(batch, len(batches))
+            loss = loss_of(model, batch, len(batches))
             loss.backward()
             total = total + loss.detach()
         opt.step()

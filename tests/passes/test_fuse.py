@@ -155,7 +155,7 @@ def test_random_bits_of_moments_are_drawn_where_the_moments_are() -> None:
     record = after(module, *PASSES).records[-1]
     assert len(record.matches) == 1
     low, up = calls(module.graph)
-    assert (low.kwargs["numbers"], up.kwargs["numbers"]) == ([1, 2], [])
+    assert (low["numbers"], up["numbers"]) == ([1, 2], [])
     assert torch.ops.qgalore.random_bits.default not in targets(module.graph)
     for found, expected in zip(results(module, inputs), results(plain, inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # codes too: of the same draws
