@@ -229,7 +229,8 @@ class Entry(NamedTuple):
         """The projector or the moment that this is, by its first part."""
         if self.parameter is None or not isinstance(self.group, Group):
             return None
-        return layout.stored(self.parameter, self.group, self.state, self.key)
+        found = layout.stored(self.parameter, self.group, self.state, self.key)
+        return found and found._replace(parts=[self.tensor.detach(), *found.parts[1:]])
 
     def value(self) -> Tensor:
         """What it stands for, exact or in float64."""
