@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import fx
 
 from qgalore_compile.formats import Format
 from qgalore_compile.formats.base import Grouped
-from qgalore_compile.kernels.ir.memory import MEMORY, PACKED
+from qgalore_compile.kernels.ir.memory import PACKED
 from qgalore_compile.kernels.ir.program import Space
 from qgalore_compile.kernels.read.fx_values import arguments, aten, is_tensor, shape
 
@@ -21,17 +20,11 @@ ENCODE, DECODE = torch.ops.qgalore.encode.default, torch.ops.qgalore.decode.defa
 _BELOW_A_BYTE = {*PACKED, "u4"}
 
 
-@cache
-def format_of(text: str) -> Grouped:
-    """The format of a node's text."""
-    found = Format.parse(text)
-    assert isinstance(found, Grouped)  # others are traced through
-    return found
-
-
 def node_format(node: fx.Node) -> Grouped:
     """The format of an ``encode`` or ``decode`` node."""
-    return format_of(arguments(node)[2])
+    found = Format.parse(arguments(node)[2])
+    assert isinstance(found, Grouped)  # others are traced through
+    return found
 
 
 def coded_shape(node: fx.Node) -> tuple[int, ...]:
@@ -123,8 +116,3 @@ def fits(space: Space, extent: str, wanted: str) -> bool:
     if extent == wanted or (extent == "scalar" and space.rows * space.groups == 1):
         return True
     return space.groups == 1 and {extent, wanted} == {"row", "group"}
-
-
-def pitch(memory: str, columns: int) -> int:
-    """Bytes of a row of packed codes."""
-    return MEMORY[memory].pitch(columns)

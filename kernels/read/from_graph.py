@@ -26,6 +26,7 @@ from qgalore_compile import formats
 from qgalore_compile.formats import FormatError
 from qgalore_compile.kernels.ir import dynamic8, float_rounding
 from qgalore_compile.kernels.ir.arithmetic import InProgram, Value
+from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, ProgramError, Space
 from qgalore_compile.kernels.read import coded
 from qgalore_compile.kernels.read.atoms import Atoms, Read
@@ -150,7 +151,7 @@ class _Reader(Atoms):
     def _packed_dims(self, node: fx.Node, memory: str) -> tuple[tuple[str, ...], ...]:
         """What the dimensions of packed codes stand for: rows, and the bytes of one."""
         *leading, columns = shape(node)
-        if (math.prod(leading), columns) != (self.space.rows, coded.pitch(memory, self.space.columns)) or columns == 1:
+        if (math.prod(leading), columns) != (self.space.rows, MEMORY[memory].pitch(self.space.columns)) or columns == 1:
             raise RefusedError(Refusal.SHAPE, node)
         rows = self._split(("row",), leading)
         if rows is None:

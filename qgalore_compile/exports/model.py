@@ -25,7 +25,7 @@ from qgalore_compile.exports.safetensors_file import (
 )
 from qgalore_compile.exports.tensors import as_dtype, identity, tensors_of, unwrapped
 from qgalore_compile.formats import Format
-from qgalore_compile.formats.base import Grouped, dtype_of
+from qgalore_compile.formats.base import dtype_of
 from qgalore_compile.weights import Targets, select_linears
 from qgalore_compile.weights.targets import obstacle
 from qgalore_compile.weights.tensor import NO_INT8_FORM, has_int8_form
@@ -158,8 +158,7 @@ def _format(bits: int | None, group_size: int, format: str | Format | None) -> s
     if bits is not None:
         raise ValueError(f"bits={bits!r} and format={str(format)!r}: give one of them")
     form = Format.parse(format)
-    rows = getattr(form, "inner", form)
-    if not isinstance(rows, Grouped) or rows.axis != "rows":
+    if form.grouped is None or form.grouped.axis != "rows":
         raise ValueError(f"format={str(form)!r} is none of weights, which have groups in rows; for floats use dtype=")
     return str(form)
 

@@ -16,7 +16,7 @@ official.py           Q-GaLore's published quantiser
 --------------------  -------------------------------------------------------------------------------------------------
 symmetric.py          the common half of formats whose group shares its largest magnitude
 codebook.py           formats of sixteen entries
-scaling.py            scales as they are, or as powers of two
+scaling.py            groups with a scale: as it is, or as a power of two
 double.py             scales that are quantised once more
 rotation.py           groups that are rotated before
 arithmetic.py         what formulas are written in, on tensors or in a program; stochastic rounding of codes

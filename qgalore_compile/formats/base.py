@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qgalore_compile.formats.arithmetic import Arithmetic, OnTensors
 from qgalore_compile.formats.grouping import check_grouped, from_groups, to_groups
-from qgalore_compile.formats.packing import BITS, pack, pack_int4, unpack, unpack_int4
+from qgalore_compile.formats.packing import BITS, pack, pack_int4, packed_size, unpack, unpack_int4
 
 
 class Part(NamedTuple):
@@ -51,12 +51,28 @@ class FormatError(ValueError):
 class Format(ABC):
     """See the module's docstring."""
 
-    inline: ClassVar[bool] = False
-    """Whether tracing goes through ``encode`` and ``decode``, rather than keep each as one node."""
-    trains: ClassVar[bool] = True
-    """Whether kernels write it: groups must not depend on one another, nor share a byte."""
     rounds: ClassVar[bool] = True
     """Whether it takes draws: what trains a weight has to."""
+
+    @property
+    def inline(self) -> bool:
+        """Whether tracing goes through ``encode`` and ``decode``, rather than keep each as one node."""
+        return False
+
+    @property
+    def trains(self) -> bool:
+        """Whether kernels write it: groups must not depend on one another, nor share a byte."""
+        return True
+
+    @property
+    def least(self) -> int:
+        """The least code whose entry is above 0, where entries are in order; 0 where none is to be told from zero."""
+        return 0
+
+    @property
+    def grouped(self) -> Grouped | None:
+        """The format that its codes are in; None of floats."""
+        return None
 
     @staticmethod
     def parse(text: str | Format) -> Format:
@@ -121,9 +137,6 @@ class Format(ABC):
         """The format with groups along the flattened tensor, as moments have it."""
         return self
 
-    least: ClassVar[int] = 0
-    """The least code whose entry is above 0, where entries are in order; 0 where none is to be told from zero."""
-
 
 @dataclass(frozen=True)
 class Grouped(Format):
@@ -146,6 +159,10 @@ class Grouped(Format):
         most = max((8 // BITS[part.memory] for part in self.parts if part.memory in BITS), default=1)
         if self.width % most:
             raise FormatError(f"{self.name}: groups of {self.width} elements share bytes; use a multiple of {most}")
+
+    @property
+    def grouped(self) -> Grouped:
+        return self
 
     # -- the two formulas -------------------------------------------------------------------------------------------
 
@@ -216,9 +233,7 @@ class Grouped(Format):
             return (*leading, -(-n // self.width))
         if part.extent == "row":
             return (*leading, 1)
-        if part.memory in BITS:
-            return (*leading, -(-n * BITS[part.memory] // 8))
-        return (*leading, -(-n // 2)) if part.memory == "u4" else tuple(shape)
+        return tuple(shape) if part.memory == "u8" else (*leading, packed_size(part.memory, n))
 
     # -- codes, for who compares them ---------------------------------------------------------------------------------
 

@@ -45,7 +45,8 @@ def _above(on: Arithmetic, x: Any, bounds: Sequence[float], inclusive: bool = Fa
     """How many of the bounds x lies above."""
     found = [on.where(x >= bound if inclusive else x > bound, 1, 0) for bound in bounds]
     while len(found) > 1:  # in pairs: the sums of a chain would wait for each other
-        found = [sum(found[place : place + 2][1:], found[place]) for place in range(0, len(found), 2)]
+        pairs = zip(found[::2], found[1::2], strict=False)
+        found = [*(one + other for one, other in pairs), *(found[-1:] if len(found) % 2 else [])]
     return found[0]
 
 

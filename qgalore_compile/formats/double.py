@@ -32,7 +32,11 @@ class Double(Format):
         _ = self.inner.text  # Dynamo reads what is there
 
     @property
-    def inline(self) -> bool:  # type: ignore[override]
+    def grouped(self) -> Symmetric:
+        return self.inner
+
+    @property
+    def inline(self) -> bool:
         """Two nodes in a graph: codes, and scales."""
         return True
 

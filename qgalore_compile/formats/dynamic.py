@@ -146,12 +146,12 @@ class Dynamic8Blocks(Grouped):
     rounds: ClassVar[bool] = False
 
     @property
-    def inline(self) -> bool:  # type: ignore[override]
+    def inline(self) -> bool:
         """bitsandbytes' blocks have operators of their own."""
         return self.width == BLOCK_SIZE and self.axis == "flat"
 
     @property
-    def least(self) -> int:  # type: ignore[override]
+    def least(self) -> int:
         return 128 if self.signed else 1
 
     @property

@@ -15,45 +15,39 @@ from torch import Tensor
 
 from qgalore_compile.formats import affine, scaling
 from qgalore_compile.formats.arithmetic import Arithmetic, nonzero, to_whole
-from qgalore_compile.formats.base import FormatError, Grouped, Part
-from qgalore_compile.formats.rotation import is_size
+from qgalore_compile.formats.base import FormatError, Part
 from qgalore_compile.formats.symmetric import code_parts, joined, split
 
 _CODE_BITS = {"int8": 8, "int6": 6, "int4": 4}
 
 
 @dataclass(frozen=True)
-class Integers(Grouped):
-    """Attributes as :class:`~qgalore_compile.formats.symmetric.Symmetric` has them, and
+class Integers(scaling.Scaled):
+    """Steps between a group's smallest and largest element.
 
     Attributes:
         name: "int8", "int6" or "int4".
         planar: of int4, low nibbles hold the first half of a row: for projectors, which kernels only read.
     """
 
-    scaling: str = "float32"
-    rotated: bool = False
     name: str = "int8"  # type: ignore[misc]  # a name of its own for each object
     planar: bool = False
 
     def __post_init__(self) -> None:
-        if not self.planar:
-            super().__post_init__()
-        elif self.name != "int4" or self.axis != "rows" or self.width < 1:
+        if self.planar and (self.name != "int4" or self.axis != "rows" or self.width < 1):
             raise FormatError(f"{self.name}: only int4 in rows is planar, in groups of at least 1 element")
-        if self.rotated and not is_size(self.width):
-            raise FormatError(f"{self.name}: rotations are of a power of two of elements, not of {self.width}")
+        super().__post_init__()
 
     @property
-    def inline(self) -> bool:  # type: ignore[override]
+    def inline(self) -> bool:
         """Q-GaLore's own two are plain PyTorch in a graph: below a backward of its own, AOTAutograd computes decoded
         weights again rather than keep them, for operations that it knows are cheap."""
         plain = self.axis == "rows" and self.scaling == "float32" and not self.rotated
         return plain and (self.name == "int8" or self.planar)
 
     @property
-    def trains(self) -> bool:  # type: ignore[override]
-        return self.scaling != "pow2row" and not self.planar
+    def trains(self) -> bool:
+        return super().trains and not self.planar
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -91,5 +85,4 @@ class Integers(Grouped):
 
     @property
     def words(self) -> tuple[str, ...]:
-        scaled = [self.scaling] if self.scaling != "float32" else []
-        return (*scaled, *(["rotated"] if self.rotated else []), *(["planar"] if self.planar else []))
+        return (*super().words, *(["planar"] if self.planar else []))

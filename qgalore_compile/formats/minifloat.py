@@ -20,7 +20,7 @@ of the quotient puts beyond saturates.  No code is made of the infinities of e5m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,9 @@ class Minifloat(Symmetric):
 
     name: str = "e4m3"  # type: ignore[misc]  # a name of its own for each object
 
-    least: ClassVar[int] = 1
+    @property
+    def least(self) -> int:
+        return 1
 
     @property
     def layout(self) -> Layout:

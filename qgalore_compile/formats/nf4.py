@@ -35,7 +35,10 @@ class NF4(Codebook):
 
     name: ClassVar[str] = "nf4"
     scale_name: ClassVar[str] = "absmax"
-    least: ClassVar[int] = 8
+
+    @property
+    def least(self) -> int:
+        return 8
 
     @property
     def entries(self) -> Sequence[float]:

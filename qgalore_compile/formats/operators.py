@@ -7,7 +7,6 @@ format's text, by which kernels are generated for them.  Formats that are ``inli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,22 +15,17 @@ from qgalore_compile._ops import define
 from qgalore_compile.formats.base import Format, dtype_of
 
 
-@cache
-def _parsed(text: str) -> Format:
-    return Format.parse(text)
-
-
 def _encode(x: Tensor, noise: Tensor | None, format: str) -> list[Tensor]:
-    return [each.contiguous() for each in _parsed(format).encode(x, noise)]
+    return [each.contiguous() for each in Format.parse(format).encode(x, noise)]
 
 
 def _encode_fake(x: Tensor, noise: Tensor | None, format: str) -> list[Tensor]:
-    own = _parsed(format)
+    own = Format.parse(format)
     return [x.new_empty(own.shape_of(part, x.shape), dtype=dtype_of(part)) for part in own.parts]
 
 
 def _decode(stored: Sequence[Tensor], shape: Sequence[int], format: str, dtype: torch.dtype) -> Tensor:
-    return _parsed(format).decode(stored, shape, dtype).contiguous()
+    return Format.parse(format).decode(stored, shape, dtype).contiguous()
 
 
 def _decode_fake(stored: Sequence[Tensor], shape: Sequence[int], format: str, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ class Plain(Format):
 
     name: str
 
-    inline: ClassVar[bool] = True
+    @property
+    def inline(self) -> bool:
+        return True
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -7,6 +7,7 @@ a group it is the name's own.  To add a format write one file with its formula, 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from qgalore_compile.formats.base import Format, FormatError, Grouped
@@ -53,9 +54,14 @@ MODIFIERS: dict[str, dict[str, Any]] = {
 
 
 def parse(text: str) -> Format:
-    """The format of a text; FormatError where it is none."""
+    """The format of a text, one object a process; FormatError where it is none."""
     if not isinstance(text, str):
         raise FormatError(f"a format is a text such as 'int8/256', got {text!r}; {_known()}")
+    return _parsed(text)
+
+
+@cache
+def _parsed(text: str) -> Format:
     head, *words = text.split("+")
     name, slash, width = head.partition("/")
     found = FORMATS.get(name)
@@ -69,8 +75,8 @@ def parse(text: str) -> Format:
             )
         changes["width"] = int(width)
     for word in words:
-        change = MODIFIERS.get(word, {}) if word != "double" else {}
-        if (word not in MODIFIERS and word != "double") or not change.keys() <= vars(found).keys():
+        change = {} if word == "double" else MODIFIERS.get(word)
+        if change is None or not change.keys() <= vars(found).keys():
             allowed = [each for each, does in MODIFIERS.items() if does.keys() <= vars(found).keys()]
             allowed += ["double"] if isinstance(found, Symmetric) else []
             raise FormatError(f"{text!r}: {name} has no {word!r}; it has {', '.join(allowed) or 'no modifiers'}")

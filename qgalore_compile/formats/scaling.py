@@ -15,13 +15,41 @@ what is encoded at once, projectors and exports; kernels read it and do not writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qgalore_compile.formats.arithmetic import Arithmetic, OnTensors, power_of_two
-from qgalore_compile.formats.base import FormatError, Part
+from qgalore_compile.formats.base import FormatError, Grouped, Part
+from qgalore_compile.formats.rotation import is_size
 
 SCALINGS = ("float32", "pow2", "pow2row")
 _MOST_SHIFT = 126
+
+
+@dataclass(frozen=True)
+class Scaled(Grouped):
+    """Groups with a scale each.
+
+    Attributes:
+        scaling: how it is kept.
+        rotated: whether a group is rotated before (:mod:`~qgalore_compile.formats.rotation`).
+    """
+
+    scaling: str = "float32"
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rotated and not is_size(self.width):
+            raise FormatError(f"{self.name}: rotations are of a power of two of elements, not of {self.width}")
+
+    @property
+    def trains(self) -> bool:
+        return self.scaling != "pow2row"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*([self.scaling] if self.scaling != "float32" else []), *(["rotated"] if self.rotated else []))
 
 
 def parts(scaling: str, name: str) -> tuple[Part, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore_compile.formats.base import Format, Grouped
+from qgalore_compile.formats.base import Format
 from qgalore_compile.formats.operators import decode, encode
 
 
@@ -42,19 +42,14 @@ class Stored(NamedTuple):
 
     def codes(self) -> Tensor | None:
         """The integer code of each element, int32 of ``shape``; None of floats."""
-        form = _coded(self.format)
+        form = self.format.grouped
         return None if form is None else form.codes(self.parts, self.shape)
 
     def code_step(self) -> Tensor | None:
         """How far the value of the farther neighbour in code is from each element's; None of floats."""
-        form, codes = _coded(self.format), self.codes()
+        form, codes = self.format.grouped, self.codes()
         if form is None or codes is None:
             return None
         value = self.load(torch.float64)
         sides = [self._replace(parts=form.with_codes(self.parts, each)) for each in form.neighbours(codes)]
         return torch.maximum(*((side.load(torch.float64) - value).abs() for side in sides))
-
-
-def _coded(form: Format) -> Grouped | None:
-    inner = getattr(form, "inner", form)
-    return inner if isinstance(inner, Grouped) else None

@@ -9,29 +9,15 @@ from typing import Any, ClassVar
 
 from qgalore_compile.formats import scaling
 from qgalore_compile.formats.arithmetic import Arithmetic, nonzero
-from qgalore_compile.formats.base import FormatError, Grouped, Part
-from qgalore_compile.formats.rotation import is_size
+from qgalore_compile.formats.base import Part
 
 
 @dataclass(frozen=True)
-class Symmetric(Grouped):
-    """Codes of x / s with s = max |x| / ``top``, of a group.
-
-    Attributes:
-        scaling: how s is kept (:mod:`~qgalore_compile.formats.scaling`).
-        rotated: whether a group is rotated before (:mod:`~qgalore_compile.formats.rotation`).
-    """
-
-    scaling: str = "float32"
-    rotated: bool = False
+class Symmetric(scaling.Scaled):
+    """Codes of x / s with s = max |x| / ``top``, of a group."""
 
     code_bits: ClassVar[int]
     scale_name: ClassVar[str] = "scale"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rotated and not is_size(self.width):
-            raise FormatError(f"{self.name}: rotations are of a power of two of elements, not of {self.width}")
 
     @property
     @abstractmethod
@@ -63,14 +49,6 @@ class Symmetric(Grouped):
         scale = scaling.load(self.scaling, on, stored[count:])
         x = self.entry(on, joined(stored[:count])) * scale
         return on.rotate(x, True) if self.rotated else x
-
-    @property
-    def trains(self) -> bool:  # type: ignore[override]
-        return self.scaling != "pow2row"
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return (*([self.scaling] if self.scaling != "float32" else []), *(["rotated"] if self.rotated else []))
 
 
 def code_parts(bits: int) -> tuple[Part, ...]:

@@ -264,7 +264,7 @@ class QGaLoreAdamW(Optimizer):
         projector = layout.projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape))
         refresh_(
-            low, layout.stored_projector(group.formats, state), state["schedule"], [p.grad],
+            low, layout.parts_in(state, group.formats), state["schedule"], [p.grad],
             shape=p.shape, rank=layout.rank_of(group, p), form=group.formats.projector,
             method=group["refresh"], power_iterations=group["power_iterations"], rule=group.numbers.rule,
             seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state, group.numbers.betas),
@@ -357,7 +357,7 @@ def _adam(
 ) -> Tensor:
     """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
     beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = group.numbers
-    stored = layout.stored_moments(formats, state)
+    stored = layout.parts_in(state, formats)
     exp_avg, exp_avg_sq = formats.decode(stored, grad.shape)
     exp_avg = beta1 * exp_avg + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from qgalore_compile.optim.groups import names_of
 from qgalore_compile.optim.hyper_parameters import Group
 from qgalore_compile.optim.saved_state import check_group, check_state
-from qgalore_compile.subspace.moments import IN_8_BITS
+from qgalore_compile.subspace.moments import MomentFormats
 
 OLD_SECOND_MOMENT = "exp_avg_sq_absmax"
 
@@ -100,6 +100,7 @@ def _check_second_moments(
     own_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], saved_state: dict[Any, dict[str, Tensor]]
 ) -> None:
     """Raise ValueError for 8-bit moments that hold v, not √v.  Before all else: it is a matter of the whole file."""
+    own = MomentFormats.parse("8bit").names[-1]
     for position, group in enumerate(saved_groups):
         for place, key in enumerate(group["params"]):
             if OLD_SECOND_MOMENT in saved_state.get(key, {}):
@@ -107,7 +108,7 @@ def _check_second_moments(
                 name = names[place] if place < len(names) else f"parameter {place} of group {position}"
                 raise ValueError(
                     f"{name}: the saved 8-bit moments hold v itself ({OLD_SECOND_MOMENT}), as earlier versions "
-                    f"stored it; this one stores √v ({IN_8_BITS[-1]}). They cannot be converted, for where v was "
+                    f"stored it; this one stores √v ({own}). They cannot be converted, for where v was "
                     "rounded to 0 its size is lost: load the model's weights alone and begin with fresh moments, or "
                     "end the run with the version that wrote it"
                 )

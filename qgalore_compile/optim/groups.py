@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore_compile.optim import checks, settings
-from qgalore_compile.optim.layout import stored_moments
+from qgalore_compile.optim.layout import parts_in
 from qgalore_compile.subspace.refresh import Moments
 from qgalore_compile.subspace.scheduler import Rule
 from qgalore_compile.weights.coverage import tell_projected
@@ -136,7 +136,7 @@ def moments_that_follow(group: Any, state: dict[str, Tensor], betas: Tensor) -> 
     if group["moments_on_refresh"] == "keep":
         return None
     own = group.formats.moments
-    return Moments(stored_moments(own, state), state["step"], group["moments_on_refresh"], betas, own.text)
+    return Moments(parts_in(state, own), state["step"], group["moments_on_refresh"], betas, own.text)
 
 
 def slot_of(group: dict[str, Any], index: int) -> int:

@@ -122,13 +122,8 @@ def low_shape(group: Mapping[str, Any], parameter: Tensor) -> tuple[int, ...]:
     return (m, rank) if side_of(parameter.shape) == "right" else (rank, n)
 
 
-def stored_projector(formats: GroupFormats, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors that a parameter's projector is stored in."""
-    return [state[name] for name in formats.names]
-
-
-def stored_moments(formats: MomentFormats, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors that a parameter's moments are stored in."""
+def parts_in(state: Mapping[str, Tensor], formats: GroupFormats | MomentFormats) -> list[Tensor]:
+    """The tensors that a parameter's projector, or its moments, are stored in."""
     return [state[name] for name in formats.names]
 
 
@@ -137,11 +132,11 @@ def stored(p: Tensor, group: Any, state: Mapping[str, Tensor], name: str) -> Sto
     formats: GroupFormats = group.formats
     own = formats.moments_of(group, p)
     if name == "projector":
-        return Stored(formats.projector, stored_projector(formats, state), projector_shape(p.shape, rank_of(group, p)))
+        return Stored(formats.projector, parts_in(state, formats), projector_shape(p.shape, rank_of(group, p)))
     if name not in own.names or not own.root:
         return None
     count = len(own.first.parts)
-    parts = stored_moments(own, state)
+    parts = parts_in(state, own)
     if name == own.names[0]:
         return Stored(own.first, parts[:count], low_shape(group, p))
     return Stored(own.second, parts[count:], low_shape(group, p)) if name == own.names[count] else None
@@ -150,7 +145,7 @@ def stored(p: Tensor, group: Any, state: Mapping[str, Tensor], name: str) -> Sto
 def projector(p: Tensor, group: Any, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """P, decoded, as the two GEMMs take it."""
     shape: Sequence[int] = projector_shape(p.shape, rank_of(group, p))
-    return decode(stored_projector(group.formats, state), shape, group.formats.projector, dtype)
+    return decode(parts_in(state, group.formats), shape, group.formats.projector, dtype)
 
 
 def new_state(p: Tensor, group: Any, slot: int = -1) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from qgalore_compile.optim import groups, layout
 from qgalore_compile.optim.hyper_parameters import Group
 from qgalore_compile.subspace.projection import Side, side_of
 from qgalore_compile.subspace.scheduler import Schedule
-from qgalore_compile.weights import Int8Weight, QuantizedWeight
+from qgalore_compile.weights import QuantizedWeight
 
 _STATE = (Tensor, nn.Module, Optimizer)
 _MUTABLE = (list, dict, set, bytearray, deque)
@@ -247,13 +247,8 @@ class Entry(NamedTuple):
         """How far the next code is from each element's, float64; None where there are no codes, or of a projector."""
         x = self.tensor.detach()
         if isinstance(x, QuantizedWeight):
-            if isinstance(x, Int8Weight):
-                step = x.scale.repeat_interleave(x.group_size, -1)[..., : x.codes.shape[-1]]
-            else:
-                found = x.stored.code_step()
-                assert found is not None
-                step = found
-            return (step.t() if x.transposed else step).to(torch.float64)
+            step = x.stored.code_step()
+            return step.t() if step is not None and x.transposed else step
         stored = self.stored
         return None if stored is None or self.projector else stored.code_step()
 

@@ -64,9 +64,6 @@ from qgalore_compile.formats.base import dtype_of
 from qgalore_compile.subspace.projection import Side
 
 ON_REFRESH = ("keep", "reset", "rotate")
-IN_8_BITS = ("exp_avg", "exp_avg_absmax", "exp_avg_sq_root", "exp_avg_sq_root_absmax")
-IN_32_BITS = ("exp_avg", "exp_avg_sq")
-"""Names in a parameter's state.  8 bits had v under ``exp_avg_sq`` once, hence another name for √v."""
 SHORT = {"8bit": "dynamic8/256", "4bit": "dynamic4/128", "32bit": "float32"}
 """What the group key ``moments`` may say in place of a format's text."""
 
@@ -152,15 +149,6 @@ def _allowed() -> str:
     return f"{', '.join(map(repr, SHORT))}, or a format whose groups are written apart, such as 'e4m3/128'"
 
 
-def stored_moments(state: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors that a parameter's moments are stored in, in the order of ``MomentFormats.names``."""
-    return [state[name] for name in state if name.startswith("exp_avg")]
-
-
-LEAST_CODE = 1
-"""Of √v: the map's smallest entry that is not 0."""
-
-
 def least_root(betas: tuple[float, float]) -> float:
     """κ, the least √v / |m| that gradients can make, bias correction aside; 0 where there is none."""
     beta1, beta2 = betas
@@ -184,7 +172,7 @@ def follow_(
     """Let stored moments follow the projector, in place.
 
     Args:
-        stored: of :func:`stored_moments`.
+        stored: the tensors that they are stored in, in the order of ``formats.names``.
         how: one of ``ON_REFRESH``.
         old, new: the projectors, decoded, float32.
         side: of the projection.

@@ -247,7 +247,7 @@ REFRESHES = (_refresh_op, _refresh_with_moments_op)
 
 
 class Moments(NamedTuple):
-    """What follows a projector: ``stored_moments``, the 0-d count of the updates that they
+    """What follows a projector: the moments' tensors, the 0-d count of the updates that they
     hold, ``on_refresh`` ("reset" or "rotate"), the betas, float64 (2,) on the CPU, and the group key ``moments``."""
 
     stored: Sequence[Tensor]

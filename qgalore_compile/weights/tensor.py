@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from qgalore_compile._torch import is_fake, skip_frames_of
 from qgalore_compile.formats import Format, FormatError, Stored, encode
-from qgalore_compile.formats.base import Grouped
 from qgalore_compile.formats.integers import Integers
 from qgalore_compile.weights.callers import refuse_swap
 from qgalore_compile.weights.dequantising import Dequantising, fall_back
@@ -90,10 +89,8 @@ class QuantizedWeight(Dequantising):
         requires_grad: bool = False,
     ) -> QuantizedWeight:
         """Wrap parts in the class of their format."""
-        if is_int8(format):
-            codes, scale, offset = parts
-            return Int8Weight(codes, scale, offset, format.width, dtype, transposed, requires_grad)
-        return QuantizedWeight(parts, format, size, dtype, transposed, requires_grad)
+        own = Int8Weight if is_int8(format) else QuantizedWeight
+        return QuantizedWeight.__new__(own, parts, format, size, dtype, transposed, requires_grad)
 
     @classmethod
     def from_float(cls, value: Tensor, format: Format | str | int = 256) -> QuantizedWeight:
@@ -187,7 +184,7 @@ class QuantizedWeight(Dequantising):
 
     def _kept(self) -> tuple[str, ...]:
         """Attributes that are the tensor, and no user's."""
-        return (*_OWN, *(part.name for part in self.format.parts), "group_size")
+        return (*_OWN, *(part.name for part in self.format.parts))
 
     # -- what a user calls ----------------------------------------------------------------------------------------
 
@@ -266,7 +263,6 @@ class Int8Weight(QuantizedWeight):
     Attributes:
         codes: uint8 (m, n).
         scale, offset: float32 (m, ceil(n / group_size)).
-        group_size: elements of a row that share a scale and an offset.
     """
 
     __module__ = "qgalore_compile.weights"
@@ -274,7 +270,6 @@ class Int8Weight(QuantizedWeight):
     codes: Tensor
     scale: Tensor
     offset: Tensor
-    group_size: int
 
     @staticmethod
     def __new__(
@@ -292,14 +287,19 @@ class Int8Weight(QuantizedWeight):
         parts, form = (codes, scale, offset), Format.parse(f"int8/{group_size}")
         self = QuantizedWeight.__new__(cls, parts, form, (m, n), dtype, transposed, requires_grad)
         assert isinstance(self, Int8Weight)
-        self.group_size = group_size
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What files of before 0.2 restore attributes by."""
-        vars(self).update(state)
-        self.format = Format.parse(f"int8/{self.group_size}")
+        vars(self).update({name: value for name, value in state.items() if name != "group_size"})
+        self.format = Format.parse(f"int8/{state['group_size']}")
         self.size_stored = (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a row that share a scale and an offset."""
+        assert isinstance(self.format, Integers)
+        return self.format.width
 
     @property
     def storage_name(self) -> str:
@@ -315,9 +315,9 @@ def is_int8(form: Format) -> TypeGuard[Integers]:
 def weight_format(given: Format | str | int) -> Format:
     """A format of weights; ValueError for one that a trained weight cannot be kept in."""
     form = Format.parse(f"int8/{given}" if isinstance(given, int) else given)
-    rows = getattr(form, "inner", form)
+    rows = form.grouped
     # the dynamic maps, of moments, have no -1: a weight at that end would drift
-    in_rows = isinstance(rows, Grouped) and rows.axis == rows.default_axis == "rows" and rows.rounds
+    in_rows = rows is not None and rows.axis == rows.default_axis == "rows" and rows.rounds
     if not (in_rows and form.trains):
         raise FormatError(
             f"{form} is no format of weights: those have groups in rows, and are written with stochastic rounding, "
@@ -361,7 +361,8 @@ def like(
     """The same weight over changed inner tensors, with another dtype or orientation where one is given."""
     orientation = weight.transposed if transposed is None else transposed
     parts = [change(part) for part in weight.parts]
-    result = QuantizedWeight.wrapped(parts, weight.format, weight.size_stored, dtype or weight.dtype, orientation)
+    own = (parts, weight.format, weight.size_stored, dtype or weight.dtype, orientation)
+    result = QuantizedWeight.__new__(type(weight), *own)
     result.label = weight.label
     return result
 

@@ -50,5 +50,5 @@ def test_every_layer_is_fused_and_a_step_is_the_eager_one(weights: str, moments:
     buffers = [line.split() for text in programs for line in text.splitlines() if line.endswith((" out", " inout"))]
     written = {word for words in buffers for word in words}
     formats = MomentFormats.parse(moments)
-    for form in (getattr(each, "inner", each) for each in (Format.parse(weights), formats.first, formats.second)):
+    for form in (each.grouped or each for each in (Format.parse(weights), formats.first, formats.second)):
         assert {part.memory for part in form.parts if part.extent == "element"} <= written, form

@@ -61,7 +61,7 @@ def test_zeros_are_what_zeros_are_encoded_as(text: str, shape: tuple[int, ...]) 
     assert [(each.shape, each.dtype) for each in made] == [(each.shape, each.dtype) for each in encoded]
     for stored in (made, encoded):
         assert torch.equal(form.decode(stored, shape), torch.zeros(shape))
-    inner = getattr(form, "inner", form)
+    inner = form.grouped or form
     if text in GROUPED or text in DOUBLE:
         assert torch.equal(inner.codes(made, shape), inner.codes(encoded, shape))
     made[0].fill_(1)  # memory of its own, in which no two elements are one

@@ -31,7 +31,7 @@ def test_a_trace_has_a_node_for_each_unless_it_goes_through(text: str) -> None:
 
     x, noise = numbers(SHAPE, text), draws(SHAPE)
     graph = make_fx(both, tracing_mode="fake")(x, noise)
-    own = getattr(form, "inner", form)
+    own = form.grouped or form
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(ENCODE) == targets.count(DECODE) == (0 if own.inline else 1)
     texts = {node.args[2] for node in graph.graph.nodes if node.target in (ENCODE, DECODE)}

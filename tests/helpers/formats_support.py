@@ -39,7 +39,7 @@ def grouped(text: str) -> Grouped:
 def rounding(text: str) -> bool:
     """Whether a format takes draws."""
     form = Format.parse(text)
-    return getattr(form, "inner", form).rounds
+    return (form.grouped or form).rounds
 
 
 def numbers(shape: tuple[int, ...], text: str) -> Tensor:

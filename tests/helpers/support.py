@@ -189,7 +189,12 @@ def moments_of(opt: qg.QGaLoreAdamW, p: Tensor) -> tuple[Tensor, Tensor]:
     """m and v of a parameter, float32."""
     group = next(group for group in opt.param_groups if any(p is each for each in group["params"]))
     formats = group.formats.moments_of(group, p)
-    return formats.decode(layout.stored_moments(formats, opt.state[p]), layout.low_shape(group, p))
+    return formats.decode(layout.parts_in(opt.state[p], formats), layout.low_shape(group, p))
+
+
+def stored_moments(state: dict[str, Tensor]) -> list[Tensor]:
+    """What a parameter's moments are stored in, in whatever format."""
+    return [state[name] for name in state if name.startswith("exp_avg")]
 
 
 def decoded(model: nn.Module, opt: qg.QGaLoreAdamW) -> dict[str, Tensor]:

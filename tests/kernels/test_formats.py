@@ -77,7 +77,7 @@ def everything(form: Grouped, shape: tuple[int, int], encoded: Iterable[str]) ->
 
 def interpreted(made: BlockProgram, tensors: Tensors) -> Tensors:
     pytest.importorskip("triton")
-    from triton_support import ran
+    from interpreted import ran
 
     return ran(made, tensors)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import Toy, snapshot, tokens, toy, training_step
+from support import Toy, snapshot, stored_moments, tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile.optim.layout import projector
-from qgalore_compile.subspace.moments import follow_, stored_moments
+from qgalore_compile.subspace.moments import follow_
 
 PROJECTED, OTHER_PROJECTED = "blocks.0.weight", "blocks.1.weight"
 PLAIN = "embed.weight"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgalore_compile import formats
 from qgalore_compile.rng import MOMENT_STREAM, random_bits
-from qgalore_compile.subspace.moments import LEAST_CODE, MomentFormats, change_of_basis, follow_, rotated
+from qgalore_compile.subspace.moments import MomentFormats, change_of_basis, follow_, rotated
 from qgalore_compile.subspace.projection import Side, project_back
 
 BETAS = (0.9, 0.999)
@@ -110,7 +110,11 @@ def stored(m: Tensor, v: Tensor, eight_bit: bool) -> list[Tensor]:
     if not eight_bit:
         return [m.clone(), v.clone()]
     root = formats.quantize_dynamic8(v.sqrt(), signed=False)
-    return [*formats.quantize_dynamic8(m, signed=True)[:2], root.codes.clamp(min=LEAST_CODE), root.absmax]
+    return [
+        *formats.quantize_dynamic8(m, signed=True)[:2],
+        root.codes.clamp(min=1),
+        root.absmax,
+    ]
 
 
 def decoded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernels_support import Evaluated
-from support import Interpreted
+from support import Interpreted, stored_moments
 from torch import Tensor, nn
 
 import qgalore_compile as qg
 from qgalore_compile.formats import BLOCK_SIZE
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.ir.program import BlockProgram
-from qgalore_compile.subspace.moments import MomentFormats, follow_, least_root, stored_moments
+from qgalore_compile.subspace.moments import MomentFormats, follow_, least_root
 
 IN_8_BITS = MomentFormats.parse("8bit")
 
