@@ -22,7 +22,6 @@ from qgalore_compile.formats.arithmetic import Arithmetic, OnTensors, power_of_t
 from qgalore_compile.formats.base import FormatError, Grouped, Part
 from qgalore_compile.formats.rotation import is_size
 
-SCALINGS = ("float32", "pow2", "pow2row")
 _MOST_SHIFT = 126
 
 
