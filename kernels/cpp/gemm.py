@@ -98,7 +98,7 @@ class _Whole:
         buffers = operand.prologue.buffers
         self.places = [place for place, buffer in enumerate(buffers) if buffer.name != VALUE]
         self.value_place = next(place for place, buffer in enumerate(buffers) if buffer.name == VALUE)
-        self.pitches = kernel.pitches()
+        self.pitches = kernel.pitches
 
     def product(self, read: Sequence[Tensor]) -> Tensor:
         rows, columns, _ = self.space
