@@ -64,10 +64,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "projector": ("float32", "bfloat16", "int8", *FOUR_BITS[1:], "int4/64+pow2row", *OTHERS, "official8", "official4",
                   "dynamic8", "dynamic4"),
     "moments": ("4bit", f"4bit{NEAREST}", "32bit", "e4m3", "int8", "nf4", "e2m1", "int4", "bfloat16", *OTHERS[1:],
-                "e5m2+pow2", "e3m0"),
+                "e5m2+pow2", "e3m0", "dynamic4"),
 }  # fmt: skip
 ENCODED = ("float32", "bfloat16", "int8", "dynamic8", "official8", "e4m3", "e4m3+pow2", "e5m2", "int6", "e2m3", "e3m2",
-           *FOUR_BITS, "int4/64+pow2row", "nf4+pow2", "nf4+rotated", "dynamic4", "official4")  # fmt: skip
+           *FOUR_BITS, "int4/64+pow2row", "nf4+pow2", "nf4+rotated", "dynamic4", "moment4", "official4")  # fmt: skip
 """What errors are measured of."""
 
 

@@ -9,7 +9,9 @@ stored.py             ``Stored``: tensors beside the format that they are in, re
 operators.py          ``encode`` and ``decode``, one node each in a traced program
 integers.py           int8, int6, int4
 minifloat.py          e4m3, e5m2, e2m3, e3m2, e2m1, e3m0, by one description
-nf4.py, dynamic4.py   sixteen entries: quantiles of a normal, decades for moments
+nf4.py                sixteen entries, quantiles of a normal distribution
+moment4.py            sixteen entries each for Adam's m and √v
+dynamic4.py           bitsandbytes' dynamic map in sixteen entries
 dynamic.py            bitsandbytes' dynamic 8-bit blocks
 plain.py              float32, bfloat16
 official.py           Q-GaLore's published quantiser

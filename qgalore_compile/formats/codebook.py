@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from qgalore_compile.formats.arithmetic import Arithmetic, goes_up
+from qgalore_compile.formats.base import Format
 from qgalore_compile.formats.symmetric import Symmetric
 
 
@@ -39,6 +40,28 @@ class Codebook(Symmetric):
 
     def entry(self, on: Arithmetic, codes: Any) -> Any:
         return _select(on, codes, self.entries)
+
+
+@dataclass(frozen=True)
+class MomentCodebook(Codebook):
+    """A table for Adam's m and another for √v, which has no sign; groups are of the flattened tensor.
+
+    Attributes:
+        signed: whether it is m's.
+    """
+
+    axis: str = "flat"
+    signed: bool = True
+
+    scale_name: ClassVar[str] = "absmax"
+    default_axis: ClassVar[str] = "flat"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*super().words, *(() if self.signed else ("unsigned",)))
+
+    def unsigned(self) -> Format:
+        return replace(self, signed=False)
 
 
 def _above(on: Arithmetic, x: Any, bounds: Sequence[float], inclusive: bool = False) -> Any:

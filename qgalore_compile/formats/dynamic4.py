@@ -11,12 +11,11 @@ leaving the zero out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from qgalore_compile.formats.base import Format
-from qgalore_compile.formats.codebook import Codebook
+from qgalore_compile.formats.codebook import MomentCodebook
 
 _DECADES = 3
 
@@ -35,23 +34,11 @@ def entries(signed: bool) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Dynamic4(Codebook):
-    """Attributes: ``signed``, which map."""
-
-    axis: str = "flat"
-    signed: bool = True
+class Dynamic4(MomentCodebook):
+    """bitsandbytes' map, cut to three decades."""
 
     name: ClassVar[str] = "dynamic4"
-    scale_name: ClassVar[str] = "absmax"
-    default_axis: ClassVar[str] = "flat"
 
     @property
     def entries(self) -> Sequence[float]:
         return entries(self.signed)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return (*super().words, *(() if self.signed else ("unsigned",)))
-
-    def unsigned(self) -> Format:
-        return replace(self, signed=False)

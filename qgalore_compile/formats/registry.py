@@ -16,6 +16,7 @@ from qgalore_compile.formats.dynamic import Dynamic8Blocks
 from qgalore_compile.formats.dynamic4 import Dynamic4
 from qgalore_compile.formats.integers import Integers
 from qgalore_compile.formats.minifloat import Minifloat
+from qgalore_compile.formats.moment4 import Moment4
 from qgalore_compile.formats.nf4 import NF4
 from qgalore_compile.formats.official import Official
 from qgalore_compile.formats.plain import Plain
@@ -27,6 +28,7 @@ FORMATS: dict[str, Format] = {
     "int4": Integers(256, name="int4"),
     "dynamic8": Dynamic8Blocks(256),
     "dynamic4": Dynamic4(128),
+    "moment4": Moment4(128),
     "e4m3": Minifloat(128, name="e4m3"),
     "e5m2": Minifloat(128, name="e5m2"),
     "e2m3": Minifloat(32, name="e2m3"),

@@ -15,7 +15,7 @@ from qgalore_compile.formats.registry import FORMATS
 pytest.importorskip("triton")
 
 TARGETS, PRESETS = ("sm_80", "sm_90", "sm_100"), ("60m", "7b")
-ELSEWHERE = {"dynamic8", "dynamic4", "official8", "official4", "float32", "bfloat16"}
+ELSEWHERE = {"dynamic8", "dynamic4", "moment4", "official8", "official4", "float32", "bfloat16"}
 """Formats of moments, as which they have other names, and those that are not stored in codes of groups."""
 
 

@@ -9,7 +9,7 @@ from formats_support import grouped
 from qgalore_compile.formats.arithmetic import OnTensors
 from qgalore_compile.formats.codebook import Codebook
 
-TEXTS = pytest.mark.parametrize("text", ["nf4", "dynamic4", "dynamic4+unsigned"])
+TEXTS = pytest.mark.parametrize("text", ["nf4", "dynamic4", "dynamic4+unsigned", "moment4", "moment4+unsigned"])
 
 
 def codebook(text: str) -> Codebook:

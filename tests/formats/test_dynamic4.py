@@ -1,8 +1,6 @@
-"""Dynamic blocks in four bits: bitsandbytes' map, and how near an update stays whose moments are in them."""
+"""Dynamic blocks in four bits: bitsandbytes' map."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,9 +9,6 @@ from torch import Tensor
 
 from qgalore_compile.formats import Format
 from qgalore_compile.formats.codebook import Codebook
-from qgalore_compile.subspace.moments import MomentFormats
-
-BETAS = (0.9, 0.999)
 
 
 def entries(text: str) -> Tensor:
@@ -58,65 +53,3 @@ def test_a_block_of_the_second_moment_has_no_zero_unless_it_is_all_zeros() -> No
     back = form.decode(form.encode(x), x.shape)
     assert back[:2].gt(0).all()
     assert not back[2].any()
-
-
-# -- as Adam's moments ------------------------------------------------------------------------------------------------
-
-
-def nearest(x: Tensor, table: Tensor) -> Tensor:
-    """Values of blocks of 128 by a table of entries, ascending, in float64."""
-    blocks = x.double().reshape(-1, 128)
-    absmax = blocks.abs().amax(-1, keepdim=True)
-    place = torch.bucketize((blocks / absmax).contiguous(), (table[1:] + table[:-1]) / 2)
-    return (table[place] * absmax).reshape(x.shape)
-
-
-def linear_v(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As torchao's 4-bit optimizers store them: m by the same map, v by sixteen equal steps without zero."""
-    return nearest(m, entries("dynamic4")), nearest(v, torch.linspace(0, 1, 17, dtype=torch.float64)[1:])
-
-
-def in_4_bits(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As moments="4bit" stores them."""
-    form = MomentFormats.parse("4bit")
-    first, second = form.decode(form.encode(m.float(), v.float()), m.shape)
-    return first.double(), second.double()
-
-
-GRADIENTS: dict[str, Callable[[], Tensor]] = {
-    "normal": lambda: torch.randn(64, 128),
-    "heavy tails": lambda: torch.distributions.StudentT(2.0).sample((64, 128)),
-    "normal, of unlike elements": lambda: torch.randn(64, 128) * torch.logspace(-2, 0, 128),
-    "heavy tails, of unlike elements": lambda: (
-        torch.distributions.StudentT(2.0).sample((64, 128)) * torch.logspace(-2, 0, 128)
-    ),
-}
-
-
-def moments(gradient: Callable[[], Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Adam's, in float64, without bias correction."""
-    m = v = torch.zeros(64, 128, dtype=torch.float64)
-    for _ in range(steps):
-        g = gradient().double()
-        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
-    return m, v
-
-
-def update_error(m: Tensor, v: Tensor, stored: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], steps: int) -> float:
-    """‖N(stored) - N‖ / ‖N‖."""
-    first, second = (1 - beta**steps for beta in BETAS)
-
-    def update(m: Tensor, v: Tensor) -> Tensor:
-        return m / first / ((v / second).sqrt() + 1e-8)
-
-    exact = update(m, v)
-    return float((update(*stored(m, v)) - exact).norm() / exact.norm())
-
-
-@pytest.mark.parametrize("steps", [10, 200])
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_an_update_is_as_near_as_with_v_in_sixteen_equal_steps(name: str, steps: int) -> None:
-    """Of moments that are stored once: where v is much the same in a block 4 % less near, elsewhere nearer by far."""
-    m, v = moments(GRADIENTS[name], steps)
-    ours, theirs = (update_error(m, v, each, steps) for each in (in_4_bits, linear_v))
-    assert ours <= (1.04 if name == "normal" else 0.66) * theirs

@@ -44,6 +44,7 @@ def test_a_name_alone_is_its_own_group_and_so_is_every_modifier_read_back(name: 
         ("e4m3/64", "e4m3/64"),
         ("dynamic8", "dynamic8/256"),
         ("dynamic4", "dynamic4/128"),
+        ("moment4", "moment4/128"),
         ("dynamic4+rows", "dynamic4/128+rows"),
         ("dynamic8+flat", "dynamic8/256"),
         ("int4/128+planar", "int4/128+planar"),

@@ -14,6 +14,7 @@ from qgalore_compile.formats.base import Grouped
 WRITTEN = (
     "int8/64", "int6/32", "int4/32", "int4/32+pow2", "int8/32+rotated", "int4/32+flat",
     "dynamic8/64+rows", "dynamic8", "dynamic8+unsigned", "dynamic4/32", "dynamic4/32+unsigned", "dynamic4/32+rows",
+    "moment4/32", "moment4/32+unsigned",
     "e4m3/32", "e5m2/64", "e2m3/32", "e3m2/32", "e2m1/32", "e3m0/32", "e4m3/32+flat", "e2m1/32+pow2",
     "e4m3/32+pow2+rotated", "nf4/64", "nf4/32+rotated", "official8/32", "official4/32",
 )  # fmt: skip

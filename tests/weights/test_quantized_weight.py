@@ -251,6 +251,7 @@ def test_every_other_change_in_place_is_refused_and_changes_nothing(
         "dynamic8",
         "dynamic8+rows",
         "dynamic4",
+        "moment4",
         "int4+planar",
         "e4m3+flat",
         "int4+pow2row",
