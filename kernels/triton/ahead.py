@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -190,7 +190,7 @@ def compile_kernel(
     every = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion, **(options or {})}
     try:
         with _cached_in(cache):
-            compiled = triton.compile(source, target=target.triton, options=every)
+            compiled = _again_after_a_race(lambda: triton.compile(source, target=target.triton, options=every))
     # What the parts of Triton raise: its own for the kernel's text and ptxas, RuntimeError for MLIR's passes,
     # ValueError and AssertionError for options.
     except (TritonError, RuntimeError, ValueError, AssertionError) as error:
@@ -199,6 +199,23 @@ def compile_kernel(
     if excess := _excess(binary, target):
         raise CompileError(fn.__name__, target.name, excess)
     return binary
+
+
+_RACES = 5
+"""Attempts at most; a race is met about once in a thousand kernels that two threads compile."""
+
+
+def _again_after_a_race(compile_it: Callable[[], Any], attempts: int = _RACES) -> Any:
+    """What a call returns, made again where ``ast.parse`` has counted the recursion of another thread as its own.
+
+    CPython 3.11 keeps that count for all threads together (https://github.com/python/cpython/issues/106905).
+    """
+    try:
+        return compile_it()
+    except SystemError as error:
+        if "recursion depth mismatch" not in str(error) or attempts == 1:
+            raise
+    return _again_after_a_race(compile_it, attempts - 1)
 
 
 def _source(

@@ -223,6 +223,41 @@ def test_what_the_compiler_refuses_is_an_error_with_its_message() -> None:
         compile_kernel(copy_kernel, {"source": "*u8", "destination": "*u8"}, {"BLOCK": 4096}, target, 64, 1)
 
 
+@pytest.mark.parametrize("failures", [1, 4, 5])
+def test_where_python_counts_another_thread_s_recursion_the_kernel_is_compiled_again(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five attempts; a kernel must not be lost to what another thread parses (CPython's issue 106905)."""
+    calls, real = [], triton.compile
+
+    def compile_it(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= failures:
+            raise SystemError("AST constructor recursion depth mismatch (before=60, after=123)")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(triton, "compile", compile_it)
+    if failures < 5:
+        assert mapped(multiply_add_kernel, "sm_90").registers
+    else:
+        with pytest.raises(SystemError, match="recursion depth mismatch"):
+            mapped(multiply_add_kernel, "sm_90")
+    assert len(calls) == min(failures + 1, 5)
+
+
+def test_another_system_error_is_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compile_it(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        raise SystemError("something else")
+
+    monkeypatch.setattr(triton, "compile", compile_it)
+    with pytest.raises(SystemError, match="something else"):
+        mapped(multiply_add_kernel, "sm_90")
+    assert len(calls) == 1
+
+
 def test_arguments_must_be_the_kernels() -> None:
     with pytest.raises(ValueError, match=r"arguments of copy_kernel are \['source', 'destination', 'BLOCK'\], not"):
         compile_kernel(copy_kernel, {"source": "*u8"}, {"BLOCK": 16}, Target.named("sm_80"), 1, 1)
