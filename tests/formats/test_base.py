@@ -107,13 +107,15 @@ def test_what_cannot_be_grouped_is_refused_in_words(text: str) -> None:
 @pytest.mark.parametrize("text", [each for each in GROUPED if "rotated" not in each and "official" not in each])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_number_is_stored_as_one_no_farther_than_half_a_step(text: str, shape: tuple[int, ...]) -> None:
-    """But for the end of a map that has no -1."""
+    """But for what lies below the lowest entry of a map for moments: it has no -1, or no zero."""
     form, x = Format.parse(text), numbers(shape, text)
     stored = form.encode(x)
     back = form.decode(stored, shape).double()
     away, step = (back - x.double()).abs(), step_of(form, stored, shape)
-    lowest = torch.full_like(back, torch.inf) if not text.startswith("dynamic") else -back.amin()
-    inside = -x.double() <= lowest
+    lowest = torch.full_like(back, -torch.inf)
+    if text.startswith(("dynamic", "moment")):
+        lowest = form.decode([torch.zeros_like(stored[0]), *stored[1:]], shape).double()
+    inside = x.double() >= lowest
     assert bool((away <= step / 2 * (1 + 1e-5) + 1e-6 * back.abs())[inside].all())
 
 
