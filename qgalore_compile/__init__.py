@@ -10,6 +10,7 @@ from qgalore_compile import _startup as _startup
 from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
+from qgalore_compile.optim.rules.base import Rule
 from qgalore_compile.reports.check import CheckResult, check
 from qgalore_compile.reports.report import Report, explain, report
 from qgalore_compile.weights import Int8Weight, dequantize_, quantize_
@@ -21,6 +22,7 @@ __all__ = [
     "Int8Weight",
     "QGaLoreAdamW",
     "Report",
+    "Rule",
     "check",
     "dequantize_",
     "explain",

@@ -30,6 +30,8 @@ _ROUNDS = 10
 SEEDS = range(-(1 << 63), 1 << 64)  # what 64 bits hold, signed or not
 MOMENT_STREAM = 1 << 30
 """Bit of the counter's parameter word by which draws for √v are others than those for the weight."""
+PROJECTOR_STREAM = 1 << 29
+"""Likewise of draws for a projector, of rules that draw them."""
 _DRAWS = 8  # 16-bit draws in one counter's four words
 # Counters at a time on a CPU: below PyTorch's grain of 32,768 elements, so that no thread waits for another.  16 M
 # draws take 0.20 s on two cores; 1 << 16 takes 0.145 s on idle ones, and on busy ones twice as long as this.

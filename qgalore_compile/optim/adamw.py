@@ -33,10 +33,10 @@ from qgalore_compile.formats import rounding
 from qgalore_compile.optim import checkpoint, checks, groups, hooks, layout, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
 from qgalore_compile.optim.placement import check_placement
+from qgalore_compile.optim.rules import RuleState, Written
 from qgalore_compile.optim.settings import KEYS
-from qgalore_compile.rng import MOMENT_STREAM, random_bits
-from qgalore_compile.subspace.moments import MomentFormats
-from qgalore_compile.subspace.projection import project, project_back, side_of
+from qgalore_compile.rng import MOMENT_STREAM, PROJECTOR_STREAM, random_bits
+from qgalore_compile.subspace.projection import project, project_back, projector_shape, side_of
 from qgalore_compile.subspace.refresh import refresh_
 from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
 from qgalore_compile.subspace.timing import seconds_of
@@ -185,10 +185,11 @@ class QGaLoreAdamW(Optimizer):
         raise ValueError("the optimizer has no parameters yet, and so no norm of their gradients")
 
     def schedule(self) -> list[ScheduleRecord]:
-        """When each projected parameter was and will be refreshed, in the order of the groups."""
+        """When each projected parameter was and will be refreshed, in the order of the groups; those of rules that draw
+        their projectors are never."""
         records = []
         for position, group in enumerate(self.param_groups):
-            if "rank" not in group:
+            if not layout.has_projector(group):
                 continue
             for name, p in zip(groups.names_of(group, position), group["params"], strict=True):
                 schedule = self.state[p]["schedule"]
@@ -261,6 +262,9 @@ class QGaLoreAdamW(Optimizer):
         """R in the gradient's dtype, after the refresh if one is due: the GEMM runs in that dtype, and all R of a step
         wait for the last one's norm (6 GiB in float32 at 7B)."""
         assert p.grad is not None
+        assert group.rule is not None
+        if group.rule.drawn:
+            return project(p.grad, _drawn(p, group, state, position), side_of(p.shape))
         projector = layout.projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape))
         refresh_(
@@ -320,11 +324,10 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
         noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
             grad.shape
         )
-    update = _adam(grad, group, state, formats, noise, step, ok)
-    if "rank" in group:
-        dtype = p.grad.dtype  # type: ignore[union-attr]  # the GEMM runs in the gradient's dtype again
-        projector = layout.projector(p, group, state, dtype)
-        update = group.numbers.scale * project_back(update.to(dtype), projector, side_of(p.shape)).to(torch.float32)
+    dim = 0 if "rank" in group and side_of(p.shape) == "left" else 1
+    moments = RuleState(group, state, formats, noise, step, ok, smaller_side=min(p.shape, default=1), dim=dim)
+    rule = group.rule
+    update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip)
     weight = p.dequantize(torch.float32) if isinstance(p, QuantizedWeight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
     if torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0:  # a graph is of every number
@@ -339,40 +342,34 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     state["step"].copy_(torch.where(ok, step, state["step"]))
 
 
+def _whole(written: Written, item: _Pending, clip: Tensor | None) -> Tensor:
+    """U: what a rule says is to be written, in the weight's shape.  The GEMM runs in the gradient's dtype again."""
+    p, group, state, *_ = item
+    assert p.grad is not None
+    update: Tensor | None = None
+    if written.low is not None:
+        projector = layout.projector(p, group, state, p.grad.dtype)
+        back = project_back(written.low.to(p.grad.dtype), projector, side_of(p.shape))
+        update = group.numbers.scale * back.to(torch.float32)
+    if written.scales is not None:
+        scaled = p.grad.to(torch.float32) * (written.scales if clip is None else written.scales * clip)
+        update = scaled if update is None else update + scaled
+    if update is None:
+        raise ValueError(f"rule {group['rule']!r} writes nothing: its step must give low, scales, or both")
+    return update
+
+
+def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
+    """A projector of entries ±1/√r, another one every ``update_proj_gap`` steps."""
+    shape = projector_shape(p.shape, rank := layout.rank_of(group, p))
+    turn = state["step"] // group["update_proj_gap"]
+    bits = random_bits(shape, seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
+    signs: Tensor = 1 - 2 * (bits & 1)
+    return signs.to(p.grad.dtype).div(rank**0.5)  # type: ignore[union-attr,no-any-return]
+
+
 def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:
     """16 random bits for each element of a weight.  Those of a weight that is updated at full rank lie along the
     flattened tensor, as its moments do: of rows as short as a convolution's most draws would be left over."""
     shape = p.shape if "rank" in group or isinstance(p, QuantizedWeight) else (p.numel(),)
     return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)
-
-
-def _adam(
-    grad: Tensor,
-    group: Group,
-    state: dict[str, Tensor],
-    formats: MomentFormats,
-    noise: Tensor | None,
-    step: Tensor,
-    ok: Tensor,
-) -> Tensor:
-    """N (float32), and the moments stored.  N comes from the fresh moments, before they are quantised again."""
-    beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = group.numbers
-    stored = layout.parts_in(state, formats)
-    exp_avg, exp_avg_sq = formats.decode(stored, grad.shape)
-    exp_avg = beta1 * exp_avg + rest1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
-    root = exp_avg_sq.sqrt()
-    if formats.root:
-        root = torch.maximum(root, least_root * exp_avg.abs())
-    for tensor, value in zip(stored, formats.encode(exp_avg, exp_avg_sq, root=root, noise=noise), strict=True):
-        tensor.copy_(torch.where(ok, value, tensor))
-    update = exp_avg / _bias(log1, step)
-    below = root / _bias(log2, step).sqrt() + eps
-    if torch.compiler.is_dynamo_compiling() or group["eps"] == 0:
-        return torch.where(below == 0, 0.0, update / below)  # 0 / 0 where there never was a gradient
-    return update / below
-
-
-def _bias(log_beta: Tensor, step: Tensor) -> Tensor:
-    """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
-    return -torch.expm1(step.to(torch.float32) * log_beta)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from qgalore_compile.optim import checks, groups, settings
 from qgalore_compile.optim.layout import GroupFormats, rank_of, texts
+from qgalore_compile.optim.rules.base import Rule as UpdateRule
+from qgalore_compile.optim.rules.registry import rule_of
 from qgalore_compile.subspace.moments import least_root
 from qgalore_compile.subspace.scheduler import Rule
 
@@ -88,6 +90,8 @@ class Group(dict[str, Any]):
 
     numbers: Numbers
     formats: GroupFormats
+    rule: UpdateRule | None
+    """None in a group that is not projected."""
 
     def __init__(self, checked: Mapping[str, Any]) -> None:
         super().__init__(texts(dict(checked)))
@@ -96,6 +100,7 @@ class Group(dict[str, Any]):
         self.numbers = Numbers.zeros()
         self.numbers.write_(self)
         self.formats = GroupFormats.of(self)
+        self.rule = rule_of(self["rule"]) if "rank" in self else None
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Group:
@@ -105,6 +110,7 @@ class Group(dict[str, Any]):
         group.numbers = Numbers.zeros()
         group.numbers.write_(group)
         group.formats = GroupFormats.of(group)
+        group.rule = rule_of(group["rule"]) if "rank" in group else None
         return group
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

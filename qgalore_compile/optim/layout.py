@@ -6,7 +6,10 @@
 ``exp_avg_sq_root``, ``…_<part>``           √v in the second one; ``exp_avg_sq``, v itself, where that is float32
 ``projector``, ``projector_<part>``         P in the projector's format; projected parameters only
 ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.subspace.scheduler`)
+``limit``                                   float32, 0-d: of rules that limit a norm, the last one
 ==========================================  =======================================================================
+
+A rule that draws its projectors keeps neither those nor a schedule, and one of a single moment m alone.
 
 A part is one of the tensors that a format stores (:class:`qgalore_compile.formats.Format`): the first has the name of
 the whole, a scale is ``projector_scale``.
@@ -22,6 +25,8 @@ from torch import Tensor
 
 from qgalore_compile.formats import Format, FormatError, Stored, decode
 from qgalore_compile.formats.base import dtype_of
+from qgalore_compile.optim.rules.base import Rule
+from qgalore_compile.optim.rules.registry import rule_of
 from qgalore_compile.subspace.moments import SHORT, MomentFormats
 from qgalore_compile.subspace.projection import projector_shape, side_of
 from qgalore_compile.subspace.scheduler import Schedule
@@ -51,7 +56,8 @@ class GroupFormats(NamedTuple):
     def of(cls, group: Mapping[str, Any]) -> GroupFormats:
         """The formats of a checked group."""
         form = Format.parse(projector_text(group))
-        moments = MomentFormats.parse(group["moments"])
+        count = rule_of(group["rule"]).moments if "rank" in group else 2
+        moments = MomentFormats.parse(group["moments"], count)
         for each in (form, moments.first, moments.second):
             _ = each.text  # Dynamo reads what is there
         names = ("projector", *(f"projector_{part.name}" for part in form.parts[1:]))
@@ -101,8 +107,14 @@ for _check in (bad_projector_format, bad_moments):
 
 
 def texts(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's values with the texts of formats in their place, as a state dict has them."""
-    return {key: str(value) if isinstance(value, Format) else value for key, value in group.items()}
+    """A group's values with the texts of formats and the names of rules in their place, as a state dict has them."""
+    return {key: _text(value) for key, value in group.items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, Rule):
+        return rule_of(value).name
+    return str(value) if isinstance(value, Format) else value
 
 
 # -- one parameter's state ------------------------------------------------------------------------------------------
@@ -112,6 +124,11 @@ def rank_of(group: Mapping[str, Any], parameter: Tensor) -> int:
     """The group's rank, clipped to the parameter's smaller side."""
     rank: int = min(group["rank"], *parameter.shape)
     return rank
+
+
+def has_projector(group: Mapping[str, Any]) -> bool:
+    """Whether its parameters have a projector in their state, and with it a schedule."""
+    return "rank" in group and not rule_of(group["rule"]).drawn
 
 
 def low_shape(group: Mapping[str, Any], parameter: Tensor) -> tuple[int, ...]:
@@ -139,7 +156,8 @@ def stored(p: Tensor, group: Any, state: Mapping[str, Tensor], name: str) -> Sto
     parts = parts_in(state, own)
     if name == own.names[0]:
         return Stored(own.first, parts[:count], low_shape(group, p))
-    return Stored(own.second, parts[count:], low_shape(group, p)) if name == own.names[count] else None
+    second = count < len(own.names) and name == own.names[count]
+    return Stored(own.second, parts[count:], low_shape(group, p)) if second else None
 
 
 def projector(p: Tensor, group: Any, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,9 +170,11 @@ def new_state(p: Tensor, group: Any, slot: int = -1) -> dict[str, Tensor]:
     """State before the first step: moments of zero, and a projector of zeros, which that step replaces."""
     state = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
     formats: GroupFormats = group.formats
-    if "rank" in group:
+    if has_projector(group):
         shape = projector_shape(p.shape, rank_of(group, p))
         state.update(zip(formats.names, formats.projector.zeros(shape, p.device), strict=True))
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
+    if "rank" in group and group.rule.limits:
+        state["limit"] = torch.zeros((), dtype=torch.float32, device=p.device)
     state.update(formats.moments_of(group, p).zeros(low_shape(group, p), p.device))
     return state

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from qgalore_compile.optim.layout import bad_moments, bad_projector_format
+from qgalore_compile.optim.rules.registry import RULES, bad_rule, rule_of
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.subspace.finder import METHODS
 from qgalore_compile.subspace.moments import ON_REFRESH
@@ -202,6 +203,15 @@ _TABLE = (
         fixed="shapes",
         help="Rank of the projection, clipped to a weight's smaller side.",
     ),
+    _projected(
+        "rule",
+        str,
+        "galore",
+        check=bad_rule,
+        values=f"one of {', '.join(map(repr, RULES))}, or an object of a subclass of `Rule`",
+        fixed="state",
+        help="What becomes of the projected gradient, and what of the gradient itself reaches the weight.",
+    ),
     _projected("update_proj_gap", int, 200, least=1, help="Steps between two refreshes of a subspace, at first."),
     _projected("scale", float, 0.25, help="α, on the projected update."),
     _projected(
@@ -344,6 +354,17 @@ def _check_together(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: shrink_threshold must not be above similarity_threshold={threshold!r}, or one similarity asked "
             f"for a longer gap and a shorter one, got {shrink!r}"
+        )
+    rule = rule_of(group["rule"])
+    if group["moments_on_refresh"] != "keep" and (rule.drawn or rule.moments == 1):
+        why = "draws its projectors" if rule.drawn else "keeps one moment"
+        raise ValueError(
+            f"{where}: moments_on_refresh must be 'keep' with rule {rule.name!r}, which {why}, got "
+            f"{group['moments_on_refresh']!r}"
+        )
+    if rule.drawn and group["projector_format"] is not None:
+        raise ValueError(
+            f"{where}: rule {rule.name!r} draws its projectors and stores none; leave projector_format out"
         )
     if group["trigger"] == "energy" and group["similarity"] == "official":
         raise ValueError(

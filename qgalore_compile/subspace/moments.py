@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class MomentFormats(NamedTuple):
         text: as the group key has it.
         first, second: formats of m, and of √v or v, with groups along the flattened tensor.
         root: whether it is √v.
-        names: of their parts in a parameter's state.
+        names: of their parts in a parameter's state; of m's alone where a rule keeps no other.
     """
 
     text: str
@@ -85,26 +86,34 @@ class MomentFormats(NamedTuple):
     names: tuple[str, ...]
 
     @classmethod
-    def parse(cls, moments: str | Format) -> MomentFormats:
-        """The formats that a group key means; FormatError for one that cannot hold moments."""
+    def parse(cls, moments: str | Format, count: int = 2) -> MomentFormats:
+        """The formats that a group key means, of so many moments; FormatError for one that cannot hold moments."""
         text = str(moments)
         given = Format.parse(SHORT.get(text, text))
         if not given.trains:
             raise FormatError(f"moments={text!r} cannot be written by a step; {_allowed()}")
         own = given.flat()
         root = str(own) != "float32"
-        names = [*_names("exp_avg", own), *_names("exp_avg_sq_root" if root else "exp_avg_sq", own)]
-        return cls(text, own, own.unsigned(), root, tuple(names))
+        names = [_names("exp_avg", own), _names("exp_avg_sq_root" if root else "exp_avg_sq", own)]
+        return cls(text, own, own.unsigned(), root, tuple(chain.from_iterable(names[:count])))
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the tensors, by name."""
-        return dict(zip(self.names, map(dtype_of, (*self.first.parts, *self.second.parts)), strict=True))
+        return dict(zip(self.names, map(dtype_of, (*self.first.parts, *self.second.parts)), strict=False))
 
     def zeros(self, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The moments before the first step, by name."""
         parts = [*self.first.zeros(shape, device), *self._above_zero(self.second.zeros(shape, device))]
-        return dict(zip(self.names, parts, strict=True))
+        return dict(zip(self.names, parts, strict=False))
+
+    def decode_first(self, stored: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """m of the tensors that it is stored in, those of the second moment left out or not."""
+        return decode(stored[: len(self.first.parts)], shape, self.first)
+
+    def encode_first(self, m: Tensor) -> list[Tensor]:
+        """What is to be stored of m, to nearest."""
+        return list(encode(m, self.first))
 
     def decode(self, stored: Sequence[Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """m and v, float32 of ``shape``, of the tensors that they are stored in."""

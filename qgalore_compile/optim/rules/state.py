@@ -1,0 +1,85 @@
+"""One parameter in one step, as a rule sees it: its moments and its group's numbers.  Adam's formulas stand here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qgalore_compile.subspace.moments import MomentFormats
+
+if TYPE_CHECKING:
+    from qgalore_compile.optim.hyper_parameters import Group
+
+
+class RuleState:
+    """What a rule works with; what it stores is stored where ``ok`` alone.
+
+    Attributes:
+        group: the parameter's group, whose ``numbers`` are tensors.
+        step: 0-d, updates with this one.
+        smaller_side: of the weight.
+        dim: the dimension of R whose size is the rank: 0 on the left, 1 on the right.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        state: dict[str, Tensor],
+        formats: MomentFormats,
+        noise: Tensor | None,
+        step: Tensor,
+        ok: Tensor,
+        *,
+        smaller_side: int = 0,
+        dim: int = 0,
+    ) -> None:
+        self.group, self.step, self.smaller_side, self.dim = group, step, smaller_side, dim
+        self._state, self._formats, self._noise, self._ok = state, formats, noise, ok
+
+    @property
+    def scale(self) -> Tensor:
+        """α, by which what is projected back is multiplied; 0-d."""
+        return self.group.numbers.scale
+
+    def adam(self, r: Tensor) -> Tensor:
+        """Adam's N (float32); the moments are stored.  N is of the fresh ones, before they are quantised again."""
+        beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = self.group.numbers
+        stored = [self._state[name] for name in self._formats.names]
+        exp_avg, exp_avg_sq = self._formats.decode(stored, r.shape)
+        exp_avg = beta1 * exp_avg + rest1 * r
+        exp_avg_sq = beta2 * exp_avg_sq + rest2 * r * r
+        root = exp_avg_sq.sqrt()
+        if self._formats.root:
+            root = torch.maximum(root, least_root * exp_avg.abs())
+        encoded = self._formats.encode(exp_avg, exp_avg_sq, root=root, noise=self._noise)
+        for tensor, value in zip(stored, encoded, strict=True):
+            tensor.copy_(torch.where(self._ok, value, tensor))
+        update = exp_avg / _bias(log1, self.step)
+        below = root / _bias(log2, self.step).sqrt() + eps
+        if torch.compiler.is_dynamo_compiling() or self.group["eps"] == 0:
+            return torch.where(below == 0, 0.0, update / below)  # 0 / 0 where there never was a gradient
+        return update / below
+
+    def momentum(self, r: Tensor) -> Tensor:
+        """β₁ m + (1 - β₁) R of the fresh m = β₁ m + (1 - β₁) R, Nesterov's; m stored.  For rules of one moment."""
+        beta1, rest1, *_ = self.group.numbers
+        stored = [self._state[name] for name in self._formats.names]
+        exp_avg = beta1 * self._formats.decode_first(stored, r.shape) + rest1 * r
+        for tensor, value in zip(stored, self._formats.encode_first(exp_avg), strict=True):
+            tensor.copy_(torch.where(self._ok, value, tensor))
+        return beta1 * exp_avg + rest1 * r
+
+    def limited(self, norm: Tensor, growth: float) -> Tensor:
+        """f, at most 1, by which something whose norm is ``norm`` may be written if that is to grow by no more than the
+        factor ``growth`` a step (Fira, arXiv 2410.01623, eq. 10); f · norm is kept."""
+        last = self._state["limit"]
+        factor = torch.where(last > 0, growth * last / norm.clamp(min=1e-30), 1.0).clamp(max=1.0)
+        last.copy_(torch.where(self._ok, factor * norm, last))
+        return factor
+
+
+def _bias(log_beta: Tensor, step: Tensor) -> Tensor:
+    """1 - βᵗ as -expm1(t ln β): in float32, 1 - 0.999**t is off by 1.3e-5 at t = 1."""
+    return -torch.expm1(step.to(torch.float32) * log_beta)
