@@ -365,7 +365,7 @@ def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> 
     turn = state["step"] // group["update_proj_gap"]
     bits = random_bits(shape, seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
     signs: Tensor = 1 - 2 * (bits & 1)
-    return signs.to(p.grad.dtype).div(rank**0.5)  # type: ignore[union-attr,no-any-return]
+    return signs.to(p.grad.dtype).div(rank**0.5)  # type: ignore[union-attr]
 
 
 def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:
