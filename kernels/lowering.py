@@ -123,7 +123,7 @@ CPP = Lowering(
     run_program=_run_on_cpu,
     run_gemm=gemm_cpu.run,
     gemm=gemm_cpu.product,
-    passes=("embedding_gradient",),
+    passes=("embedding_gradient", "late_gradient"),
 )
 
 
@@ -131,6 +131,8 @@ CPP = Lowering(
 
 
 def _fits_a_gpu(program: Program, read: Sequence[Tensor], device: torch.device) -> Refusal | None:
+    if isinstance(program, GemmProgram) and program.further:
+        return Refusal.PRODUCTS
     target = triton_kernels.target_of(device)
     return None if triton_kernels.has_tile(program, read, target, triton_kernels.precision()) else Refusal.TILE
 

@@ -57,7 +57,7 @@ def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
 
 def _gemm_fake(program: str, read: Sequence[Tensor]) -> Tensor:
     gemm = parsed(program)
-    left, right = gemm.operands(read)
+    ((left, right),) = gemm.operands(read)
     shape = (gemm.left.size(left, 0), gemm.right.size(right, 1))
     plain = left[0] if gemm.left.prologue is None else right[0]
     return plain.new_empty(shape)

@@ -5,6 +5,7 @@ file                  tier      what it does
 ====================  ========  =====================================================================================
 unpad.py              rounding  takes Inductor's padding off products that other passes look for
 update.py             exact     analysis: finds every layer's update, or says why there is none
+late_gradient.py      rounding  gives a write-back that reads the gradient its factors, to be multiplied tile by tile
 refresh.py            rounding  moves what only a refresh needs into the refresh op
 reassociate.py        rounding  contracts the gradient's factors with the projector: no full-rank gradient
 gemm_dtype.py         rounding  takes products of a float32 model in bfloat16, where the option asks for it
@@ -42,6 +43,7 @@ word               what it says of the graph
 =================  ==================================================================================================
 plain products     the products that passes look for have no padding
 updates            the context has the layers
+late gradients     a write-back that will take its gradient from the factors reads a product of its own
 refresh operands   what a refresh op takes of a gradient will stay
 projections        R is computed as it will be, from the factors or from the gradient
 product types      products have the types that they will be computed in
@@ -64,6 +66,7 @@ from qgalore_compile.passes.embedding_gradient import embedding_gradient
 from qgalore_compile.passes.fuse import fuse
 from qgalore_compile.passes.fuse_products import fuse_products
 from qgalore_compile.passes.gemm_dtype import gemm_dtype
+from qgalore_compile.passes.late_gradient import late_gradient
 from qgalore_compile.passes.manager import Pass, PassManager
 from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
@@ -79,7 +82,8 @@ PASSES: tuple[Pass, ...] = (
     #    name                  tier        run                 needs → leaves
     Pass("unpad", "rounding", unpad, (), ("plain products",)),
     Pass("update", "exact", update, ("plain products",), ("updates",)),
-    Pass("refresh", "rounding", refresh, ("updates",), ("refresh operands",)),
+    Pass("late_gradient", "rounding", late_gradient, ("updates",), ("late gradients",)),
+    Pass("refresh", "rounding", refresh, ("updates", "late gradients"), ("refresh operands",)),
     Pass("reassociate", "rounding", reassociate, ("updates", "refresh operands"), ("projections",)),
     Pass("gemm_dtype", "rounding", gemm_dtype, ("updates", "projections"), ("product types",)),
     Pass("embedding_gradient", "rounding", embedding_gradient, (), ("whole gradients",)),

@@ -53,7 +53,7 @@ def _faster(call: KernelCall, known: dict[Any, bool]) -> bool:
 def _in_place(graph: fx.Graph, call: KernelCall, mutation: Mutation) -> fx.Node:
     """The product whose result an epilogue takes stays a generated kernel."""
     program = parsed(call.text)
-    left, right = program.operands(call.reads)
+    (left, right), *_ = program.operands(call.reads)
     with graph.inserting_before(call.node):
         operands = [_decoded(graph, program.left, left), _decoded(graph, program.right, right)]
     rest = call.reads[len(left) + len(right) :]
@@ -64,7 +64,7 @@ def _by_library(graph: fx.Graph, context: Context, call: KernelCall) -> fx.Node:
     program = parsed(call.text)
     with graph.inserting_before(call.node):
         operands = []
-        for operand, tensors in zip((program.left, program.right), program.operands(call.reads), strict=True):
+        for operand, tensors in zip((program.left, program.right), program.operands(call.reads)[0], strict=True):
             matrix = _decoded(graph, operand, tensors)
             operands.append(transpose(graph, matrix) if operand.transposed else matrix)
         result = make(graph, aten.mm.default, *operands)

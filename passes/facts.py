@@ -66,6 +66,10 @@ class Facts:
             _fill(self._gemms, node, _not_products, self._gemms_of)
         return self._reached(node) or ()
 
+    def inputs(self, node: fx.Node) -> set[fx.Node]:
+        """Inputs of the graph that ``node`` follows from without passing through a product or a 0-d tensor."""
+        return _inputs_behind(node)
+
     def storage(self, node: fx.Node) -> frozenset[fx.Node] | None:
         """The inputs that ``node`` is decoded from; None where anything computed takes part."""
         if node not in self._storage:
@@ -94,6 +98,11 @@ class Facts:
             for reader in pending:
                 if self._storage.pop(reader, _NEVER) is not _NEVER:
                     pending.extend(reader.users)
+
+    def forget(self) -> None:
+        """Likewise where products have been added."""
+        self._gemms.clear()
+        self._decoding.clear()
 
     # -- one node -----------------------------------------------------------------------------------------------------
 

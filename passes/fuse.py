@@ -26,10 +26,11 @@ import operator
 import torch
 from torch import fx
 
-from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.gemm import Factors, GemmProgram, Operand
+from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.read.coded import DECODE, ENCODE, encoded_again
 from qgalore_compile.kernels.read.from_graph import from_graph
-from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, candidates
+from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, Region, candidates
 from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.launch import (
@@ -53,6 +54,7 @@ from qgalore_compile.passes.nodes import (
     shape,
     written,
 )
+from qgalore_compile.passes.parting import with_states
 from qgalore_compile.passes.update import LayerUpdate
 
 SMALL = 1 << 16
@@ -100,7 +102,8 @@ class _Sandwich:
 
     def __init__(self, graph: fx.Graph, context: Context, layer: LayerUpdate) -> None:
         self.graph, self.context, self.layer = graph, context, layer
-        if layer.up.target is not aten.mm.default:
+        self.gemms = [gemm for gemm in (layer.up, *layer.further) if gemm in layer.region]
+        if any(gemm.target is not aten.mm.default for gemm in self.gemms):
             raise _refused(layer.up)
         # a state that the refresh op changes too is read behind it, and taken over from there
         self.targets = [
@@ -111,9 +114,10 @@ class _Sandwich:
         left = {node for nodes in self.scales.values() for node in nodes}
         self.region = [node for node in self.region if node not in left]
         self.targets = [(stored, target) for stored, target in self.targets if stored not in left]
-        first, second = operands(layer.up)
-        self.low_is_left = context.facts(graph).storage(first) is None
-        self.inner, self.projector = (first, second) if self.low_is_left else (second, first)
+        self.inner: fx.Node | None = None
+        if layer.projector:
+            first, second = operands(layer.up)
+            self.inner, _ = through_transposes(second if context.facts(graph).storage(first) is not None else first)
 
     def fuse(self) -> list[fx.Node]:
         """Replace the update by calls; nothing has changed where it raises."""
@@ -122,40 +126,80 @@ class _Sandwich:
         bits = [node for node in self.region if node.target is _RANDOM]
         before.update(node for node in bits if before.issuperset(node.users))  # those of moments
         between = [node for node in self.region if node in before]
-        behind = [node for node in self.region if node not in before and node is not layer.up]
+        behind = [node for node in self.region if node not in before and node not in self.gemms]
         outputs = [Output(node, target) for node, target in self.targets]
-        inner, transposed = through_transposes(self.inner)
-        states = [output for output in outputs if output.node in before]
-        if inner in before and all(output.node is not inner for output in states):
-            states.insert(0, Output(inner))
-        low = from_graph(between, states, candidates(between, shape(inner))) if states else None
+        self.between = between
+        between, low = self._low(between, [output for output in outputs if output.node in before])
         written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
         epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
-        for region in (low, epilogue):
-            if region is not None:
-                refuse_own_results(region)
-        product = next((name for name, node in epilogue.buffers.items() if node is layer.up), None)
-        if product is None:
-            raise _refused(layer.up)
-        projector, tensors = operand(between, self.projector)
-        plain = Operand(None, transposed)
-        left, right = (plain, projector) if self.low_is_left else (projector, plain)
-        program = GemmProgram(left, right, epilogue.program, product)
+        refuse_own_results(epilogue)
+        products, tensors = [], list[fx.Node]()
+        for gemm in self.gemms:
+            name = next((name for name, node in epilogue.buffers.items() if node is gemm), None)
+            if name is None:
+                raise _refused(gemm)
+            parts = [self._operand(each) for each in operands(gemm)]
+            products.append(Factors(parts[0][0], parts[1][0], name))
+            tensors += [*parts[0][1], *parts[1][1]]
+        program: BlockProgram | GemmProgram = epilogue.program
+        if products:
+            first, *further = products
+            program = GemmProgram(first.left, first.right, epilogue.program, first.product, tuple(further))
         if low is not None:
             refuse_without_kernel(low.program, [], layer.up)
-        refuse_without_kernel(program, [inner, *tensors] if self.low_is_left else [*tensors, inner], layer.up)
+        refuse_without_kernel(program, tensors, layer.up)
         calls = []
         if low is not None:
-            call, results = launch(self.graph, self.context, low, self.region)
-            inner = next((result for output, result in results.items() if output.node is inner), inner)
+            call, results = launch(self.graph, self.context, low, between)
+            written_by = {output.node: result for output, result in results.items()}
+            tensors = [written_by.get(node, node) for node in tensors]
             calls.append(call)
-        tensors = [inner, *tensors] if self.low_is_left else [*tensors, inner]
+        names = [each.product for each in products]
         call, _ = launch(
-            self.graph, self.context, epilogue, self.region, gemm=str(program), operands=tensors, product=product
+            self.graph, self.context, epilogue, self.region, gemm=str(program) if names else "", operands=tensors, products=names
         )
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
+
+    def _operand(self, matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
+        """An operand of a product of the write-back: a projector, decoded as it is loaded, or a tensor as it is."""
+        if self.context.facts(self.graph).storage(matrix) is not None:
+            return operand(self.between, matrix)
+        source, transposed = through_transposes(matrix)
+        return Operand(None, transposed), [source]
+
+    def _low(self, between: list[fx.Node], states: list[Output]) -> tuple[list[fx.Node], Region | None]:
+        """What works on r × n: the nodes that a program computes, all or those that states follow from, and it."""
+        problem: RefusedError | None = None
+        for part in (between, with_states(between, [output.node for output in states])):
+            outputs = self._read_outside(part, states)
+            if not outputs:
+                return part, None
+            try:
+                region = from_graph(part, outputs, candidates(part, shape(outputs[0].node)))
+            except RefusedError as refused:
+                problem = problem or refused
+                continue
+            refuse_own_results(region)
+            return part, region
+        assert problem is not None
+        raise problem
+
+    def _read_outside(self, part: list[fx.Node], states: list[Output]) -> list[Output]:
+        """States, and before them what is read by others than the part; numbers are computed where they are needed."""
+        inside, stored = set(part), {output.node for output in states}
+        anchored = {anchor for anchor in self.layer.anchors}
+        return [
+            *(
+                Output(node)
+                for node in part
+                if shape(node)
+                and node not in stored
+                and (node is self.inner or any(user not in inside and user not in anchored for user in node.users))
+            ),
+            *states,
+        ]
 
 
 def _without_statistics(region: list[fx.Node]) -> list[fx.Node]:

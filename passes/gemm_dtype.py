@@ -46,9 +46,9 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     if context.gemm != "bf16":
         return
     facts = context.facts(graph)
-    found = {gemm: None for layer in context.layers for gemm in (*_downs(facts, layer), layer.up)}
+    found = {gemm: None for layer in context.layers for gemm in (*_downs(facts, layer), layer.up, *layer.further) if is_gemm(gemm)}
     found.update((node, None) for node in graph.nodes if is_gemm(node) and quantised_operands(facts, node))
-    projections = {node for layer in context.layers for node in (layer.down, layer.up)}
+    projections = {node for layer in context.layers for node in (layer.down, layer.up, *layer.further)}
     for gemm in sorted(found):
         if dtype(gemm) != torch.float32:
             record.skip(gemm, f"a product of {dtype(gemm)}")

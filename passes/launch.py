@@ -102,7 +102,7 @@ def _prologue(region: Region) -> BlockProgram:
 
 def launch(
     graph: fx.Graph, context: Context, region: Region, replaces: Iterable[fx.Node], *,
-    gemm: str = "", operands: Sequence[fx.Node] = (), product: str = "",
+    gemm: str = "", operands: Sequence[fx.Node] = (), products: Sequence[str] = (),
 ) -> tuple[fx.Node, dict[Output, fx.Node]]:  # fmt: skip
     """Call a region's kernel: the call, and the node that now stands for each output.
 
@@ -110,7 +110,7 @@ def launch(
         replaces: nodes that stand in the graph still; the call comes behind the last.
         gemm: where the region is a product's epilogue, the product's text; then also
         operands: the tensors of its operands, and
-        product: the region's buffer that is the product.
+        products: the region's buffers that are products.
     """
     program = region.program
     output_of = {buffer: output for output, buffer in region.outputs.items()}
@@ -122,7 +122,7 @@ def launch(
             region.buffers.get(buffer.name) or _empty(graph, output_of[buffer.name].node)
             for buffer in program.written()
         ]  # fmt: skip
-        reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name != product]
+        reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name not in products]
         reads = [contiguous(graph, node) for node in [*operands, *reads]]
         call, stored = functionalized(graph, op, gemm or str(program), bases, reads, list(region.numbers.values()))
         for buffer, result in zip(program.written(), stored, strict=True):

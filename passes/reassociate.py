@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import fx
 
+from qgalore_compile.kernels import lowering
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import (
@@ -40,8 +41,9 @@ from qgalore_compile.passes.nodes import (
     hint,
     make,
     operands,
+    value,
 )
-from qgalore_compile.passes.update import LayerUpdate, colour_regions
+from qgalore_compile.passes.update import LayerUpdate, colour_regions, readers_of_gradient
 from qgalore_compile.subspace.cost import Projection, projection
 
 
@@ -72,10 +74,17 @@ def obstacle(layer: LayerUpdate) -> str | None:
         if node.op == "placeholder":
             return f"the gradient comes into the graph with {node.name}: compile the backward in the same step"
         return f"the gradient is no sum of matrix products: {node.name} ({node.target})"
-    own = {*layer.factors.nodes, layer.down, layer.refresh}
+    own = {*layer.factors.nodes, layer.down, layer.refresh, *late_readers(layer)}
     others = (reader for node in layer.factors.nodes for reader in node.users if reader not in own)
     other = next(others, None)
     return None if other is None else _another_reader(other)
+
+
+def late_readers(layer: LayerUpdate) -> set[fx.Node]:
+    """Nodes of the write-back that read the gradient, and can be given a product of their own."""
+    if not lowering.runs("late_gradient", value(layer.down).device):
+        return set()
+    return {node for node, _ in readers_of_gradient(layer)}
 
 
 def _another_reader(reader: fx.Node) -> str:

@@ -7,7 +7,8 @@ Requires  post-grad graph: functional ATen that ends in ``copy_`` nodes, the anc
 Tier      exact: nothing changes.
 
 What is looked for is a *sandwich*: two matrix products that share a projector, with any arithmetic between and behind
-them.  Roles follow from dataflow alone: not from names, from the order of inputs, from how Adam is spelled or whose
+them.  The write-back may read further products of the same projector, and the gradient itself, element by element.
+Roles follow from dataflow alone: not from names, from the order of inputs, from how Adam is spelled or whose
 optimizer it is.  From an anchor's value a walk back that stops at matrix products reaches the up-projection; from its
 other operand such a walk reaches the down-projection.  0-d tensors are not walked through: lr, step, a clip factor and
 the norm that it comes from are shared by layers.
@@ -20,9 +21,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import permutations
+from typing import Any
 
 from torch import fx
 
@@ -58,7 +61,10 @@ class Reason(Enum):
         "updated at full rank: it has more than two dimensions, and only matrices are projected; keep each of its "
         "matrices in a parameter of its own (an nn.Linear for each expert, say) to have them projected"
     )
-    NEEDS_GRADIENT = "the update reads the full-rank gradient beside its projection, so the gradient must exist"
+    NEEDS_GRADIENT = (
+        "the update needs the full-rank gradient, or what follows from all of it, before the weight is written, so the "
+        "gradient must exist"
+    )
     OTHER_PROJECTOR = "projected down with one projector and up with another"
     SAME_ORIENTATION = "the projector stands the same way in both products; one of them must take its transpose"
     COMPUTED_PROJECTOR = (
@@ -80,6 +86,9 @@ class LayerUpdate:
         parameter: the inputs that the weight is stored in; several for INT8.
         down, up: the two products, either of which may add something (``addmm``); passes that replace ``down`` keep it
             true.
+        further: products that the write-back reads beside ``up``: others of the projector's with what follows from R,
+            and the gradient's own, made for it alone (:mod:`qgalore_compile.passes.late_gradient`).
+        inside: products between the projections of what follows from R: Newton and Schulz's, say.
         gradient: the operand of ``down`` that is not the projector: G, possibly transposed.
         factors: G as a sum of products, as far as it is one.
         refresh: the op between ``down`` and the region that may overwrite R, projector and states; None without one.
@@ -107,25 +116,31 @@ class LayerUpdate:
     anchors: list[fx.Node] = field(default_factory=list)
     region: list[fx.Node] = field(default_factory=list)
     states: tuple[fx.Node, ...] = ()
+    further: tuple[fx.Node, ...] = ()
+    inside: tuple[fx.Node, ...] = ()
 
     @property
     def between(self) -> list[fx.Node]:
         """The part of the region that works on r × n: what ``up`` or a new state follows from without ``up``."""
         states = {anchor.args[1] for anchor in self.anchors if anchor.args[0] not in self.parameter}
-        behind, before = {self.up}, {self.up, *states}
+        # nothing is reached through a gradient that no product stands for yet
+        products = {self.up, *self.further}
+        behind, before, after = set(products), {*products, *states}, {self.down, self.low}
         for node in self.region:
             if any(source in behind for source in node.all_input_nodes):
                 behind.add(node)
+            if any(source in after for source in node.all_input_nodes):
+                after.add(node)
         for node in reversed(self.region):
             if node in before:
                 before.update(node.all_input_nodes)
-        return [node for node in self.region if node in before and node not in behind]
+        return [node for node in self.region if (node in before or node in after) and node not in behind]
 
     @property
     def write_back(self) -> list[fx.Node]:
         """The part of the region that ends in the weight alone, its decoding included."""
-        between = set(self.between)
-        return [node for node in self.region if node not in between and node is not self.up]
+        left = {*self.between, self.up, *self.further}
+        return [node for node in self.region if node not in left]
 
 
 @dataclass(frozen=True)
@@ -202,7 +217,7 @@ def find_updates(
     shared = _shared_states(layers, sharing)
     kept = []
     for layer in layers:
-        reader = _reader_of_gradient(layer)
+        reader = _needs_all_of_it(layer)
         if layer in shared:
             refused[layer.parameter[0]] = Unmatched(layer.name, layer.shape, Reason.SHARED_STATE, shared[layer])
         elif reader is not None:
@@ -233,14 +248,55 @@ def _match(facts: Facts, target: fx.Node, stored: fx.Node, name: str) -> LayerUp
     for up in reached:
         outcome = _sandwich(facts, target, up, name)
         if isinstance(outcome, LayerUpdate):
-            others = [gemm for gemm in reached if gemm is not up]
-            return _with_another_product(outcome, others) if others else outcome
+            return _with_further_products(facts, target, outcome, [gemm for gemm in reached if gemm is not up])
         refused = outcome or refused
-    return refused
+    return _scaled(facts, target, stored, reached, name) or refused
 
 
-def _with_another_product(layer: LayerUpdate, others: list[fx.Node]) -> Unmatched:
-    """Why a layer is refused whose update reads other products than its own two."""
+def _scaled(
+    facts: Facts, target: fx.Node, stored: fx.Node, reached: Sequence[fx.Node], name: str
+) -> LayerUpdate | None:
+    """A layer that writes its gradient, scaled by what follows from a projection of it; None for another update."""
+    m, n = floats_of(target) if len(floats_of(target)) == 2 else (0, 0)
+    for down in reached:
+        for gradient, other in permutations(operands(down)) if down.target is aten.mm.default else ():
+            if not same_sizes(gradient, (m, n)) or same_sizes(other, (m, n)):
+                continue
+            factors = products.parse(gradient)
+            terms = {term.gemm for term in factors.terms}
+            read = terms <= set(reached) if terms else gradient in facts.inputs(stored)
+            if not read or not terms | {down} >= set(reached):
+                continue
+            on_right = (operands(down)[0] is gradient) == (m == n or shape(gradient) == (m, n))
+            low, refresh = _refreshed(down)
+            rank = shape(down)[operands(down)[0] is gradient]
+            return LayerUpdate(
+                name, (m, n), "right" if on_right else "left", rank,
+                (target,), down, gradient, gradient, factors, refresh, low, (),
+            )  # fmt: skip
+    return None
+
+
+def _with_further_products(
+    facts: Facts, target: fx.Node, layer: LayerUpdate, others: list[fx.Node]
+) -> LayerUpdate | Unmatched:
+    """The layer with those other products that its write-back may read; why not, where one is neither the gradient's
+    nor of its projector."""
+    of_gradient = {term.gemm for term in layer.factors.terms}
+    further = []
+    for gemm in others:
+        if gemm in of_gradient or gemm is layer.down:
+            continue
+        another = _sandwich(facts, target, gemm, layer.name)
+        same = isinstance(another, LayerUpdate) and another.down is layer.down and another.projector == layer.projector
+        if not same or gemm.target is not aten.mm.default:
+            return Unmatched(layer.name, layer.shape, Reason.PRODUCT_INSIDE, gemm.name)
+        further.append(gemm)
+    return replace(layer, further=tuple(further))
+
+
+def _with_a_product_inside(layer: LayerUpdate, others: list[fx.Node]) -> Unmatched:
+    """Why a layer is refused whose N follows from other products than R."""
     of_gradient = {term.gemm for term in layer.factors.terms}
     guilty = next((gemm for gemm in others if gemm in of_gradient), None)
     if guilty is not None:
@@ -267,7 +323,7 @@ def _sandwich(facts: Facts, target: fx.Node, up: fx.Node, name: str) -> LayerUpd
 
 def _downs(facts: Facts, inner: fx.Node, target: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """Products that ``inner`` follows from and that contract something shaped like the weight: (product, it, other)."""
-    for down in facts.gemms(inner):
+    for down in _through_inside(facts, inner, floats_of(target)):
         if down.target in _PLAIN:
             first, second = operands(down)
             for gradient, other in ((first, second), (second, first)):
@@ -277,6 +333,24 @@ def _downs(facts: Facts, inner: fx.Node, target: fx.Node) -> Iterator[tuple[fx.N
                     facts.storage(gradient) or frozenset()
                 ):
                     yield down, gradient, other
+
+
+MOST_INSIDE = 64
+"""Products between the projections at most: ten steps of Newton and Schulz have thirty."""
+
+
+def _through_inside(facts: Facts, inner: fx.Node, weight: tuple[Any, ...]) -> list[fx.Node]:
+    """The products that a node follows from, through those of what follows from R as well: no larger than it, and with
+    no operand that is shaped like the weight."""
+    sizes, found = set(shape(inner)), dict.fromkeys(facts.gemms(inner))
+    pending = list(found)
+    while pending and len(found) <= MOST_INSIDE:
+        gemm = pending.pop()
+        if sizes.issuperset(shape(gemm)) and not any(same_sizes(each, weight) for each in operands(gemm)):
+            new = [other for source in gemm.all_input_nodes for other in facts.gemms(source) if other not in found]
+            found.update(dict.fromkeys(new))
+            pending.extend(new)
+    return list(found)
 
 
 def _products(facts: Facts, node: fx.Node) -> list[fx.Node]:
@@ -328,8 +402,13 @@ def _layer(
         (target,), down, up, gradient, products.parse(gradient), refresh, low,
         tuple(sorted(facts.storage(projector) or (), key=lambda node: node.name)),
     )  # fmt: skip
-    inside = [gemm for gemm in _products(facts, inner) if gemm is not down]
-    return _with_another_product(layer, inside) if inside else layer
+    inside = [gemm for gemm in _through_inside(facts, inner, (m, n)) if gemm is not down]
+    allowed = {down, *inside}
+    for gemm in inside:
+        follows = {other for source in gemm.all_input_nodes for other in facts.gemms(source)}
+        if not follows or not follows <= allowed or gemm in {term.gemm for term in layer.factors.terms}:
+            return _with_a_product_inside(layer, [gemm])
+    return replace(layer, inside=tuple(inside))
 
 
 def _refreshed(down: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -354,23 +433,38 @@ _SEEN_THROUGH = TRANSPOSES | {prims.convert_element_type.default, aten._to_copy.
 
 def _assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Node]) -> set[LayerUpdate]:
     """Give each layer the anchors that follow from its products alone; the layers that share one."""
-    owner = {gemm: layer for layer in layers for gemm in (layer.down, layer.up)}
+    owner = {
+        gemm: layer for layer in layers
+        for gemm in (layer.down, *layer.inside, *((layer.up, *layer.further) if layer.projector else ()))
+    }  # fmt: skip
+    gradients = {layer: {term.gemm for term in layer.factors.terms} for layer in layers}
     downs = Counter(layer.down for layer in layers)
     sharing = {layer for layer in layers if downs[layer.down] > 1}
     for anchor in writing:
         target, stored = written(anchor)
         reached = facts.gemms(stored)
         owners = {owner[gemm]: None for gemm in reached if gemm in owner}
+        # a write-back's own gradient
+        writing_back = {layer for layer in owners if layer.up in reached or _writes_gradient(facts, layer, stored, reached)}
+        mine = {gemm for layer in writing_back for gemm in gradients[layer]}
         if is_scalar(target) or previous_version(stored) is not None:
             continue
         if len(owners) > 1:
             sharing.update(owners)
-        elif owners and all(gemm in owner for gemm in reached):
+        elif owners and all(gemm in owner or gemm in mine for gemm in reached):
             (layer,) = owners
             layer.anchors.append(anchor)
-            if layer.up in reached and target not in layer.parameter:
+            if layer in writing_back and target not in layer.parameter:
                 layer.parameter = (*layer.parameter, target)
     return sharing
+
+
+def _writes_gradient(facts: Facts, layer: LayerUpdate, stored: fx.Node, reached: Sequence[fx.Node]) -> bool:
+    """Whether a value of a layer without a projector follows from G itself."""
+    if layer.projector:
+        return False
+    terms = {term.gemm for term in layer.factors.terms}
+    return not terms.isdisjoint(reached) if terms else layer.gradient in facts.inputs(stored)
 
 
 _MANY, _ANY = object(), object()  # colours beside a layer's: read by others too; read by 0-d anchors alone
@@ -380,7 +474,7 @@ def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
     """Fill ``region`` and ``states``: a node belongs to a layer if all its readers do.  One walk for all layers."""
     colour: dict[fx.Node, object] = {anchor: layer for layer in layers for anchor in layer.anchors}
     colour.update((layer.down, _MANY) for layer in layers)
-    ups = {layer.up for layer in layers}
+    ups = {gemm for layer in layers for gemm in (layer.up, *layer.further, *layer.inside)}
     for layer in layers:
         layer.region = []
     nodes = [node for node in graph.nodes if node.op == "call_function"]
@@ -433,8 +527,30 @@ def _shared_states(layers: list[LayerUpdate], sharing: set[LayerUpdate]) -> dict
     return found
 
 
-def _reader_of_gradient(layer: LayerUpdate) -> fx.Node | None:
-    """A node of the region that reads G itself, where G is no product and so was not met before."""
-    region = set(layer.region)
-    parts = [layer.gradient, *layer.factors.nodes, *filter(None, [layer.factors.obstacle])]
-    return next((user for part in parts for user in part.users if user in region), None)
+def readers_of_gradient(layer: LayerUpdate) -> list[tuple[fx.Node, fx.Node]]:
+    """(a node of the region, what it reads of G or of what G is parsed from), in the order of the region."""
+    parts = {layer.gradient, *layer.factors.nodes, *filter(None, [layer.factors.obstacle])}
+    return [(node, source) for node in layer.region for source in node.all_input_nodes if source in parts]
+
+
+def _needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
+    """A node of the region that asks for all of G before the write-back may begin: for a number of it, or for N."""
+    behind = {node for node, _ in readers_of_gradient(layer)}
+    inner = set(layer.between)
+    for node in layer.region:
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+        if node in behind and (node in inner or is_scalar(node) or node.target in _OVER_ROWS and not _last(node)):
+            return node
+    return None
+
+
+_OVER_ROWS = frozenset(
+    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default}
+)
+
+
+def _last(node: fx.Node) -> bool:
+    """Whether a reduction is along the last dimension alone, as within a row."""
+    dims = arguments(node)[2 if node.target is aten.linalg_vector_norm.default else 1]
+    return list(dims or ()) in ([-1], [len(shape(arguments(node)[0])) - 1])

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.kernels.cpp import launch as cpu
-from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, parsed
+from qgalore_compile.kernels.ir.gemm import VALUE, Factors, GemmProgram, Operand, parsed
 from qgalore_compile.kernels.ir.memory import MEMORY
 
 PRODUCT_BYTES = 1 << 21
-"""A block of the product at most: it has to stay in the second-level caches until the epilogue has read it."""
+"""Blocks of the products at most: they have to stay in the second-level caches until the epilogue has read them."""
 
 OPERAND_BYTES = 1 << 22
 """A block of a decoded operand at most: large enough for the library's GEMM to run at its speed."""
@@ -28,35 +28,68 @@ OPERAND_BYTES = 1 << 22
 
 @cache
 def kernels(text: str) -> tuple[cpu.Kernel | None, ...]:
-    """The kernels of a text's left prologue, right prologue and epilogue; spelling them out takes 0.1 ms a call."""
+    """The kernels of a text's prologues, product by product, left before right, and of its epilogue; spelling them out
+    takes 0.1 ms a call."""
     program = parsed(text)
-    parts = (program.left.prologue, program.right.prologue, program.epilogue)
+    parts = [each.prologue for left, right, _ in program.products for each in (left, right)] + [program.epilogue]
     return tuple(None if part is None else cpu.kernel(str(part)) for part in parts)
 
 
 def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a :class:`GemmProgram` with an epilogue; arguments as for :meth:`GemmProgram.share`."""
     program = parsed(text)
-    left_kernel, right_kernel, kernel = kernels(text)
+    *prologues, kernel = kernels(text)
     assert program.epilogue is not None
     assert kernel is not None
-    left_tensors, right_tensors, own = program.share(written, read)
-    epilogue = kernel.arguments(own, numbers)
-    space, dtype = program.epilogue.space, MEMORY[program.epilogue.buffer(program.product).memory].dtype
-    left = _Source(program.left, left_kernel, left_tensors, 0)
-    right = _Source(program.right, right_kernel, right_tensors, 1)
-    most = PRODUCT_BYTES // dtype.itemsize
-    columns = right.step(space.columns, lcm(space.width, right.alignment))
-    rows = left.step(space.rows, left.alignment, max(1, most // columns))
-    buffer = _scratch("product", rows * columns, dtype)
+    tensors, own = program.share(written, read)
+    epilogue, space = kernel.arguments(own, numbers), program.epilogue.space
+    products = []
+    for index, (factors, (left, right)) in enumerate(zip(program.products, tensors, strict=True)):
+        kind = MEMORY[program.epilogue.buffer(factors.product).memory].dtype
+        products.append(_Blocks(index, factors, prologues[2 * index : 2 * index + 2], left, right, kind))
+    columns = min(each.right.step(space.columns, lcm(space.width, *(e.right.alignment for e in products)))
+                  for each in products)  # fmt: skip
+    most = max(1, min(PRODUCT_BYTES // len(products) // each.dtype.itemsize // columns for each in products))
+    rows = min(each.left.step(space.rows, lcm(*(e.left.alignment for e in products)), most) for each in products)
+    for each in products:
+        each.keep(rows * columns)
     for column_0, column_1 in _ranges(space.columns, columns):
-        right_block = right.block(column_0, column_1)
+        for each in products:
+            each.right_block = each.right.block(column_0, column_1)
         for row_0, row_1 in _ranges(space.rows, rows):
-            size = (row_1 - row_0, column_1 - column_0)
-            block = buffer[: size[0] * size[1]].view(size)
-            torch.mm(left.block(row_0, row_1), right_block, out=block)
-            epilogue.place(program.product, block, row_0, column_0)
+            for each in products:
+                epilogue.place(each.name, each.block(row_0, row_1, column_1 - column_0), row_0, column_0)
             epilogue.run(row_0, row_1, column_0 // space.width, -(-column_1 // space.width))
+
+
+class _Blocks:
+    """One of the products that an epilogue reads, computed block by block."""
+
+    right_block: Tensor
+
+    def __init__(
+        self,
+        index: int,
+        factors: Factors,
+        prologues: Sequence[cpu.Kernel | None],
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.dtype, self.index = factors.product, dtype, index
+        self.left = _Source(factors.left, prologues[0], left, 0, index)
+        self.right = _Source(factors.right, prologues[1], right, 1, index)
+
+    def keep(self, elements: int) -> None:
+        """Memory for a block."""
+        self._buffer = _scratch(f"product {self.index}" if self.index else "product", elements, self.dtype)
+
+    def block(self, row_0: int, row_1: int, columns: int) -> Tensor:
+        """The rows of the product in the columns of ``right_block``."""
+        size = (row_1 - row_0, columns)
+        block = self._buffer[: size[0] * size[1]].view(size)
+        torch.mm(self.left.block(row_0, row_1), self.right_block, out=block)
+        return block
 
 
 def product(text: str, read: Sequence[Tensor]) -> Tensor:
@@ -66,7 +99,7 @@ def product(text: str, read: Sequence[Tensor]) -> Tensor:
         return whole.product(read)
     program = parsed(text)
     left_kernel, right_kernel, _ = kernels(text)
-    left_tensors, right_tensors, _ = program.share((), read)
+    ((left_tensors, right_tensors),) = program.operands(read)
     left = _Source(program.left, left_kernel, left_tensors, 0)
     right = _Source(program.right, right_kernel, right_tensors, 1)
     m, n = left.count, right.count
@@ -159,8 +192,11 @@ class _Source:
         dtype: of the operand.
     """
 
-    def __init__(self, operand: Operand, kernel: cpu.Kernel | None, tensors: Sequence[Tensor], kept: int) -> None:
+    def __init__(
+        self, operand: Operand, kernel: cpu.Kernel | None, tensors: Sequence[Tensor], kept: int, product: int = 0
+    ) -> None:
         self.prologue, self.transposed, self.kept = operand.prologue, operand.transposed, kept
+        self.use = f"operand {kept}" + (f" of {product}" if product else "")
         self.count, self.alignment = operand.size(tensors, kept), 1
         if self.prologue is None or kernel is None:
             self.whole = tensors[0].t() if operand.transposed else tensors[0]
@@ -191,7 +227,7 @@ class _Source:
         columns = (first, last) if self.by_columns else (0, self.inner)
         size = (rows[1] - rows[0], columns[1] - columns[0])
         if self.at != (first, last):
-            self.scratch = _scratch(f"operand {self.kept}", size[0] * size[1], self.dtype)
+            self.scratch = _scratch(self.use, size[0] * size[1], self.dtype)
             width = self.prologue.space.width
             self.decode.place(VALUE, self.scratch.view(size), rows[0], columns[0])
             self.decode.run(*rows, columns[0] // width, -(-columns[1] // width))

@@ -3,13 +3,13 @@
     product (m, n) = left (m, k) @ right (k, n)
 
 Either operand may be the result of a *prologue*, a :class:`BlockProgram` that decodes it from storage; the *epilogue*
-is a program over m × n that reads the product from one of its buffers.  Neither a decoded operand nor the product need
-exist as a whole.  A description of what to compute; how is for a lowering to say (``gemm_cpu.py``).
+is a program over m × n that reads the product from one of its buffers, and further products of other operands and
+another k from others.  Neither a decoded operand nor a product need exist as a whole.  A description of what to compute; how is for a lowering to say (``gemm_cpu.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
@@ -46,6 +46,14 @@ class Operand(NamedTuple):
         return self.prologue.space[place] if self.prologue else tensors[0].shape[place]
 
 
+class Factors(NamedTuple):
+    """Two operands, and the epilogue's buffer that stands for their product."""
+
+    left: Operand
+    right: Operand
+    product: str
+
+
 @dataclass
 class GemmProgram:
     """A product with prologues and an epilogue.
@@ -54,12 +62,19 @@ class GemmProgram:
         left, right: the operands.
         epilogue: over the product's rows and columns; None where the product itself is wanted.
         product: the epilogue's buffer that stands for the product; its format is the product's.
+        further: products of the same m × n that the epilogue reads beside it.
     """
 
     left: Operand
     right: Operand
     epilogue: BlockProgram | None = None
     product: str = "product"
+    further: tuple[Factors, ...] = ()
+
+    @property
+    def products(self) -> tuple[Factors, ...]:
+        """All of them, the first one before the further ones."""
+        return (Factors(self.left, self.right, self.product), *self.further)
 
     def __str__(self) -> str:
         return self._text(str)
@@ -69,47 +84,63 @@ class GemmProgram:
         return self._text(BlockProgram.pretty)
 
     def _text(self, spelled: Callable[[BlockProgram], str]) -> str:
-        lines = [f"gemm {self.product}"]
-        for name, (prologue, transposed) in (("left", self.left), ("right", self.right)):
-            lines.append(f"{name} {'transposed' if transposed else 'straight'}")
-            lines += [spelled(prologue)] if prologue else []
+        lines = []
+        for left, right, product in self.products:
+            lines.append(f"gemm {product}")
+            for name, (prologue, transposed) in (("left", left), ("right", right)):
+                lines.append(f"{name} {'transposed' if transposed else 'straight'}")
+                lines += [spelled(prologue)] if prologue else []
         return "\n".join(lines + (["epilogue", spelled(self.epilogue)] if self.epilogue else []))
 
     @classmethod
     def parse(cls, text: str) -> GemmProgram:
         """The program that ``str`` wrote; ProgramError where it is none."""
-        head, *lines = text.splitlines() or [""]
-        sections: dict[str, tuple[list[str], list[str]]] = {}
-        for line in lines:
+        sections: list[tuple[str, list[str], list[str]]] = []
+        for line in text.splitlines():
             word, *rest = line.split() or [""]
-            if word in ("left", "right", "epilogue"):
-                sections[word] = (rest, [])
+            if word in ("gemm", "left", "right", "epilogue"):
+                sections.append((word, rest, []))
             elif sections:
-                list(sections.values())[-1][1].append(line)
-        if not head.startswith("gemm ") or not {"left", "right"} <= set(sections):
+                sections[-1][2].append(line)
+        products, last = [], None
+        if sections and sections[-1][0] == "epilogue":
+            last = BlockProgram.parse("\n".join(sections.pop()[2]))
+        for at in range(0, len(sections), 3):
+            (first, name, _), *parts = sections[at : at + 3]
+            if first != "gemm" or len(name) != 1 or [part[0] for part in parts] != ["left", "right"]:
+                raise ProgramError("a product's text begins with 'gemm' and has the parts left and right")
+            left, right = (
+                Operand(BlockProgram.parse("\n".join(body)) if body else None, flags == ["transposed"])
+                for _, flags, body in parts
+            )
+            products.append(Factors(left, right, name[0]))
+        if not products:
             raise ProgramError("a product's text begins with 'gemm' and has the parts left and right")
-        left, right = (
-            Operand(BlockProgram.parse("\n".join(body)) if body else None, flags == ["transposed"])
-            for flags, body in (sections["left"], sections["right"])
-        )
-        epilogue = BlockProgram.parse("\n".join(sections["epilogue"][1])) if "epilogue" in sections else None
-        return cls(left, right, epilogue, head.split()[1])
+        return cls(products[0].left, products[0].right, last, products[0].product, tuple(products[1:]))
 
-    def share(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Named]:
-        """Tensors by part: the left operand's, the right one's, and the epilogue's by buffer, without the product.
+    def share(
+        self, written: Sequence[Tensor], read: Sequence[Tensor]
+    ) -> tuple[list[tuple[list[Tensor], list[Tensor]]], Named]:
+        """Tensors by part: the left operand's and the right one's of each product, and the epilogue's by buffer,
+        without the products.
 
         Args:
             written: one for each buffer that the epilogue writes, in order.
-            read: those of the left operand, of the right one, and of the epilogue's other buffers.
+            read: those of the operands, product by product, left before right, and of the epilogue's other buffers.
         """
-        left, right = self.operands(read)
-        rest = read[len(left) + len(right) :]
-        return left, right, named(self.epilogue, written, rest, leave=self.product) if self.epilogue else {}
+        operands = self.operands(read)
+        rest = read[sum(len(left) + len(right) for left, right in operands) :]
+        leave = [product for _, _, product in self.products]
+        return operands, named(self.epilogue, written, rest, leave=leave) if self.epilogue else {}
 
-    def operands(self, read: Sequence[T]) -> tuple[list[T], list[T]]:
-        """The left operand's tensors and the right one's, of those that are read."""
-        first, second = self.left.tensors(), self.left.tensors() + self.right.tensors()
-        return list(read[:first]), list(read[first:second])
+    def operands(self, read: Sequence[T]) -> list[tuple[list[T], list[T]]]:
+        """The left operand's tensors and the right one's, of each product, of those that are read."""
+        found, at = [], 0
+        for left, right, _ in self.products:
+            first, second = at + left.tensors(), at + left.tensors() + right.tensors()
+            found.append((list(read[at:first]), list(read[first:second])))
+            at = second
+        return found
 
 
 @cache
@@ -121,9 +152,11 @@ def parsed(text: str) -> GemmProgram:
 Named = dict[str, Tensor]
 
 
-def named(program: BlockProgram, written: Sequence[Tensor], read: Sequence[Tensor], leave: str = "") -> Named:
+def named(
+    program: BlockProgram, written: Sequence[Tensor], read: Sequence[Tensor], leave: Collection[str] = ()
+) -> Named:
     """Tensors by buffer, from those that the program writes and those that it only reads, each in the order of the
     buffers; without ``leave``."""
     writes = [buffer.name for buffer in program.written()]
-    reads = [buffer.name for buffer in program.buffers if buffer.access == "in" and buffer.name != leave]
+    reads = [buffer.name for buffer in program.buffers if buffer.access == "in" and buffer.name not in leave]
     return dict(zip([*writes, *reads], [*written, *read], strict=True))

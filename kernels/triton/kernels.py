@@ -240,7 +240,7 @@ def product_of(
     program: GemmProgram, read: Sequence[Tensor], target: Target, precision: str
 ) -> tuple[Product, tuple[Any, Any]]:
     """(a call's product and what is known of its operands, its m and n), from their tensors, real or fake."""
-    left, right = program.operands(read)
+    (left, right), *_ = program.operands(read)
     m, n = program.left.size(left, 0), program.right.size(right, 1)
     k = program.left.size(left, 1)
     if not isinstance(k, int):
@@ -268,7 +268,7 @@ def bind(
         found = named(program, written, read)
         values = dict(zip(program.numbers, numbers, strict=True))
         return dict(found), values, [each.name for each in program.written()]
-    left, right, own = program.share(written, read)
+    ((left, right), *_), own = program.share(written, read)
     tensors: dict[str, Any] = {}
     for prefix, name, operand, given in (("l_", "left", program.left, left), ("r_", "right", program.right, right)):
         if operand.prologue is None:

@@ -117,9 +117,12 @@ class Evaluated:
 def evaluate_gemm(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """A product as a whole."""
     gemm = GemmProgram.parse(text)
-    left, right, own = gemm.share(written, read)
-    first, second = operand(gemm.left, left), operand(gemm.right, right)
-    Evaluated(str(gemm.epilogue))({**own, gemm.product: first @ second}, numbers)
+    tensors, own = gemm.share(written, read)
+    products = {
+        each.product: operand(each.left, left) @ operand(each.right, right)
+        for each, (left, right) in zip(gemm.products, tensors, strict=True)
+    }
+    Evaluated(str(gemm.epilogue))({**own, **products}, numbers)
 
 
 def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
@@ -134,7 +137,7 @@ def operand(how: Operand, tensors: Sequence[Tensor]) -> Tensor:
 def evaluate_product(text: str, read: Sequence[Tensor]) -> Tensor:
     """A product without an epilogue, as a whole."""
     gemm = GemmProgram.parse(text)
-    left, right, _ = gemm.share((), read)
+    ((left, right),) = gemm.operands(read)
     return operand(gemm.left, left) @ operand(gemm.right, right)
 
 

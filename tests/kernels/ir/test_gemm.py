@@ -43,9 +43,8 @@ def test_a_products_text_reads_back(left: Operand, right: Operand) -> None:
 def test_tensors_go_to_the_parts_in_order() -> None:
     gemm = GemmProgram(Operand(prologue(5, 4), False), Operand(None, False), epilogue(5, 21), "product")
     codes, scale, right, lr, w, decay, most = (torch.tensor(float(index)) for index in range(7))
-    left, other, own = gemm.share([w, most], [codes, scale, right, lr, decay])
-    assert left == [codes, scale]
-    assert other == [right]
+    operands, own = gemm.share([w, most], [codes, scale, right, lr, decay])
+    assert operands == [([codes, scale], [right])]
     assert own == {"w": w, "most": most, "lr": lr, "decay": decay}
     assert (gemm.left.tensors(), gemm.right.tensors()) == (2, 1)
 
@@ -55,7 +54,7 @@ def test_a_tensor_too_few_or_too_many_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         named(epilogue(5, 21), [one], [one, one, one])
     with pytest.raises(ValueError, match="zip"):
-        named(epilogue(5, 21), [one, one], [one, one, one], leave="product")
+        named(epilogue(5, 21), [one, one], [one, one, one], leave=["product"])
 
 
 @pytest.mark.parametrize("text", ["", "space 1 2 2", "gemm product", "gemm product\nleft straight"])

@@ -1,0 +1,52 @@
+"""Which part of what stands between the projections a program computes, where it cannot be all of it.
+
+A norm of each column, an iteration of Newton and Schulz: what a program has no word for stays in the graph, between a
+program that computes the new states and one that writes the weight.  The first takes what the states follow from, and
+what follows from that element by element, so that N is one tensor and moments are decoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
+from qgalore_compile.passes.nodes import aten, behind, is_scalar, shape
+
+
+def with_states(between: Sequence[fx.Node], states: Collection[fx.Node]) -> list[fx.Node]:
+    """Nodes of ``between``, in order, that a program computes beside the states, which are among them.
+
+    What follows element by element from tensors that the program must write anyway is left outside: read there, it
+    would have to be written too.
+    """
+    inside = set(between)
+    part = set(behind(list(states), inside.__contains__)) & inside
+    needed = set(part)
+    sizes = {tuple(shape(state)) for state in states}
+    for node in between:
+        if node not in part and _elementwise(node, sizes) and all(
+            source in part or source not in inside for source in node.all_input_nodes
+        ):  # fmt: skip
+            part.add(node)
+    while True:
+        written = {node for node in part if shape(node) and not part.issuperset(node.users)}
+        given = {node for node in part - needed if _follows(node, part, written)}
+        if not given:
+            return [node for node in between if node in part]
+        part -= given
+
+
+def _elementwise(node: fx.Node, sizes: Collection[tuple[object, ...]]) -> bool:
+    if is_scalar(node):
+        return node.target in POINTWISE or node.target is aten.expm1.default
+    return node.target in POINTWISE and tuple(shape(node)) in sizes or node.target in VIEWS
+
+
+def _follows(node: fx.Node, part: set[fx.Node], written: set[fx.Node]) -> bool:
+    """Whether nobody in the part reads a node, and all that it follows from there is written for others' sake too."""
+    if not part.isdisjoint(node.users):
+        return False
+    sources = [source for source in node.all_input_nodes if source in part and not is_scalar(source)]
+    return all(source in written and not set(source.users) <= {node, *part} for source in sources)
