@@ -26,6 +26,8 @@ kernel_calls.py                 one view of a call of a generated kernel
 launch.py                       puts a call of a generated kernel in the place of nodes
 decoding.py                     which operands are decoded from integers, and by which nodes
 placement.py                    where a node that replaces several may stand
+regions.py                      one layer's part of the graph
+parting.py                      which part of an update a program computes, where it is not all of it
 facts.py                        what is known of nodes beyond each by itself, found once for all passes
 products.py                     a gradient read as a sum of products
 printing.py                     one layer's part of a graph as text

@@ -12,7 +12,8 @@ from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import arguments_changed
 
 if TYPE_CHECKING:
-    from qgalore_compile.passes.update import LayerUpdate, Updates
+    from qgalore_compile.passes.regions import LayerUpdate
+    from qgalore_compile.passes.update import Updates
 
 Tier = Literal["exact", "rounding"]
 

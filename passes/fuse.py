@@ -55,7 +55,7 @@ from qgalore_compile.passes.nodes import (
     written,
 )
 from qgalore_compile.passes.parting import with_states
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 
 SMALL = 1 << 16
 """Elements below which an update at full rank that draws no random bits stays with Inductor: a call costs about 30 µs,
@@ -156,7 +156,13 @@ class _Sandwich:
             calls.append(call)
         names = [each.product for each in products]
         call, _ = launch(
-            self.graph, self.context, epilogue, self.region, gemm=str(program) if names else "", operands=tensors, products=names
+            self.graph,
+            self.context,
+            epilogue,
+            self.region,
+            gemm=str(program) if names else "",
+            operands=tensors,
+            products=names,
         )
         layer.up = call
         erase(self.graph, self.region)
@@ -164,7 +170,7 @@ class _Sandwich:
 
     def _operand(self, matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
         """An operand of a product of the write-back: a projector, decoded as it is loaded, or a tensor as it is."""
-        if self.context.facts(self.graph).storage(matrix) is not None:
+        if self.context.facts(self.graph).storage(matrix) == frozenset(self.layer.projector):
             return operand(self.between, matrix)
         source, transposed = through_transposes(matrix)
         return Operand(None, transposed), [source]
@@ -178,10 +184,10 @@ class _Sandwich:
                 return part, None
             try:
                 region = from_graph(part, outputs, candidates(part, shape(outputs[0].node)))
+                refuse_own_results(region)
             except RefusedError as refused:
                 problem = problem or refused
                 continue
-            refuse_own_results(region)
             return part, region
         assert problem is not None
         raise problem
@@ -189,7 +195,7 @@ class _Sandwich:
     def _read_outside(self, part: list[fx.Node], states: list[Output]) -> list[Output]:
         """States, and before them what is read by others than the part; numbers are computed where they are needed."""
         inside, stored = set(part), {output.node for output in states}
-        anchored = {anchor for anchor in self.layer.anchors}
+        anchored = set(self.layer.anchors)
         return [
             *(
                 Output(node)

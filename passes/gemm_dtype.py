@@ -38,7 +38,7 @@ from qgalore_compile.passes.nodes import (
     permutation,
     prims,
 )
-from qgalore_compile.passes.update import LayerUpdate, colour_regions
+from qgalore_compile.passes.regions import LayerUpdate, colour_regions
 
 
 def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -46,7 +46,8 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     if context.gemm != "bf16":
         return
     facts = context.facts(graph)
-    found = {gemm: None for layer in context.layers for gemm in (*_downs(facts, layer), layer.up, *layer.further) if is_gemm(gemm)}
+    updates = [(*_downs(facts, layer), layer.up, *layer.further) for layer in context.layers]
+    found = {gemm: None for products in updates for gemm in products if is_gemm(gemm)}
     found.update((node, None) for node in graph.nodes if is_gemm(node) and quantised_operands(facts, node))
     projections = {node for layer in context.layers for node in (layer.down, layer.up, *layer.further)}
     for gemm in sorted(found):

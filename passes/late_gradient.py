@@ -25,7 +25,7 @@ from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import aten, cast, dtype, make, value
 from qgalore_compile.passes.reassociate import kept
-from qgalore_compile.passes.update import LayerUpdate, colour_regions, readers_of_gradient
+from qgalore_compile.passes.regions import LayerUpdate, colour_regions, readers_of_gradient
 
 
 def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -38,7 +38,7 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         problem = None
         if not lowering.runs("late_gradient", value(layer.down).device):
             problem = "kernels of this device take one product in a write-back"
-        problem = problem or kept(layer, context) or _obstacle(readers)
+        problem = problem or kept(layer, context) or _obstacle(layer, readers)
         if problem is not None:
             record.skip(layer.up, problem)
             continue
@@ -57,8 +57,10 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         colour_regions(graph, context.layers)
 
 
-def _obstacle(readers: list[tuple[fx.Node, fx.Node]]) -> str | None:
+def _obstacle(layer: LayerUpdate, readers: list[tuple[fx.Node, fx.Node]]) -> str | None:
     """Why the readers cannot have a product of their own."""
+    if layer.projector and layer.up.target is not aten.mm.default:
+        return "the product with the projector adds something by itself"
     sources = {source for _, source in readers}
     if len(sources) > 1:
         return f"the write-back reads the gradient in several forms: {', '.join(sorted(map(str, sources)))}"

@@ -32,7 +32,7 @@ from qgalore_compile.kernels.lowering import Prepared
 from qgalore_compile.passes.context import Context, PassRecord, Tier
 from qgalore_compile.passes.kernel_calls import kernel_calls
 from qgalore_compile.passes.printing import layer_text
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from torch import fx
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.liveness import REDUCTIONS, Liveness, liveness, readers
 from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, is_anchor, is_gemm, is_product, operands, written
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 
 Time = tuple[int, int]
 """When a node can run: how far the spine has got, and how many products stand between there and the node."""

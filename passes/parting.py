@@ -41,7 +41,7 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node]) -> list
 def _elementwise(node: fx.Node, sizes: Collection[tuple[object, ...]]) -> bool:
     if is_scalar(node):
         return node.target in POINTWISE or node.target is aten.expm1.default
-    return node.target in POINTWISE and tuple(shape(node)) in sizes or node.target in VIEWS
+    return node.target in VIEWS or (node.target in POINTWISE and tuple(shape(node)) in sizes)
 
 
 def _follows(node: fx.Node, part: set[fx.Node], written: set[fx.Node]) -> bool:

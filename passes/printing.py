@@ -25,7 +25,7 @@ from qgalore_compile.passes.nodes import (
     previous_version,
     value,
 )
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64", "uint8": "u8", "int32": "i32",
           "int64": "i64", "bool": "b8"}  # fmt: skip

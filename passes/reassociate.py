@@ -43,7 +43,7 @@ from qgalore_compile.passes.nodes import (
     operands,
     value,
 )
-from qgalore_compile.passes.update import LayerUpdate, colour_regions, readers_of_gradient
+from qgalore_compile.passes.regions import LayerUpdate, colour_regions, readers_of_gradient
 from qgalore_compile.subspace.cost import Projection, projection
 
 

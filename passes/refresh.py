@@ -28,7 +28,7 @@ from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import Mutation, erase_dead, hint, is_tensor, make, transpose, value
 from qgalore_compile.passes.reassociate import kept
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 from qgalore_compile.subspace.cost import described
 from qgalore_compile.subspace.refresh import REFRESHES
 

@@ -19,17 +19,15 @@ how it is decoded, its transposition included: the two products must take P and 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import permutations
 from typing import Any
 
 from torch import fx
 
-from qgalore_compile._torch import OpOverload
 from qgalore_compile.kernels.read.coded import floats_of
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
@@ -40,10 +38,7 @@ from qgalore_compile.passes.nodes import (
     anchors,
     arguments,
     aten,
-    first_version,
-    is_anchor,
-    is_gemm,
-    is_scalar,
+    hint,
     operands,
     previous_version,
     prims,
@@ -51,6 +46,7 @@ from qgalore_compile.passes.nodes import (
     shape,
     written,
 )
+from qgalore_compile.passes.regions import LayerUpdate, assign_anchors, colour_regions, needs_all_of_it, shared_states
 
 
 class Reason(Enum):
@@ -74,73 +70,6 @@ class Reason(Enum):
     PRODUCT_INSIDE = "another matrix product stands between the projections or behind them"
     SHARED_STATE = "a tensor of its state is written or read by the update of another parameter too"
     WRITTEN_TWICE = "its storage is written more than once in the step"
-
-
-@dataclass(eq=False)
-class LayerUpdate:
-    """One matched parameter.  Shapes: weight (m, n), R and N (m, r) on the right or (r, n) on the left.
-
-    Attributes:
-        name: the parameter's, where the caller knows names; else the input's.
-        shape, side, rank: of the weight, of the projection.
-        parameter: the inputs that the weight is stored in; several for INT8.
-        down, up: the two products, either of which may add something (``addmm``); passes that replace ``down`` keep it
-            true.
-        further: products that the write-back reads beside ``up``: others of the projector's with what follows from R,
-            and the gradient's own, made for it alone (:mod:`qgalore_compile.passes.late_gradient`).
-        inside: products between the projections of what follows from R: Newton and Schulz's, say.
-        gradient: the operand of ``down`` that is not the projector: G, possibly transposed.
-        factors: G as a sum of products, as far as it is one.
-        refresh: the op between ``down`` and the region that may overwrite R, projector and states; None without one.
-        low: R as the region reads it: the refresh op's version of ``down``.
-        projector: the inputs that the projector is stored in.
-        anchors: the ``copy_`` nodes that write this layer's weight and states.
-        region: nodes of the update that nobody else reads, in the order of the graph: between R and the anchors,
-            decoding of states and of the projector for ``up`` included.
-        states: inputs that the region reads, behind a refresh op that changes them or not, and an anchor of the layer
-            writes, beside the weight.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    side: str
-    rank: int
-    parameter: tuple[fx.Node, ...]
-    down: fx.Node
-    up: fx.Node
-    gradient: fx.Node
-    factors: products.Sum
-    refresh: fx.Node | None
-    low: fx.Node
-    projector: tuple[fx.Node, ...]
-    anchors: list[fx.Node] = field(default_factory=list)
-    region: list[fx.Node] = field(default_factory=list)
-    states: tuple[fx.Node, ...] = ()
-    further: tuple[fx.Node, ...] = ()
-    inside: tuple[fx.Node, ...] = ()
-
-    @property
-    def between(self) -> list[fx.Node]:
-        """The part of the region that works on r × n: what ``up`` or a new state follows from without ``up``."""
-        states = {anchor.args[1] for anchor in self.anchors if anchor.args[0] not in self.parameter}
-        # nothing is reached through a gradient that no product stands for yet
-        products = {self.up, *self.further}
-        behind, before, after = set(products), {*products, *states}, {self.down, self.low}
-        for node in self.region:
-            if any(source in behind for source in node.all_input_nodes):
-                behind.add(node)
-            if any(source in after for source in node.all_input_nodes):
-                after.add(node)
-        for node in reversed(self.region):
-            if node in before:
-                before.update(node.all_input_nodes)
-        return [node for node in self.region if (node in before or node in after) and node not in behind]
-
-    @property
-    def write_back(self) -> list[fx.Node]:
-        """The part of the region that ends in the weight alone, its decoding included."""
-        left = {*self.between, self.up, *self.further}
-        return [node for node in self.region if node not in left]
 
 
 @dataclass(frozen=True)
@@ -212,12 +141,12 @@ def find_updates(
         else:
             matched.setdefault(outcome.up, outcome)
     layers = list(matched.values())
-    sharing = _assign_anchors(facts, layers, writing)
+    sharing = assign_anchors(facts, layers, writing)
     colour_regions(graph, layers)
-    shared = _shared_states(layers, sharing)
+    shared = shared_states(layers, sharing)
     kept = []
     for layer in layers:
-        reader = _needs_all_of_it(layer)
+        reader = needs_all_of_it(layer)
         if layer in shared:
             refused[layer.parameter[0]] = Unmatched(layer.name, layer.shape, Reason.SHARED_STATE, shared[layer])
         elif reader is not None:
@@ -258,23 +187,36 @@ def _scaled(
 ) -> LayerUpdate | None:
     """A layer that writes its gradient, scaled by what follows from a projection of it; None for another update."""
     m, n = floats_of(target) if len(floats_of(target)) == 2 else (0, 0)
-    for down in reached:
+    # what follows from R may be one number a matrix, which is not walked through
+    for down in dict.fromkeys([*reached, *_projecting(reached)]):
         for gradient, other in permutations(operands(down)) if down.target is aten.mm.default else ():
-            if not same_sizes(gradient, (m, n)) or same_sizes(other, (m, n)):
+            rank = shape(down)[operands(down)[0] is gradient]
+            if not same_sizes(gradient, (m, n)) or same_sizes(other, (m, n)) or hint(rank) > min(hint(m), hint(n)):
                 continue
             factors = products.parse(gradient)
             terms = {term.gemm for term in factors.terms}
             read = terms <= set(reached) if terms else gradient in facts.inputs(stored)
-            if not read or not terms | {down} >= set(reached):
+            if not read or not terms | {down} >= set(reached) or down in terms:
                 continue
             on_right = (operands(down)[0] is gradient) == (m == n or shape(gradient) == (m, n))
             low, refresh = _refreshed(down)
-            rank = shape(down)[operands(down)[0] is gradient]
             return LayerUpdate(
                 name, (m, n), "right" if on_right else "left", rank,
                 (target,), down, gradient, gradient, factors, refresh, low, (),
             )  # fmt: skip
     return None
+
+
+def _projecting(reached: Sequence[fx.Node]) -> list[fx.Node]:
+    """Products that take what others come to, through the operations that a gradient is parsed through."""
+    found, pending = list[fx.Node](), list(reached)
+    for node in pending:
+        for user in node.users:
+            if user.target is aten.mm.default:
+                found.append(user)
+            elif user.target in products.LINEAR and len(shape(user)) == 2 and user not in pending:
+                pending.append(user)
+    return found
 
 
 def _with_further_products(
@@ -426,131 +368,3 @@ def _refreshed(down: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 _PLAIN = frozenset({aten.mm.default, aten.addmm.default})
 _SEEN_THROUGH = TRANSPOSES | {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
-
-
-# -- all parameters ---------------------------------------------------------------------------------------------------
-
-
-def _assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Node]) -> set[LayerUpdate]:
-    """Give each layer the anchors that follow from its products alone; the layers that share one."""
-    owner = {
-        gemm: layer for layer in layers
-        for gemm in (layer.down, *layer.inside, *((layer.up, *layer.further) if layer.projector else ()))
-    }  # fmt: skip
-    gradients = {layer: {term.gemm for term in layer.factors.terms} for layer in layers}
-    downs = Counter(layer.down for layer in layers)
-    sharing = {layer for layer in layers if downs[layer.down] > 1}
-    for anchor in writing:
-        target, stored = written(anchor)
-        reached = facts.gemms(stored)
-        owners = {owner[gemm]: None for gemm in reached if gemm in owner}
-        # a write-back's own gradient
-        writing_back = {layer for layer in owners if layer.up in reached or _writes_gradient(facts, layer, stored, reached)}
-        mine = {gemm for layer in writing_back for gemm in gradients[layer]}
-        if is_scalar(target) or previous_version(stored) is not None:
-            continue
-        if len(owners) > 1:
-            sharing.update(owners)
-        elif owners and all(gemm in owner or gemm in mine for gemm in reached):
-            (layer,) = owners
-            layer.anchors.append(anchor)
-            if layer in writing_back and target not in layer.parameter:
-                layer.parameter = (*layer.parameter, target)
-    return sharing
-
-
-def _writes_gradient(facts: Facts, layer: LayerUpdate, stored: fx.Node, reached: Sequence[fx.Node]) -> bool:
-    """Whether a value of a layer without a projector follows from G itself."""
-    if layer.projector:
-        return False
-    terms = {term.gemm for term in layer.factors.terms}
-    return not terms.isdisjoint(reached) if terms else layer.gradient in facts.inputs(stored)
-
-
-_MANY, _ANY = object(), object()  # colours beside a layer's: read by others too; read by 0-d anchors alone
-
-
-def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
-    """Fill ``region`` and ``states``: a node belongs to a layer if all its readers do.  One walk for all layers."""
-    colour: dict[fx.Node, object] = {anchor: layer for layer in layers for anchor in layer.anchors}
-    colour.update((layer.down, _MANY) for layer in layers)
-    ups = {gemm for layer in layers for gemm in (layer.up, *layer.further, *layer.inside)}
-    for layer in layers:
-        layer.region = []
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    for node in reversed(nodes):
-        if node in colour:
-            continue
-        if is_anchor(node):
-            colour[node] = _ANY if is_scalar(node.args[0]) else _MANY
-            continue
-        readers = {colour.get(user, _MANY) for user in node.users} - {_ANY}
-        mine = readers.pop() if len(readers) == 1 else _MANY if readers or not node.users else _ANY
-        stays = not _is_plain_call(node) or node.is_impure() or (is_gemm(node) and node not in ups)
-        colour[node] = _MANY if stays else mine
-    for node in nodes:
-        if colour[node] is _ANY and not is_anchor(node):  # a 0-d state: with the layer whose nodes it follows from
-            sources = {colour.get(source, _MANY) for source in node.all_input_nodes} - {_MANY, _ANY}
-            if len(sources) == 1:
-                colour[node] = sources.pop()
-        mine = colour[node]
-        if isinstance(mine, LayerUpdate) and not is_anchor(node):
-            mine.region.append(node)
-    for node in nodes:
-        mine = colour.get(node.args[1]) if is_anchor(node) and is_scalar(node.args[0]) else None
-        if isinstance(mine, LayerUpdate) and node not in mine.anchors:
-            mine.anchors.append(node)
-    for layer in layers:
-        own = {target for target, _ in map(written, layer.anchors)} - set(layer.parameter)
-        inputs = (first_version(source) for node in layer.region for source in node.all_input_nodes)
-        read = {source: None for source in inputs if source in own}
-        layer.states = tuple(read)
-
-
-def _is_plain_call(node: fx.Node) -> bool:
-    """Whether a node calls an operator, or takes one of several results of one."""
-    if node.target is operator.getitem:
-        return isinstance(arguments(node)[0].target, OpOverload)
-    return isinstance(node.target, OpOverload)
-
-
-def _shared_states(layers: list[LayerUpdate], sharing: set[LayerUpdate]) -> dict[LayerUpdate, str]:
-    """Layers whose states are not theirs alone, with the node that shows it."""
-    owner = {anchor.args[0]: layer for layer in layers for anchor in layer.anchors}
-    found = {layer: layer.up.name for layer in sharing}
-    for layer in layers:
-        for node in layer.region:
-            for source in map(first_version, node.all_input_nodes):
-                if owner.get(source, layer) is not layer:
-                    found.setdefault(layer, node.name)
-                    found.setdefault(owner[source], node.name)
-    return found
-
-
-def readers_of_gradient(layer: LayerUpdate) -> list[tuple[fx.Node, fx.Node]]:
-    """(a node of the region, what it reads of G or of what G is parsed from), in the order of the region."""
-    parts = {layer.gradient, *layer.factors.nodes, *filter(None, [layer.factors.obstacle])}
-    return [(node, source) for node in layer.region for source in node.all_input_nodes if source in parts]
-
-
-def _needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
-    """A node of the region that asks for all of G before the write-back may begin: for a number of it, or for N."""
-    behind = {node for node, _ in readers_of_gradient(layer)}
-    inner = set(layer.between)
-    for node in layer.region:
-        if not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
-        if node in behind and (node in inner or is_scalar(node) or node.target in _OVER_ROWS and not _last(node)):
-            return node
-    return None
-
-
-_OVER_ROWS = frozenset(
-    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default}
-)
-
-
-def _last(node: fx.Node) -> bool:
-    """Whether a reduction is along the last dimension alone, as within a row."""
-    dims = arguments(node)[2 if node.target is aten.linalg_vector_norm.default else 1]
-    return list(dims or ()) in ([-1], [len(shape(arguments(node)[0])) - 1])

@@ -4,7 +4,8 @@
 
 Either operand may be the result of a *prologue*, a :class:`BlockProgram` that decodes it from storage; the *epilogue*
 is a program over m × n that reads the product from one of its buffers, and further products of other operands and
-another k from others.  Neither a decoded operand nor a product need exist as a whole.  A description of what to compute; how is for a lowering to say (``gemm_cpu.py``).
+another k from others.  Neither a decoded operand nor a product need exist as a whole.  A description of what to
+compute; how is for a lowering to say (``kernels/cpp/gemm.py``, ``kernels/triton/gemm.py``).
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from qgalore_compile import formats
 from qgalore_compile.passes.manager import PassManager
 from qgalore_compile.passes.mutation import FUNCTIONALIZED, functional_arguments
 from qgalore_compile.passes.nodes import is_gemm, shape
-from qgalore_compile.passes.update import LayerUpdate, Unmatched, Updates, find_updates
+from qgalore_compile.passes.regions import LayerUpdate
+from qgalore_compile.passes.update import Unmatched, Updates, find_updates
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 
 aten = torch.ops.aten

@@ -186,37 +186,63 @@ def skipped(built: Built) -> tuple[str, Any]:
     return reason, manager
 
 
-def unknown_rule(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    momentum = 0.9 * t["m"] + low
-    return momentum.cumsum(-1), {"m": momentum}
+def unknown_state(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = (0.9 * t["m"] + low).cumsum(-1)
+    return momentum, {"m": momentum}
 
 
-def test_a_rule_that_cannot_be_read_leaves_the_layer_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "unknown", unknown_rule)
+def test_a_rule_whose_states_cannot_be_read_leaves_the_layer_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "unknown", unknown_state)
     reason, manager = skipped(galore(Layer(rule="unknown")))
     assert reason == "an operation that generated kernels do not know (at cumsum: aten.cumsum.default)"
     assert manager.context.notes["a_w"].not_fused == reason
     assert manager.context.layers[0].region != []
 
 
-def test_a_layer_whose_rows_share_a_statistic_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        momentum = 0.9 * t["m"] + low
-        return momentum / momentum.square().sum((0, 1), keepdim=True).sqrt(), {"m": momentum}
-
-    monkeypatch.setitem(RULES, "normed", normed)
-    reason, _ = skipped(galore(Layer(rule="normed")))
-    assert reason.startswith("a reduction over more or less than one group (at sum_1: aten.sum.dim_IntList)")
+# -- what stays between two programs ----------------------------------------------------------------------------------
 
 
-def test_a_statistic_of_what_the_update_writes_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        momentum = 0.9 * t["m"] + low
-        return momentum / (momentum.abs().amax() + 1e-3), {"m": momentum}
+def summed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = 0.9 * t["m"] + low
+    return momentum.cumsum(-1), {"m": momentum}
 
-    monkeypatch.setitem(RULES, "normed", normed)
-    reason, _ = skipped(galore(Layer(rule="normed")))
-    assert reason.startswith("an operation that generated kernels do not know (at a")
+
+def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = 0.9 * t["m"] + low
+    return momentum / momentum.square().sum((0, 1), keepdim=True).sqrt(), {"m": momentum}
+
+
+def by_columns(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = 0.9 * t["m"] + low
+    return momentum / momentum.square().sum(0, keepdim=True).sqrt(), {"m": momentum}
+
+
+def limited(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    momentum = 0.9 * t["m"] + low
+    return momentum / (momentum.abs().amax() + 1e-3), {"m": momentum}
+
+
+def orthogonal(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Newton and Schulz's iteration on the momentum."""
+    momentum = 0.9 * t["m"] + low
+    wide = momentum if momentum.shape[0] <= momentum.shape[1] else momentum.t()
+    x = wide / wide.norm()
+    for _ in range(3):
+        square = x @ x.t()
+        x = 1.5 * x - 0.5 * square @ x
+    return x if momentum.shape[0] <= momentum.shape[1] else x.t(), {"m": momentum}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("rule", [summed, normed, by_columns, limited, orthogonal], ids=lambda rule: rule.__name__)
+def test_what_no_program_knows_stays_between_two(rule: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "foreign", rule)
+    layer = Layer(rule="foreign", side=side, weight="int8", projector="int4")
+    built, manager = fused(layer)
+    assert [call.op for call in calls(built.graph)] == [run_program, run_gemm]
+    assert manager.context.notes["a_w_codes"].update_function == "generated, 2 kernels"
+    first, _ = calls(built.graph)
+    assert {built.name_of.get(base.name) for base in first.written} == {"a_m"}  # which is N too, and written once
 
 
 def test_a_write_back_may_read_a_statistic_of_the_new_moment() -> None:
@@ -238,7 +264,7 @@ def test_a_write_back_may_read_a_statistic_of_the_new_moment() -> None:
 
 
 def test_one_layer_that_stays_does_not_keep_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "unknown", unknown_rule)
+    monkeypatch.setitem(RULES, "unknown", unknown_state)
     built = galore(Layer("a", rule="unknown"), Layer("b"))
     expected = built.run()
     record = built.after("update", "fuse").records[-1]

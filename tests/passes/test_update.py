@@ -9,7 +9,7 @@ import torch
 from passes_support import GRADIENTS, RULES, SHARED, Layer, Tensors, build, galore, own, write
 
 from qgalore_compile.passes.nodes import is_anchor, previous_version
-from qgalore_compile.passes.update import LayerUpdate
+from qgalore_compile.passes.regions import LayerUpdate
 from qgalore_compile.rng import random_bits
 
 aten = torch.ops.aten

@@ -31,9 +31,6 @@ class Apollo(Rule):
     def step(self, r: Tensor, state: RuleState) -> Written:
         """See :meth:`Rule.step`."""
         n, rank = state.adam(r), r.shape[state.dim]
-        if rank == 1:
-            phi = column_ratio(n.reshape(1, -1), r.reshape(1, -1), 1).reshape(())
-        else:
-            phi = column_ratio(n, r, state.dim)
+        phi = column_ratio(n, r, state.dim) if rank > 1 else column_ratio(n.reshape(1, -1), r.reshape(1, -1), 1)
         factor = state.limited(torch.linalg.vector_norm(phi * r), GROWTH)
         return Written(None, state.scale * (state.smaller_side / rank) ** 0.5 * factor * phi)

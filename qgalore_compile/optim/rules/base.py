@@ -17,7 +17,7 @@ class Written(NamedTuple):
 
     Attributes:
         low: shaped like R, float32; None for nothing.
-        scales: float32, (1, n) on the left, (m, 1) on the right, or 0-d; None where G is not read.
+        scales: float32, (1, n) on the left, (m, 1) on the right, or (1, 1); None where G is not read.
     """
 
     low: Tensor | None

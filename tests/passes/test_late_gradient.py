@@ -1,0 +1,250 @@
+"""A write-back that reads its gradient gets it from the factors: the gradient is never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernels_support import evaluated_kernels
+from passes_support import RULES, SHARED, Built, Layer, Tensors, build, own, write
+from support import assert_within_contract
+from torch import Tensor
+
+from qgalore_compile.kernels.ir.gemm import GemmProgram
+from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
+from qgalore_compile.passes.manager import PassManager
+from qgalore_compile.passes.nodes import Mutation, is_gemm, shape
+
+aten = torch.ops.aten
+PASSES = ("update", "late_gradient", "refresh", "reassociate", "fuse")
+SIDES = {"right": (20, 12), "left": (12, 20)}
+Write = Callable[[Layer, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From N, R, G and P to the update."""
+
+
+@pytest.fixture(autouse=True)
+def evaluated() -> Iterator[None]:
+    with evaluated_kernels():
+        yield
+
+
+def norms(x: Tensor, layer: Layer) -> Tensor:
+    """Of columns on the left, of rows on the right."""
+    return x.square().sum(1 if layer.right else 0, keepdim=True).sqrt()
+
+
+def back(layer: Layer, low: Tensor, p: Tensor) -> Tensor:
+    low = low.to(p.dtype)
+    return (low @ p if layer.right else p @ low).to(torch.float32)
+
+
+def fira(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """As this project writes it, with a limiter that asks for R alone."""
+    phi = norms(n, layer) / (norms(r, layer) + 1e-8)
+    factor = torch.where((phi * r).norm() > 3, 0.5, 1.0)
+    return 0.25 * back(layer, n - factor * phi * r, p) + factor * phi * g
+
+
+def plain_fira(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """As one writes it who takes the residual literally: two products with the projector."""
+    phi = norms(n, layer) / (norms(r, layer) + 1e-8)
+    return back(layer, n, p) + (g - back(layer, r, p)) * phi
+
+
+def signed(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """What is no scaling of G, element by element."""
+    return back(layer, n, p) + 0.1 * torch.sign(g)
+
+
+def apollo(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """No product but the gradient's."""
+    return g * (norms(n, layer) / (norms(r, layer) + 1e-8))
+
+
+def one_factor(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """APOLLO-Mini's."""
+    return g * (n.norm() / (r.norm() + 1e-8))
+
+
+WRITES: dict[str, Write] = {each.__name__: each for each in (fira, plain_fira, signed, apollo, one_factor)}
+
+
+def step(layer: Layer, how: Write, **settings: Any) -> Built:
+    """A graph in which ``layer`` is updated in that way."""
+    torch.manual_seed(0)
+    inputs = {**SHARED, **layer.inputs()}
+
+    def body(t: Tensors) -> None:
+        o = own(layer, t)
+        gradient = layer.full_gradient(o)
+        columns = layer.shape[1] if layer.right else layer.rank
+        low = layer.project(gradient, layer.decoded(o, "p", columns).to(gradient.dtype)).to(torch.float32)
+        written: Tensors = {}
+        if layer.refresh:
+            low, written = layer._refreshed(low, gradient, o)
+            o = {**o, **written}
+        n, states = RULES[layer.rule](low, o)
+        p = layer.decoded(o, "p", columns).to(gradient.dtype)
+        update = how(layer, n, low, gradient.to(torch.float32), p)
+        weight = layer.decoded(o, "w", layer.shape[1]) - t["lr"] * update
+        written.update(states)
+        if layer.weight == "int8":
+            from passes_support import GROUP
+
+            from qgalore_compile import formats
+
+            parts = formats.quantize_int8(weight, GROUP)[:3]
+            written.update(zip(("w_codes", "w_scale", "w_offset"), parts, strict=True))
+        else:
+            written["w"] = weight
+        write(t, {f"{layer.name}_{name}": value for name, value in written.items()})
+
+    return build(body, inputs, **settings)
+
+
+def fused(layer: Layer, how: Write, **settings: Any) -> tuple[Built, PassManager]:
+    """A step that is fused, compared with one that is not, and in float32 with one that no pass has seen."""
+    exact, plain, built = (step(layer, how, **settings) for _ in range(3))
+    plain.after(*PASSES[:-1])
+    manager = built.after(*PASSES)
+    assert all(record.matches for record in manager.records if record.name in ("update", "late_gradient", "fuse"))
+    assert_within_contract(built.run(), plain.run())
+    if layer.dtype == torch.float32:
+        assert_within_contract(built.run(), exact.run())
+    return built, manager
+
+
+def whole(built: Built, layer: Layer) -> list[str]:
+    """Products as large as the weight that the graph still holds."""
+    return [node.name for node in built.graph.nodes
+            if is_gemm(node) and shape(node) in (layer.shape, layer.shape[::-1])]  # fmt: skip
+
+
+def write_back(built: Built) -> GemmProgram:
+    calls = [call for node in built.graph.nodes if (call := Mutation.of(node, run_gemm))]
+    (call,) = calls
+    program = program_of(call.program)
+    assert isinstance(program, GemmProgram)
+    return program
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", WRITES)
+def test_no_gradient_is_formed_and_one_kernel_writes_the_weight(name: str, side: str) -> None:
+    layer = Layer(shape=SIDES[side])
+    built, _ = fused(layer, WRITES[name])
+    assert whole(built, layer) == []
+    products = {"fira": 2, "plain_fira": 3, "signed": 2, "apollo": 1, "one_factor": 1}
+    assert len(write_back(built).products) == products[name]
+    assert sum(Mutation.of(node, run_program) is not None for node in built.graph.nodes) == 1
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo"])
+@pytest.mark.parametrize("projector", ["float", "int4"])
+@pytest.mark.parametrize("weight", ["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_every_format_and_odd_shapes(name: str, projector: str, weight: str, dtype: torch.dtype) -> None:
+    for shape_ in ((20, 13), (9, 24)):
+        layer = Layer(shape=shape_, projector=projector, weight=weight, dtype=dtype)
+        built, _ = fused(layer, WRITES[name])
+        assert whole(built, layer) == []
+
+
+@pytest.mark.parametrize("refresh", ["svd", "randomized"])
+@pytest.mark.parametrize("due", [True, False])
+def test_a_refresh_takes_the_factors_as_before(refresh: str, due: bool) -> None:
+    layer = Layer(refresh=refresh, due=due)
+    built, _ = fused(layer, fira)
+    assert whole(built, layer) == []
+
+
+@pytest.mark.parametrize("gradient", ["mm", "transposed", "bmm", "einsum", "view"])
+def test_however_the_backward_spells_it(gradient: str) -> None:
+    layer = Layer(gradient=gradient)
+    built, _ = fused(layer, fira)
+    assert whole(built, layer) == []
+
+
+@pytest.mark.parametrize("addition", ["add", "addmm"])
+def test_of_micro_batches_there_is_one_product_over_all_tokens(addition: str) -> None:
+    layer = Layer(accumulate=3, addition=addition, tokens=5)
+    built, _ = fused(layer, fira)
+    assert whole(built, layer) == []
+    assert len(write_back(built).products) == 2
+
+
+def test_micro_batches_may_have_factors_of_their_own() -> None:
+    layer = Layer(accumulate=2, after=lambda g, t: g / 2)
+    built, _ = fused(layer, apollo)
+    assert whole(built, layer) == []
+
+
+def test_what_an_addmm_adds_may_be_the_gradient_but_the_update_stays() -> None:
+    """Its product adds something by itself, which generated kernels do not."""
+    inputs = {"dy": torch.randn(7, 20), "x": torch.randn(7, 12), "p": torch.randn(4, 12), "m": torch.randn(20, 4)}
+    inputs |= {"w": torch.randn(20, 12)}
+
+    def body(t: Tensors) -> None:
+        gradient = t["dy"].t() @ t["x"]
+        m = 0.9 * t["m"] + gradient @ t["p"].t()
+        write(t, {"m": m, "w": torch.addmm(t["w"] - 0.1 * gradient, m, t["p"])})
+
+    plain, built = build(body, inputs), build(body, inputs)
+    records = built.after(*PASSES).records
+    assert records[1].skipped == [("addmm", "the product with the projector adds something by itself")]
+    assert_within_contract(built.run(), plain.run())
+
+
+# -- where the gradient stays -----------------------------------------------------------------------------------------
+
+
+def kept(layer: Layer, how: Write, also: Callable[[Tensors], Any] | None = None, **options: Any) -> list[Any]:
+    """Records of the passes on a step whose gradient is formed; the update is fused and right."""
+    plain, built = step(layer, how), step(layer, how)
+    manager = built.after(*PASSES, **options)
+    assert_within_contract(built.run(), plain.run())
+    assert len(whole(built, layer)) == 1
+    assert manager.records[-1].matches
+    return manager.records
+
+
+def test_a_gradient_that_is_kept_is_read_as_it_is() -> None:
+    records = kept(Layer(), fira, reassociate="never")
+    assert records[1].skipped == [("mm_2", 'reassociate="never" keeps the gradient')]
+
+
+def test_one_that_comes_into_the_graph_is_read_as_it_is() -> None:
+    inputs = {"g": torch.randn(20, 12), "p": torch.linalg.qr(torch.randn(12, 4))[0].t().contiguous()}
+    inputs |= {"m": torch.randn(20, 4), "w": torch.randn(20, 12)}
+
+    def body(t: Tensors) -> None:
+        low = t["g"] @ t["p"].t()
+        momentum = 0.9 * t["m"] + low
+        write(t, {"m": momentum, "w": t["w"] - momentum @ t["p"] - 0.1 * t["g"]})
+
+    plain, built = build(body, inputs), build(body, inputs)
+    records = built.after(*PASSES).records
+    assert len(records[-1].matches) == 1
+    assert_within_contract(built.run(), plain.run())
+    assert len(write_back(built).products) == 1
+
+
+def test_one_that_the_step_returns_stays_and_the_update_reads_it() -> None:
+    layer = Layer()
+    inputs = {**SHARED, **layer.inputs()}
+
+    def body(t: Tensors) -> Tensor:
+        gradient = layer.full_gradient(own(layer, t))
+        low = layer.project(gradient, t["a_p"])
+        n, states = RULES["adam"](low, own(layer, t))
+        write(t, {"a_w": t["a_w"] - fira(layer, n, low, gradient, t["a_p"]), "a_m": states["m"], "a_v": states["v"]})
+        return gradient
+
+    plain, built = build(body, inputs), build(body, inputs)
+    records = built.after(*PASSES).records
+    assert "the gradient has another reader: the step returns it" in records[1].skipped[0][1]
+    assert records[-1].matches
+    assert_within_contract(built.run(), plain.run())
+    assert len(whole(built, layer)) == 1
