@@ -178,7 +178,7 @@ class _Sandwich:
     def _low(self, between: list[fx.Node], states: list[Output]) -> tuple[list[fx.Node], Region | None]:
         """What works on r × n: the nodes that a program computes, all or those that states follow from, and it."""
         problem: RefusedError | None = None
-        for part in (between, with_states(between, [output.node for output in states])):
+        for part in (between, with_states(between, [output.node for output in states], self.layer.low)):
             outputs = self._read_outside(part, states)
             if not outputs:
                 return part, None
@@ -193,19 +193,12 @@ class _Sandwich:
         raise problem
 
     def _read_outside(self, part: list[fx.Node], states: list[Output]) -> list[Output]:
-        """States, and before them what is read by others than the part; numbers are computed where they are needed."""
-        inside, stored = set(part), {output.node for output in states}
-        anchored = set(self.layer.anchors)
-        return [
-            *(
-                Output(node)
-                for node in part
-                if shape(node)
-                and node not in stored
-                and (node is self.inner or any(user not in inside and user not in anchored for user in node.users))
-            ),
-            *states,
-        ]
+        """States, and before them what the rest of the region reads of the part; numbers are computed where they are
+        needed, and a projector is decoded where a product loads it."""
+        rest = set(self.region).difference(part, self.gemms)
+        stored = {output.node for output in states}
+        read = [node for node in part if node is self.inner or (shape(node) and not rest.isdisjoint(node.users))]
+        return [*(Output(node) for node in read if node not in stored), *states]
 
 
 def _without_statistics(region: list[fx.Node]) -> list[fx.Node]:

@@ -11,12 +11,12 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from qgalore_compile.kernels.read.spelling import POINTWISE, VIEWS
+from qgalore_compile.kernels.read.spelling import POINTWISE
 from qgalore_compile.passes.nodes import aten, behind, is_scalar, shape
 
 
-def with_states(between: Sequence[fx.Node], states: Collection[fx.Node]) -> list[fx.Node]:
-    """Nodes of ``between``, in order, that a program computes beside the states, which are among them.
+def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx.Node) -> list[fx.Node]:
+    """Nodes of ``between``, in order, that a program computes beside the states, which are among them; ``low`` is R.
 
     What follows element by element from tensors that the program must write anyway is left outside: read there, it
     would have to be written too.
@@ -24,11 +24,9 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node]) -> list
     inside = set(between)
     part = set(behind(list(states), inside.__contains__)) & inside
     needed = set(part)
-    sizes = {tuple(shape(state)) for state in states}
     for node in between:
-        if node not in part and _elementwise(node, sizes) and all(
-            source in part or source not in inside for source in node.all_input_nodes
-        ):  # fmt: skip
+        known = all(source in part or source not in inside for source in node.all_input_nodes)
+        if known and node not in part and _elementwise(node, shape(low)):
             part.add(node)
     while True:
         written = {node for node in part if shape(node) and not part.issuperset(node.users)}
@@ -38,10 +36,10 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node]) -> list
         part -= given
 
 
-def _elementwise(node: fx.Node, sizes: Collection[tuple[object, ...]]) -> bool:
-    if is_scalar(node):
-        return node.target in POINTWISE or node.target is aten.expm1.default
-    return node.target in VIEWS or (node.target in POINTWISE and tuple(shape(node)) in sizes)
+def _elementwise(node: fx.Node, sizes: Sequence[object]) -> bool:
+    """Whether a node is a number, or as many as R has, and each follows from numbers in its own place."""
+    pointwise = node.target in POINTWISE or node.target is aten.expm1.default
+    return pointwise and (is_scalar(node) or list(shape(node)) == list(sizes))
 
 
 def _follows(node: fx.Node, part: set[fx.Node], written: set[fx.Node]) -> bool:

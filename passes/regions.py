@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qgalore_compile._torch import OpOverload
+from qgalore_compile.kernels.read.spelling import POINTWISE
 from qgalore_compile.passes import products
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
+    VIEWS,
     arguments,
     aten,
     first_version,
@@ -205,8 +207,12 @@ def readers_of_gradient(layer: LayerUpdate) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
-    """A node of the region that asks for all of G before the write-back may begin: for a number of it, or for N."""
+    """A node of the region that asks for more of G than an element in its place: for a number of it, for N, or for
+    elements in another order."""
     behind = {node for node, _ in readers_of_gradient(layer)}
+    foreign = next((node for node in layer.region if node in behind and node.target not in _IN_PLACE), None)
+    if foreign is not None:
+        return foreign
     inner = set(operands(layer.up)) if layer.projector else set()
     inner |= {anchor.args[1] for anchor in layer.anchors if anchor.args[0] not in layer.parameter}
     for node in reversed(layer.region):
@@ -220,6 +226,7 @@ def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
     return None
 
 
+_IN_PLACE = frozenset(POINTWISE) | VIEWS
 _OVER_ROWS = frozenset(
     {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default}
 )

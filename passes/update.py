@@ -284,11 +284,11 @@ MOST_INSIDE = 64
 def _through_inside(facts: Facts, inner: fx.Node, weight: tuple[Any, ...]) -> list[fx.Node]:
     """The products that a node follows from, through those of what follows from R as well: no larger than it, and with
     no operand that is shaped like the weight."""
-    sizes, found = set(shape(inner)), dict.fromkeys(facts.gemms(inner))
+    sizes, found = set(map(str, shape(inner))), dict.fromkeys(facts.gemms(inner))
     pending = list(found)
     while pending and len(found) <= MOST_INSIDE:
         gemm = pending.pop()
-        if sizes.issuperset(shape(gemm)) and not any(same_sizes(each, weight) for each in operands(gemm)):
+        if sizes.issuperset(map(str, shape(gemm))) and not any(same_sizes(each, weight) for each in operands(gemm)):
             new = [other for source in gemm.all_input_nodes for other in facts.gemms(source) if other not in found]
             found.update(dict.fromkeys(new))
             pending.extend(new)

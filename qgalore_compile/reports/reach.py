@@ -216,7 +216,8 @@ class Entry(NamedTuple):
             return False
         formats = self.group.formats
         own = formats.moments_of(self.group, self.parameter)
-        firsts = (formats.names[0], own.names[0], own.names[len(own.first.parts)])
+        second = len(own.first.parts)
+        firsts = (formats.names[0], own.names[0], *own.names[second : second + 1])  # some rules keep one moment
         return self.key in (*formats.names, *own.names) and self.key not in firsts
 
     @property

@@ -34,7 +34,11 @@ ONCE = replace(Schedule.first(10, 1), clock=5, last=0, refreshes=1)  # refreshed
 
 FLAWS = {
     "gradient returned": "the step returns Σ G beside the loss",
-    "gradient in the update": "G itself is added to the update, as Fira does",
+    "gradient in the update": "G itself is added to the update, as Fira does: found, and taken from its factors",
+    "a number of the gradient": "G is added where its largest element is above 1: all of G is needed first",
+    "sums of its columns": "G is added where its column's sum is above 0, likewise",
+    "rows in another order": "G is added upside down",
+    "factors of another product": "a product of other factors is added, shaped like G",
     "gradient in a state": "the momentum of another layer takes a statistic of G",
     "gradient twice": "G + G, the same product as two terms",
     "foreign projector": "projected back with a projector of its own",
@@ -43,18 +47,32 @@ FLAWS = {
     "swapped operands": "all is square, and projected back with P on the other side",
     "foreign state": "the momentum takes part of another layer's momentum",
     "one state for two": "two layers' momenta are added up in one state",
-    "product inside": "another matrix product stands between the projections",
+    "product inside": "N is multiplied with products of itself, as Muon does: found",
+    "foreign product inside": "N is multiplied with a product of other things",
     "written twice": "the weight is a state of another layer's update too",
 }
 """What may be wrong with a layer."""
 
+READINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a number of the gradient": lambda g: torch.where(g.amax() > 1, g, 0.0),
+    "sums of its columns": lambda g: torch.where(g.sum(0, keepdim=True) > 0, g, 0.0),
+    "rows in another order": lambda g: g.flip(0),
+    "factors of another product": lambda g: (
+        torch.ones(g.shape[0], 2, dtype=g.dtype) @ g[:2] if len(g) > 1 else g.amax() * g
+    ),
+}
+"""What is read of G in place of its elements, by the flaw."""
+
 REFUSED = {
-    "gradient in the update",
+    "a number of the gradient",
+    "sums of its columns",
+    "rows in another order",
+    "factors of another product",
+    "foreign product inside",
     "foreign projector",
     "another decoding",
     "transposed projector",
     "swapped operands",
-    "product inside",
 }
 """Flaws with which a layer must not be matched.  With others it may be, though its gradient must not be taken apart."""
 
@@ -236,6 +254,10 @@ class Step:
             momentum = momentum + of.momenta[other].mean()
         if layer.flaw == "product inside":
             update = update @ (update.t() @ update)
+        if layer.flaw == "foreign product inside":
+            width = update.shape[1]
+            ones = torch.ones(width, 2, dtype=update.dtype)
+            update = update @ (ones * of.parts["q"][index][0].sum().to(update.dtype) @ ones.t())
         projector = self._projector(layer, of.projectors[index], of.gradients[index].dtype)
         foreign = of.parts["q"][index][0].to(projector.dtype)
         back = self._up(layer, update.to(projector.dtype), projector, foreign)
@@ -244,6 +266,8 @@ class Step:
             new = new - layer.decay * of.weights[index].to(torch.float32)
         if layer.flaw == "gradient in the update":
             new = new - 0.5 * of.gradients[index].to(torch.float32)
+        elif layer.flaw in READINGS:
+            new = new - 0.5 * READINGS[layer.flaw](of.gradients[index]).to(torch.float32)
         if layer.flaw == "written twice":
             new = new + of.weights[other].sum().to(torch.float32) * 0 + of.parts["v"][other][0].sum()
         if layer.flaw == "gradient in a state":

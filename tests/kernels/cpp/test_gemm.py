@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgalore_compile import formats
 from qgalore_compile.kernels.cpp import gemm as gemm_cpu
-from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand
+from qgalore_compile.kernels.ir.gemm import VALUE, Factors, GemmProgram, Operand
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 
 M, N, K = 37, 45, 13
@@ -133,3 +133,48 @@ def test_blocks_of_a_prologue_begin_at_a_group_of_both_programs(monkeypatch: pyt
     right.tensors, right.operand = list(codes[:3]), Operand(made, False)
     right.matrix = formats.dequantize_int4(*codes[:3], N, 12)
     run(left, right, torch.float32, 1500, monkeypatch)
+
+
+# -- several products -------------------------------------------------------------------------------------------------
+
+
+def sum_of_three() -> BlockProgram:
+    """w ← w - lr · (product + scale ∘ gradient ∘ other), the scale a number for each column."""
+    made = program(
+        Space(M, N, GROUP), "product f32 element in", "gradient f32 element in", "other f32 element in",
+        "w f32 element inout", "lr f32 scalar in", "scale f32 column in",
+    )  # fmt: skip
+    scaled = made.emit("mul", (load(made, "gradient"), load(made, "scale")))
+    total = made.emit("add", (load(made, "product"), made.emit("mul", (scaled, load(made, "other")))))
+    made.store("w", made.emit("sub", (load(made, "w"), made.emit("mul", (load(made, "lr"), total)))))
+    return made
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 20, 2048, 64])
+def test_an_epilogue_may_read_products_of_other_lengths_none_of_which_exists_as_a_whole(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm_cpu, "PRODUCT_BYTES", block_bytes)
+    monkeypatch.setattr(gemm_cpu, "OPERAND_BYTES", block_bytes)
+    lengths = {"product": 5, "gradient": K, "other": 1}
+    sides = {
+        name: (
+            Side(M, k, quantised=False, transposed=name == "gradient", dtype=torch.float32),
+            Side(k, N, quantised=name == "product", transposed=False, dtype=torch.float32),
+        )
+        for name, k in lengths.items()
+    }
+    first, *further = [Factors(left.operand, right.operand, name) for name, (left, right) in sides.items()]
+    gemm = GemmProgram(first.left, first.right, sum_of_three(), first.product, tuple(further))
+    assert GemmProgram.parse(str(gemm)) == gemm
+    old, lr, scale = torch.randn(M, N), torch.tensor(0.1), torch.randn(N)
+    product, gradient, other = (left.matrix @ right.matrix for left, right in sides.values())
+    expected = old - lr * (product + gradient * scale * other)
+    reads = [tensor for pair in sides.values() for side in pair for tensor in side.tensors]
+    w = old.clone()
+    gemm_cpu.run(str(gemm), [w], [*reads, lr, scale], [])  # compiles
+    w.copy_(old)
+    with Allocations() as seen:
+        gemm_cpu.run(str(gemm), [w], [*reads, lr, scale], [])
+    torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-5)
+    assert seen.largest <= max(block_bytes, 5 * GROUP * 4, N * 4)
