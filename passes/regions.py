@@ -214,7 +214,7 @@ def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
     if foreign is not None:
         return foreign
     inner = set(operands(layer.up)) if layer.projector else set()
-    inner |= {anchor.args[1] for anchor in layer.anchors if anchor.args[0] not in layer.parameter}
+    inner |= {stored for target, stored in map(written, layer.anchors) if target not in layer.parameter}
     for node in reversed(layer.region):
         if node in inner and node is not layer.up:
             inner.update(node.all_input_nodes)

@@ -17,7 +17,14 @@ from qgalore_compile.weights.coverage import tell_projected
 from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_layers, select_linears
 
 
-def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None, **keys: Any) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module,
+    *,
+    rank: int,
+    targets: Targets | None = None,
+    plain: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> list[dict[str, Any]]:
     """Groups for :class:`~qgalore_compile.QGaLoreAdamW`, with parameter names.
 
     What they take is one line in the log (``qgalore_compile``, INFO).
@@ -26,6 +33,7 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
         model: its trainable parameters are taken; shared ones once.
         rank: of the projected group.
         targets: the linear layers whose weights are projected, as for ``quantize_``: those of the blocks by default.
+        plain: keys of what is not projected (embedding, head, norms) where they differ, as ``plain=dict(lr=0.005)``.
         **keys: any other group key; lr, betas, eps, weight_decay, moments and rounding go to every group, the rest to
             the projected one.
 
@@ -41,28 +49,30 @@ def param_groups(model: nn.Module, *, rank: int, targets: Targets | None = None,
             smaller side; the message says why.
     """
     checks.check_keys({"rank": rank, **keys}, "param_groups")
+    checks.check_keys(dict(plain or {}), "param_groups: plain")
     _check_model(model)
     projected_ids, reasons = _projected(model, targets)
-    if others := other_layers(model):
-        reasons.append(others)
+    if not_linear := other_layers(model):
+        reasons.append(not_linear)
     shared = settings.defaults(projected=False).keys() - {"seed"}
     common = {key: value for key, value in keys.items() if key in shared}
+    common |= plain or {}
     projected: dict[str, Any] = {"params": [], "param_names": [], "rank": rank, **keys}
-    plain: dict[str, Any] = {"params": [], "param_names": [], **common}
+    others: dict[str, Any] = {"params": [], "param_names": [], **common}
     undecayed: dict[str, Any] = {"params": [], "param_names": [], **common, "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in projected_ids:
             group = projected
-        elif parameter.dim() < 2 and "weight_decay" in keys:
+        elif parameter.dim() < 2 and "weight_decay" in common:
             group = undecayed
         else:
-            group = plain
+            group = others
         group["params"].append(parameter)
         group["param_names"].append(name)
     tell_projected(model, projected["params"], rank, reasons)
-    return [group for group in (projected, plain, undecayed) if group["params"]]
+    return [group for group in (projected, others, undecayed) if group["params"]]
 
 
 def _projected(model: nn.Module, targets: Targets | None) -> tuple[set[int], list[str]]:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qgalore_compile.optim.rules import RULES
 from qgalore_compile.optim.settings import KEYS, REQUIRED
 from qgalore_compile.training.llama import PRESETS, LlamaConfig, find_preset
 from qgalore_compile.training.setting import LARGEST, MODEL, OUTPUT, STEP, Setting, of_group, of_run, option
@@ -77,6 +78,7 @@ class TrainConfig:
     )
     lr: float = of_group("lr", default=REQUIRED, check=None, above=0, help="Peak learning rate.")
     rank: int = of_group("rank")
+    rule: str = of_group("rule", check=None, choices=tuple(RULES))
     update_proj_gap: int = of_group("update_proj_gap", default=REQUIRED)
     scale: float = of_group("scale", above=0)
     refresh: str = of_group("refresh")

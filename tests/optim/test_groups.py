@@ -84,6 +84,26 @@ def test_frozen_parameters_are_left_out() -> None:
     assert "embed.weight" not in names(groups)[1]
 
 
+def test_what_is_not_projected_may_have_keys_of_its_own() -> None:
+    groups = qg.param_groups(Toy(), rank=4, lr=0.1, weight_decay=0.1, plain=dict(lr=0.02, moments="32bit"))
+    assert [group["lr"] for group in groups] == [0.1, 0.02, 0.02]
+    assert [group.get("moments") for group in groups] == [None, "32bit", "32bit"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert len(qg.param_groups(Toy(), rank=4, plain=dict(weight_decay=0.1))) == 3
+
+
+@pytest.mark.parametrize(
+    ("plain", "words"),
+    [
+        (dict(lrs=0.1), r"param_groups: plain: unknown key 'lrs'"),
+        (dict(scale=0.1), r"param_groups: plain: 'scale' has a meaning only in a projected group"),
+    ],
+)
+def test_keys_that_mean_nothing_for_them_are_refused(plain: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        qg.param_groups(Toy(), rank=4, plain=plain)
+
+
 def test_a_model_whose_parameters_are_all_projected_has_one_group() -> None:
     assert names(qg.param_groups(nn.Sequential(nn.Linear(3, 4, bias=False)), rank=2)) == [["0.weight"]]
 
