@@ -46,6 +46,7 @@ class Lowering:
         run_gemm: runs a :class:`GemmProgram` with an epilogue likewise; tensors as for ``GemmProgram.share``.
         gemm: the product of one without an epilogue, from the tensors of its operands.
         passes: names of the passes that are for its devices alone.
+        products: whether an epilogue may read several products.
         instead: whether graphs are made for it now, whatever device their tensors are on.
     """
 
@@ -57,6 +58,7 @@ class Lowering:
     run_gemm: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None]
     gemm: Callable[[str, Sequence[Tensor]], Tensor]
     passes: tuple[str, ...] = ()
+    products: bool = False
     instead: Callable[[], bool] = lambda: False
 
 
@@ -74,6 +76,12 @@ def runs(name: str, device: torch.device) -> bool:
     """Whether a pass that is for some devices alone is for this one."""
     lowering = of_graph(device)
     return lowering is not None and name in lowering.passes
+
+
+def takes_products(device: torch.device) -> bool:
+    """Whether the epilogue of a product may read several on a device, for which the graph is made."""
+    lowering = of_graph(device)
+    return lowering is not None and lowering.products
 
 
 def devices() -> tuple[str, ...]:
@@ -123,7 +131,8 @@ CPP = Lowering(
     run_program=_run_on_cpu,
     run_gemm=gemm_cpu.run,
     gemm=gemm_cpu.product,
-    passes=("embedding_gradient", "late_gradient"),
+    passes=("embedding_gradient",),
+    products=True,
 )
 
 

@@ -35,10 +35,7 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         readers = readers_of_gradient(layer)
         if not readers:
             continue
-        problem = None
-        if not lowering.runs("late_gradient", value(layer.down).device):
-            problem = "kernels of this device take one product in a write-back"
-        problem = problem or kept(layer, context) or _obstacle(layer, readers)
+        problem = kept(layer, context) or _obstacle(layer, readers)
         if problem is not None:
             record.skip(layer.up, problem)
             continue
@@ -59,6 +56,8 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
 
 def _obstacle(layer: LayerUpdate, readers: list[tuple[fx.Node, fx.Node]]) -> str | None:
     """Why the readers cannot have a product of their own."""
+    if layer.projector and not lowering.takes_products(value(layer.down).device):
+        return "kernels of this device take one product in a write-back"
     if layer.projector and layer.up.target is not aten.mm.default:
         return "the product with the projector adds something by itself"
     sources = {source for _, source in readers}

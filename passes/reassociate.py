@@ -82,7 +82,8 @@ def obstacle(layer: LayerUpdate) -> str | None:
 
 def late_readers(layer: LayerUpdate) -> set[fx.Node]:
     """Nodes of the write-back that read the gradient, and can be given a product of their own."""
-    if not lowering.runs("late_gradient", value(layer.down).device):
+    device = value(layer.down).device
+    if lowering.of_graph(device) is None or (layer.projector and not lowering.takes_products(device)):
         return set()
     return {node for node, _ in readers_of_gradient(layer)}
 

@@ -114,6 +114,16 @@ def test_moments_that_the_refresh_rotates_are_read_and_written_by_the_kernels_be
         assert_rounded_alike(found, expected, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["fira", "apollo", "muon"])
+def test_steps_by_another_rule_are_eagers(rule: str, calls: Calls) -> None:
+    """Every layer is fused, which the option `strict` asks for."""
+    settings: dict[str, Any] = {"update_proj_gap": 3, "rule": rule, "quant": False}
+    for _, found, expected in steps(
+        lambda: toy(int8=True, **settings), lambda index: tokens(2, 5, seed=index), calls, count=2
+    ):
+        assert_rounded_alike(found, expected, tolerance=1e-4)
+
+
 def linears(dtype: torch.dtype) -> tuple[nn.Module, qg.QGaLoreAdamW]:
     """One layer projected on the right and one on the left."""
     model = nn.Sequential(nn.Linear(48, 80, bias=False), nn.SiLU(), nn.Linear(80, 32, bias=False)).to(dtype)
