@@ -140,8 +140,6 @@ CPP = Lowering(
 
 
 def _fits_a_gpu(program: Program, read: Sequence[Tensor], device: torch.device) -> Refusal | None:
-    if isinstance(program, GemmProgram) and program.further:
-        return Refusal.PRODUCTS
     target = triton_kernels.target_of(device)
     return None if triton_kernels.has_tile(program, read, target, triton_kernels.precision()) else Refusal.TILE
 
@@ -155,6 +153,7 @@ TRITON = Lowering(
     run_gemm=triton_kernels.run_product,
     gemm=triton_kernels.product,
     passes=("decode_first", "triton_calls"),
+    products=True,
     instead=triton_kernels.is_made_for,
 )
 

@@ -115,10 +115,12 @@ class _Made:
     def _strided(self, program: GemmProgram, reads: list[fx.Node]) -> list[fx.Node]:
         """What a product reads, plain operands with strides that are known."""
         reads = list(reads)
-        for at, operand in ((0, program.left), (program.left.tensors(), program.right)):
+        at = 0
+        for operand in (each for left, right, _ in program.products for each in (left, right)):
             if operand.prologue is None and triton_kernels.matrix(value(reads[at])) is None:
                 layout = torch.contiguous_format
                 reads[at] = make(self.graph, aten.clone.default, reads[at], memory_format=layout)
+            at += operand.tensors()
         return reads
 
     def _size(self, program: GemmProgram, reads: list[fx.Node], dim: int, size: Any) -> Any:

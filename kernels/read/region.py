@@ -32,7 +32,6 @@ class Refusal(Enum):
     STRIDES = "a tensor that is not contiguous"
     SIZE = "a size that is not known before the step runs"
     DRAWS = "an operand that draws random bits as it is decoded, which products would do once for each block of theirs"
-    PRODUCTS = "a write-back of several products, which kernels of this device do not compute yet"
     TILE = "groups that are too wide for any tile of this GPU; a smaller group size is fused"
 
 

@@ -43,6 +43,8 @@ _ALIGNED = 8
 def decodes_first(product: Product, target: Target) -> bool:
     """Whether decoding before the product is faster, by the model of :mod:`qgalore_compile.kernels.triton.tiling`, or
     the only way, as for operands that are decoded in whole groups."""
+    if product.further:
+        return False  # operands of several products are decoded in their tiles, or the graph has another form
     plain = decoded(product)
     if plain == product:
         return False

@@ -1,7 +1,8 @@
 """A :class:`GemmProgram` as one Triton kernel: operands decoded as tiles are loaded, the epilogue run on the tile that
 the product left in registers.
 
-A program instance computes one tile of the product.  Where the epilogue reduces over groups, or writes one value for
+A program instance computes one tile of the product, or of several products of the same rows and columns, whose sums it
+keeps beside one another.  Where the epilogue reduces over groups, or writes one value for
 each, a tile takes whole groups, so that a weight's write-back needs one pass over it.  The product goes to the epilogue
 in float32, not rounded to the operands' type.
 
@@ -37,6 +38,14 @@ class Tiling(NamedTuple):
     band: int = 8
 
 
+class Further(NamedTuple):
+    """What is known of a further product: its operands' tensors, where they are not decoded, and its k."""
+
+    left: Matrix | None
+    right: Matrix | None
+    k: int
+
+
 class Product(NamedTuple):
     """A product whose sizes and memory are known.
 
@@ -47,6 +56,7 @@ class Product(NamedTuple):
         memory: format of the operands.
         precision: of products of float32 numbers: "ieee"; "tf32" for the tensor cores' 10 bits; "tf32x3" for three such
             products, whose error is about that of float32.
+        further: of the program's further products.
     """
 
     program: GemmProgram
@@ -55,6 +65,20 @@ class Product(NamedTuple):
     sizes: tuple[int | None, int | None, int]
     memory: str
     precision: str = "ieee"
+    further: tuple[Further, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Product, ...]:
+        """Each of the products by itself, with the epilogue that reads all of them."""
+        if not self.program.further:
+            return (self,)
+        m, n, _ = self.sizes
+        known = (Further(self.left, self.right, self.sizes[2]), *self.further)
+        return tuple(
+            Product(GemmProgram(left, right, self.program.epilogue, name), each.left, each.right, (m, n, each.k),
+                    self.memory, self.precision)
+            for (left, right, name), each in zip(self.program.products, known, strict=True)
+        )  # fmt: skip
 
     @property
     def width(self) -> int | None:
@@ -73,7 +97,7 @@ class Product(NamedTuple):
     def decodes_groups(self) -> bool:
         """Whether an operand is decoded a whole group at a time, as one that is rotated back: a tile of it takes k in
         parts, so there is none, and it is to be decoded before (``decode_first.py``)."""
-        prologues = (self.program.left.prologue, self.program.right.prologue)
+        prologues = (each.prologue for left, right, _ in self.program.products for each in (left, right))
         return any(each is not None and needs_groups(each) for each in prologues)
 
     @property
@@ -84,10 +108,19 @@ class Product(NamedTuple):
     def signature(self) -> dict[str, str]:
         """The kernel's arguments in order and Triton's types of them."""
         program, pointer, found = self.program, f"*{MEMORY[self.memory].pointer}", dict[str, str]()
-        for prefix, name, operand in (("l_", "left", program.left), ("r_", "right", program.right)):
-            found |= {name: pointer} if operand.prologue is None else signature(operand.prologue, prefix, VALUE)
-        found |= signature(program.epilogue, "e_", program.product) if program.epilogue else {"product": pointer}
+        for index, (left, right, _) in enumerate(program.products):
+            for (prefix, name), operand in zip(names_of(index), (left, right), strict=True):
+                found |= {name: pointer} if operand.prologue is None else signature(operand.prologue, prefix, VALUE)
+        leave = [name for _, _, name in program.products]
+        found |= signature(program.epilogue, "e_", *leave) if program.epilogue else {"product": pointer}
         return found | {name: "i32" for name, size in zip("mn", self.sizes[:2], strict=True) if size is None}
+
+
+def names_of(index: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(the prefix of a decoded operand's arguments, the argument of one that is not) of the left operand and of the
+    right one, of the first product or a further one."""
+    at = str(index or "")
+    return (f"l{at}_", f"left{at}"), (f"r{at}_", f"right{at}")
 
 
 def needs_groups(program: BlockProgram) -> bool:
@@ -111,13 +144,13 @@ def print_gemm(product: Product, tiling: Tiling, name: str = "gemm") -> str:
 
 
 def _programs(program: GemmProgram) -> list[BlockProgram]:
-    return [each for each in (program.left.prologue, program.right.prologue, program.epilogue) if each]
+    prologues = [each.prologue for left, right, _ in program.products for each in (left, right)]
+    return [each for each in (*prologues, program.epilogue) if each]
 
 
 class _Kernel:
     def __init__(self, product: Product, tiling: Tiling) -> None:
         self.product, self.program, self.tiling = product, product.program, tiling
-        self.k = product.sizes[2]
         self.kind = MEMORY[product.memory].triton
 
     def lines(self, name: str) -> Iterator[str]:
@@ -143,17 +176,9 @@ class _Kernel:
         if masked_n:
             group = f" & (tl.arange(0, {tiling.n}) < {step})" if step != tiling.n else ""
             yield f"    in_n = (at_n < {n}){group}"
-        yield f"    acc = tl.full(({tiling.m}, {tiling.n}), 0.0, tl.float32)"
-        yield f"    for first_k in range(0, {self.k}, {tiling.k}):"
-        yield f"        at_k = first_k + tl.arange(0, {tiling.k})"
         masks = {"m": "in_m" if masked_m else None, "n": "in_n" if masked_n else None, "k": None}
-        if self.k % tiling.k:
-            yield f"        in_k = at_k < {self.k}"
-            masks["k"] = "in_k"
-        yield from self._operand("left", "l_", self.program.left, self.product.left, ("m", "k"), masks)
-        yield from self._operand("right", "r_", self.program.right, self.product.right, ("k", "n"), masks)
-        precision = f', input_precision="{self.product.precision}"' if self.product.memory == "f32" else ""
-        yield f"        acc = tl.dot(a_left, a_right, acc{precision})"
+        for index, part in enumerate(self.product.parts):
+            yield from self._sum(f"acc{index or ''}", index, part, masks)
         inside = _both([masks["m"], masks["n"]])
         if self.program.epilogue is None:
             row = "at_m" if isinstance(n, int) and _fit(self.product.sizes[:2], (n, 1)) else "at_m.to(tl.int64)"
@@ -162,9 +187,24 @@ class _Kernel:
         else:
             yield from self._epilogue(self.program.epilogue, masks, inside)
 
+    def _sum(self, acc: str, index: int, part: Product, masks: dict[str, str | None]) -> Iterator[str]:
+        """A tile of one of the products, in float32."""
+        tiling, k = self.tiling, part.sizes[2]
+        yield f"    {acc} = tl.full(({tiling.m}, {tiling.n}), 0.0, tl.float32)"
+        yield f"    for first_k in range(0, {k}, {tiling.k}):"
+        yield f"        at_k = first_k + tl.arange(0, {tiling.k})"
+        masks["k"] = "in_k" if k % tiling.k else None
+        if masks["k"]:
+            yield f"        in_k = at_k < {k}"
+        left, right = names_of(index)
+        yield from self._operand("left", *left, part, part.program.left, part.left, ("m", "k"), masks)
+        yield from self._operand("right", *right, part, part.program.right, part.right, ("k", "n"), masks)
+        precision = f', input_precision="{part.precision}"' if part.memory == "f32" else ""
+        yield f"        {acc} = tl.dot(a_left, a_right, {acc}{precision})"
+
     def _operand(
-        self, name: str, prefix: str, operand: Operand, matrix: Matrix | None, dims: tuple[str, str],
-        masks: dict[str, str | None],
+        self, name: str, prefix: str, argument: str, part: Product, operand: Operand, matrix: Matrix | None,
+        dims: tuple[str, str], masks: dict[str, str | None],
     ) -> Iterator[str]:  # fmt: skip
         """A tile of an operand, ``a_left`` or ``a_right``."""
         inside = _both([masks[dim] for dim in dims])
@@ -172,16 +212,16 @@ class _Kernel:
             assert matrix is not None
             strides = matrix.strides[::-1] if operand.transposed else matrix.strides
             rows, columns = (f"at_{dim}" for dim in dims)
-            sizes = [self.product.sizes["mnk".index(dim)] for dim in dims]
+            sizes = [part.sizes["mnk".index(dim)] for dim in dims]
             if not _fit(sizes, strides):
                 rows, columns = (rows, f"{columns}.to(tl.int64)") if strides[0] < strides[1] else (
                     f"{rows}.to(tl.int64)", columns)  # fmt: skip
             place = f"{rows}[:, None] * {strides[0]} + {columns}[None, :] * {strides[1]}"
-            yield f"        a_{name} = tl.load({name} + ({place}){inside and f', mask={inside}, other=0'})"
+            yield f"        a_{name} = tl.load({argument} + ({place}){inside and f', mask={inside}, other=0'})"
             return
         row, column = dims[::-1] if operand.transposed else dims
         size = (getattr(self.tiling, row), getattr(self.tiling, column))
-        body = Body(operand.prologue, self._tile(operand.prologue, size, row, column, masks), prefix)
+        body = Body(operand.prologue, self._tile(part, operand.prologue, size, row, column, masks), prefix)
         yield from (f"        {line}" for line in body.values())
         value = f"({body.result(VALUE)}).to({self.kind})"
         if body.tile.layout == "groups":
@@ -192,8 +232,9 @@ class _Kernel:
         yield f"        a_{name} = {f'tl.where({inside}, {value}, 0.0)' if inside and masks['k'] else value}"
 
     def _tile(
-        self, program: BlockProgram, size: tuple[int, int], row: str, column: str, masks: dict[str, str | None]
-    ) -> Tile:
+        self, part: Product, program: BlockProgram, size: tuple[int, int], row: str, column: str,
+        masks: dict[str, str | None],
+    ) -> Tile:  # fmt: skip
         """The tile of a program over rows and columns of the product's dimensions ``row`` and ``column``."""
         width, (rows, columns) = program.space.width, size
         step = self.product.step(columns) if column == "n" else columns
@@ -211,7 +252,7 @@ class _Kernel:
             at = f"({first} + tl.arange(0, {columns})).reshape({groups}, {width})"
             found = {"row": masks[row]}
             if masks[column]:
-                found["column"] = f"({at} < {self._size(column)})"
+                found["column"] = f"({at} < {part.sizes['mnk'.index(column)] or column})"
             row_mask = masks[row]
             by_row = f"{row_mask}[:, None]" if row_mask else None
             by_group = f"({group} < {program.space.groups})" if masks[column] else None
@@ -226,14 +267,12 @@ class _Kernel:
         aligned = first if step % 8 == 0 else None
         return Tile(layout, f"at_{row}", at, group, {k: v for k, v in found.items() if v}, aligned, step, shape)
 
-    def _size(self, dim: str) -> str:
-        size = self.product.sizes["mnk".index(dim)]
-        return dim if size is None else str(size)
-
     def _epilogue(self, program: BlockProgram, masks: dict[str, str | None], inside: str) -> Iterator[str]:
-        tile = self._tile(program, (self.tiling.m, self.tiling.n), "m", "n", masks)
-        given = "acc" if tile.layout != "groups" else f"acc.reshape({tile.shape})"
-        body = Body(program, tile, "e_", (self.program.product, given))
+        tile = self._tile(self.product, program, (self.tiling.m, self.tiling.n), "m", "n", masks)
+        sums = {name: f"acc{index or ''}" for index, (_, _, name) in enumerate(self.program.products)}
+        if tile.layout == "groups":
+            sums = {name: f"{acc}.reshape({tile.shape})" for name, acc in sums.items()}
+        body = Body(program, tile, "e_", sums)
         yield from (f"    {line}" for line in [*body.values(), *body.stores()])
 
 

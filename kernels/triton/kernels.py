@@ -20,12 +20,12 @@ from torch import Tensor
 
 from qgalore_compile._torch import PyCodeCache
 from qgalore_compile.kernels.ir.dynamic8 import expanded
-from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, named, parsed
+from qgalore_compile.kernels.ir.gemm import VALUE, Factors, GemmProgram, named, parsed
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.triton import looked_at
 from qgalore_compile.kernels.triton.decode_first import decodes_first
-from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling, print_gemm
+from qgalore_compile.kernels.triton.gemm import Further, Matrix, Product, Tiling, names_of, print_gemm
 from qgalore_compile.kernels.triton.printer import params, print_region, signature
 from qgalore_compile.kernels.triton.targets import Target
 from qgalore_compile.kernels.triton.tiling import NoTilingError, in_bands, region_blocks, tiling, tilings
@@ -126,10 +126,10 @@ def _product_kernel(product: Product, chosen: Tiling) -> Kernel:
 @lru_cache(maxsize=1024)
 def kernel_of(
     text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
-    precision: str, target: Target, look: bool = False,
+    precision: str, further: tuple[Further, ...], target: Target, look: bool = False,
 ) -> Kernel:  # fmt: skip
     """The kernel of a product's text; one a process."""
-    return product_kernel(Product(parsed(text), left, right, sizes, memory, precision), target, look=look)
+    return product_kernel(Product(parsed(text), left, right, sizes, memory, precision, further), target, look=look)
 
 
 @lru_cache(maxsize=1024)
@@ -158,8 +158,8 @@ def choose_together(calls: Iterable[tuple[str, Sequence[Tensor], torch.device]])
             jobs[text, target] = partial(region_of, text, target)
             continue
         found, _ = product_of(parsed(text), read, target, precision())
-        if all(known is not None or operand.prologue is not None for known, operand in (
-            (found.left, found.program.left), (found.right, found.program.right)
+        if all(known is not None or operand.prologue is not None for part in found.parts for known, operand in (
+            (part.left, part.program.left), (part.right, part.program.right)
         )):  # fmt: skip
             jobs[text, found[1:], target] = partial(kernel_of, text, *found[1:], target, True)
 
@@ -208,9 +208,9 @@ def has_tile(program: BlockProgram | GemmProgram, read: Sequence[Tensor], target
 @lru_cache(maxsize=1024)
 def _has_tile(
     text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
-    precision: str, target: Target,
+    precision: str, further: tuple[Further, ...], target: Target,
 ) -> bool:  # fmt: skip
-    product = Product(parsed(text), left, right, sizes, memory, precision)
+    product = Product(parsed(text), left, right, sizes, memory, precision, further)
     try:
         return bool(tilings(product, target))
     except NoTilingError:
@@ -240,14 +240,10 @@ def product_of(
     program: GemmProgram, read: Sequence[Tensor], target: Target, precision: str
 ) -> tuple[Product, tuple[Any, Any]]:
     """(a call's product and what is known of its operands, its m and n), from their tensors, real or fake."""
-    (left, right), *_ = program.operands(read)
+    (left, right), *_ = operands = program.operands(read)
     m, n = program.left.size(left, 0), program.right.size(right, 1)
-    k = program.left.size(left, 1)
-    if not isinstance(k, int):
-        k = program.right.size(right, 0)
-    first, second = (
-        matrix(tensors[0]) if operand.prologue is None else None
-        for operand, tensors in ((program.left, left), (program.right, right))
+    (first, second, k), *further = (
+        _known(factors, each) for factors, each in zip(program.products, operands, strict=True)
     )
     memory = next(
         FORMATS[tensors[0].dtype] if operand.prologue is None else operand.prologue.buffer(VALUE).memory
@@ -257,7 +253,17 @@ def product_of(
         # Triton 3.7 takes what was decoded from bytes for exact in 10 bits, and multiplies it in tf32; 3.9 does not
         precision = "tf32x3"
     sizes = tuple(each if isinstance(each, int) else None for each in (m, n))
-    return Product(program, first, second, (sizes[0], sizes[1], k), memory, precision), (m, n)
+    return Product(program, first, second, (sizes[0], sizes[1], k), memory, precision, tuple(further)), (m, n)
+
+
+def _known(factors: Factors, tensors: tuple[list[Tensor], list[Tensor]]) -> Further:
+    """What is known of one product's operands."""
+    (left, right), operands = tensors, (factors.left, factors.right)
+    first, second = (
+        matrix(given[0]) if each.prologue is None else None for each, given in zip(operands, tensors, strict=True)
+    )
+    k = factors.left.size(left, 1)
+    return Further(first, second, k if isinstance(k, int) else factors.right.size(right, 0))
 
 
 def bind(
@@ -268,13 +274,14 @@ def bind(
         found = named(program, written, read)
         values = dict(zip(program.numbers, numbers, strict=True))
         return dict(found), values, [each.name for each in program.written()]
-    ((left, right), *_), own = program.share(written, read)
+    operands, own = program.share(written, read)
     tensors: dict[str, Any] = {}
-    for prefix, name, operand, given in (("l_", "left", program.left, left), ("r_", "right", program.right, right)):
-        if operand.prologue is None:
-            tensors[name] = given[0]
-        else:
-            tensors |= {f"{prefix}{each}": tensor for each, tensor in operand.named(given).items()}
+    for index, (factors, pair) in enumerate(zip(program.products, operands, strict=True)):
+        for (prefix, name), operand, given in zip(names_of(index), factors[:2], pair, strict=True):
+            if operand.prologue is None:
+                tensors[name] = given[0]
+            else:
+                tensors |= {f"{prefix}{each}": tensor for each, tensor in operand.named(given).items()}
     if program.epilogue is None:
         return tensors, {}, []
     tensors |= {f"e_{each}": tensor for each, tensor in own.items()}

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qgalore_compile.kernels.ir.dynamic8 import expanded
@@ -85,11 +85,13 @@ class Body:
         program: what to print.
         tile: where.
         prefix: of the names of its variables and arguments.
-        given: the buffer whose value a variable holds already, in float32 and in the shape of elements.
+        given: buffers whose value a variable holds already, in float32 and in the shape of elements.
     """
 
-    def __init__(self, program: BlockProgram, tile: Tile, prefix: str = "", given: tuple[str, str] = ("", "")) -> None:
-        self.program, self.tile, self.prefix, self.given = expanded(program), tile, prefix, given
+    def __init__(
+        self, program: BlockProgram, tile: Tile, prefix: str = "", given: Mapping[str, str] | None = None
+    ) -> None:
+        self.program, self.tile, self.prefix, self.given = expanded(program), tile, prefix, given or {}
 
     def values(self) -> Iterator[str]:
         """Loads and arithmetic."""
@@ -172,8 +174,8 @@ class Body:
         return f"tl.reduce({source}, {len(self.tile.shape) - 1}, {combine})"
 
     def _load(self, name: str, kind: str) -> str:
-        if name == self.given[0]:
-            return self.given[1]
+        if name in self.given:
+            return self.given[name]
         buffer = self.program.buffer(name)
         mask = self._mask(buffer.extent)
         loaded = f"tl.load({self._pointer(name)}{mask and f', mask={mask}, other=0'})"
@@ -365,11 +367,11 @@ def params(program: BlockProgram, prefix: str = "") -> frozenset[str]:
     return frozenset(f"{prefix}{each.names[1]}" for each in draws)
 
 
-def signature(program: BlockProgram, prefix: str = "", leave: str = "") -> dict[str, str]:
+def signature(program: BlockProgram, prefix: str = "", *leave: str) -> dict[str, str]:
     """A kernel's arguments in order and Triton's types of them: buffers without ``leave``, then numbers."""
     pointers = params(program, prefix)
     buffers = {
-        f"{prefix}{each.name}": f"*{MEMORY[each.memory].pointer}" for each in program.buffers if each.name != leave
+        f"{prefix}{each.name}": f"*{MEMORY[each.memory].pointer}" for each in program.buffers if each.name not in leave
     }
     names = (f"{prefix}{name}" for name in program.numbers)
     return buffers | {name: "*i32" if name in pointers else "i64" for name in names}

@@ -195,7 +195,12 @@ def _candidates(product: Product, target: Target) -> Iterator[Tiling]:
 
 
 def registers(product: Product, tiling: Tiling, target: Target) -> float:
-    """Estimate of a thread's registers."""
+    """Estimate of a thread's registers; of several products all but one are sums that wait for the epilogue."""
+    own = tiling.m * tiling.n / (tiling.warps * target.warp_size)
+    return max(_registers(part, tiling, target) for part in product.parts) + own * len(product.further)
+
+
+def _registers(product: Product, tiling: Tiling, target: Target) -> float:
     size = MEMORY[product.memory].bytes
     own = tiling.m * tiling.n / (tiling.warps * target.warp_size)
     if product.exact:  # no tensor cores: a thread holds k of each operand
@@ -239,6 +244,10 @@ def _warps(tiling: Tiling, target: Target) -> tuple[int, int]:
 def shared(product: Product, tiling: Tiling) -> float:
     """Estimate of a block's shared memory in bytes: operands of each stage as they are loaded, decoded ones once, and a
     tile that changes its layout."""
+    return max(_shared(part, tiling) for part in product.parts)
+
+
+def _shared(product: Product, tiling: Tiling) -> float:
     size = MEMORY[product.memory].bytes
     loaded = decoded = 0.0
     for side, operand, kept in zip((tiling.m, tiling.n), _operands(product), (0, 1), strict=True):
@@ -256,6 +265,24 @@ def shared(product: Product, tiling: Tiling) -> float:
 
 def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     """Estimate of a kernel's time."""
+    loops = [_loop_cycles(part, tiling, target) for part in product.parts]
+    products, decoded = (math.fsum(loop[at] for loop in loops) for at in (0, 1))
+    k = sum(loop[2] for loop in loops)
+    parts = [products, decoded, _epilogue_cycles(product, tiling)]
+    held = target.occupancy(
+        min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
+    ).blocks
+    if held == 0:
+        return math.inf
+    cycles = sum(parts) - (_OVERLAP * (sum(parts) - max(parts)) if held > 1 else 0)
+    # one block alone does not overlap its loads and its arithmetic, whatever its stages
+    alone = 1.3 if held * tiling.warps < 8 else 1.0
+    waves = max(1.0, math.prod(grid(product, tiling, *grid_sizes(product))) / (target.multiprocessors * held))
+    return waves * (held * cycles * alone + k / tiling.k * _BARRIER[tiling.stages]) / _CLOCK
+
+
+def _loop_cycles(product: Product, tiling: Tiling, target: Target) -> tuple[float, float, int]:
+    """Of one product's tile: cycles of its multiply-adds or loads, of decoding, and its k in whole steps."""
     k = -(-product.sizes[2] // tiling.k) * tiling.k
     size = MEMORY[product.memory].bytes
     bytes_in = sum(k * side * element_bytes(product, operand, loaded=True)
@@ -267,17 +294,7 @@ def seconds(product: Product, tiling: Tiling, target: Target) -> float:
     )
     sides = zip((tiling.m, tiling.n), _operands(product), strict=True)
     decoded = sum(k * side * decoding(operand.prologue) for side, operand in sides if operand.prologue)
-    parts = [products, decoded / 128, _epilogue_cycles(product, tiling)]
-    held = target.occupancy(
-        min(255, int(registers(product, tiling, target))), int(shared(product, tiling)), tiling.warps
-    ).blocks
-    if held == 0:
-        return math.inf
-    cycles = sum(parts) - (_OVERLAP * (sum(parts) - max(parts)) if held > 1 else 0)
-    # one block alone does not overlap its loads and its arithmetic, whatever its stages
-    alone = 1.3 if held * tiling.warps < 8 else 1.0
-    waves = max(1.0, math.prod(grid(product, tiling, *grid_sizes(product))) / (target.multiprocessors * held))
-    return waves * (held * cycles * alone + k / tiling.k * _BARRIER[tiling.stages]) / _CLOCK
+    return products, decoded / 128, k
 
 
 def decoding(prologue: BlockProgram) -> int:
@@ -340,7 +357,8 @@ def _epilogue_bytes(product: Product, tiling: Tiling) -> float:
     epilogue = product.program.epilogue
     if epilogue is None:
         return tiling.m * tiling.n * MEMORY[product.memory].bytes
-    own = epilogue.bytes() - epilogue.bytes_of(epilogue.buffer(product.program.product))
+    given = sum(epilogue.bytes_of(epilogue.buffer(name)) for _, _, name in product.program.products)
+    own = epilogue.bytes() - given
     return own * tiling.m * tiling.n / math.prod(epilogue.space[:2])
 
 
@@ -365,11 +383,13 @@ def traffic(product: Product, tiling: Tiling, target: Target, held: int = 1) -> 
     order, tiles in waves of ``held`` a multiprocessor; what the epilogue touches is touched once and passes through.
     """
     m, n = grid_sizes(product)
-    k, (down, across) = product.sizes[2], grid(product, tiling, m, n)
-    sides = dict(zip("mn", _operands(product), strict=True))
-    panel = {"m": tiling.m * k * element_bytes(product, sides["m"]),
-             "n": product.step(tiling.n) * k * element_bytes(product, sides["n"])}  # fmt: skip
-    operands = sum(operand_bytes(product, sides[side], k, size) for side, size in (("m", m), ("n", n)))
+    down, across = grid(product, tiling, m, n)
+    lengths = {"m": tiling.m, "n": product.step(tiling.n)}
+    parts = [(part, part.sizes[2], dict(zip("mn", _operands(part), strict=True))) for part in product.parts]
+    panel = {side: sum(length * k * element_bytes(part, sides[side]) for part, k, sides in parts)
+             for side, length in lengths.items()}  # fmt: skip
+    operands = sum(operand_bytes(part, sides[side], k, size) for part, k, sides in parts
+                   for side, size in (("m", m), ("n", n)))  # fmt: skip
     own = _epilogue_bytes(product, tiling) * m * n / (tiling.m * tiling.n)
     cache: OrderedDict[tuple[str, int], float] = OrderedDict()
     loaded = widest = 0.0
@@ -385,8 +405,8 @@ def traffic(product: Product, tiling: Tiling, target: Target, held: int = 1) -> 
             cache.move_to_end(each)
         while sum(cache.values()) > target.l2_bytes and len(cache) > 1:
             cache.popitem(last=False)
-    asked = sum(k * side * element_bytes(product, operand, loaded=True)
-                for side, operand in ((tiling.m, sides["m"]), (product.step(tiling.n), sides["n"])))  # fmt: skip
+    asked = sum(k * length * element_bytes(part, sides[side], loaded=True) for part, k, sides in parts
+                for side, length in lengths.items())  # fmt: skip
     issued = down * across * asked + own
     return Traffic(operands + own, issued, loaded + own, widest)
 

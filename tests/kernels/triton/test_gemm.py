@@ -21,11 +21,12 @@ pytest.importorskip("triton")
 import interpreted
 
 from qgalore_compile import formats, rng
-from qgalore_compile.kernels.ir.gemm import GemmProgram, Operand
+from qgalore_compile.kernels.ir.gemm import Factors, GemmProgram, Operand
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Space
 from qgalore_compile.kernels.triton import kernels as triton_kernels
-from qgalore_compile.kernels.triton.gemm import Matrix, Product, Tiling, needs_groups, print_gemm
+from qgalore_compile.kernels.triton import looked_at
+from qgalore_compile.kernels.triton.gemm import Further, Matrix, Product, Tiling, needs_groups, print_gemm
 from qgalore_compile.kernels.triton.kernels import Kernel, product_kernel
 from qgalore_compile.kernels.triton.targets import Target
 from qgalore_compile.kernels.triton.tiling import place
@@ -251,6 +252,65 @@ def test_every_tiling_gives_the_same_bits() -> None:
     for other in results[1:]:
         for name, one in results[0].items():
             assert torch.equal(one, other[name]), name
+
+
+# -- several products -------------------------------------------------------------------------------------------------
+
+
+def sum_of_two(space: Space) -> BlockProgram:
+    """w ← w - lr · (product + scale ∘ gradient), the scale a number for each column, and each group's largest."""
+    made = program(
+        space, "w f32 element inout", "product f32 element in", "gradient f32 element in", "lr f32 scalar in",
+        "scale f32 column in", "most f32 group out",
+    )  # fmt: skip
+    total = made.emit("add", (load(made, "product"), made.emit("mul", (load(made, "gradient"), load(made, "scale")))))
+    new = made.emit("sub", (load(made, "w"), made.emit("mul", (load(made, "lr"), total))))
+    made.store("w", new)
+    made.store("most", made.emit("group_max", (new,)))
+    return made
+
+
+@pytest.mark.parametrize("how", ["plain", "int4"])
+@pytest.mark.parametrize(("width", "tokens"), [(16, 5), (32, 27), (48, 1), (64, 40)])
+def test_an_epilogue_may_read_products_of_other_lengths(width: int, tokens: int, how: str) -> None:
+    """P N over the rank, decoded or not, and dYᵀ X over the tokens."""
+    projector, update = Side(M, K, how, width=8), Side(K, N)
+    grad_output, inputs = Side(M, tokens, transposed=True), Side(tokens, N)
+    epilogue = sum_of_two(Space(M, N, width))
+    gemm = GemmProgram(
+        projector.operand, update.operand, epilogue, "product",
+        (Factors(grad_output.operand, inputs.operand, "gradient"),),
+    )  # fmt: skip
+    known = Further(grad_output.matrix, inputs.matrix, tokens)
+    product = Product(gemm, projector.matrix, update.matrix, (M, N, K), "f32", "ieee", (known,))
+    w, lr, scale = torch.randint(-8, 8, (M, N)).float(), torch.tensor(0.5), torch.randint(1, 4, (N,)).float()
+    most = torch.zeros(M, -(-N // width))
+    expected = w - lr * (projector.value @ update.value + grad_output.value @ inputs.value * scale)
+    sides = (projector, update, grad_output, inputs)
+    reads = [each.tensor for side in sides for each in side.guarded]
+    tensors, values, _ = triton_kernels.bind(gemm, [w, most], [*reads, lr, scale], [])
+    tiling = TILING._replace(n=max(32, 1 << (width - 1).bit_length()))
+    interpreted.launch(kernel_of(product, tiling), tensors, values, M, N)
+    assert torch.equal(w, expected)
+    padded = torch.nn.functional.pad(expected, (0, -N % width), value=-torch.inf)
+    assert torch.equal(most, padded.view(M, -1, width).amax(-1))
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
+def test_every_product_of_a_write_back_has_a_tile_without_spills_and_runs_on_tensor_cores(name: str) -> None:
+    epilogue = sum_of_two(Space(512, 512, 256))
+    plain = Operand(None, False)
+    gemm = GemmProgram(plain, plain, epilogue, "product", (Factors(Operand(None, True), plain, "gradient"),))
+    known = Further(Matrix("bf16", (512, 1)), Matrix("bf16", (512, 1)), 1024)
+    sides = Matrix("bf16", (128, 1)), Matrix("bf16", (512, 1))
+    product = Product(gemm, *sides, (512, 512, 128), "bf16", "ieee", (known,))
+    target = Target.named(name)
+    kernel = product_kernel(product, target, look=True)
+    binary = looked_at.compiled(kernel, target)
+    assert looked_at.spills(binary) == 0
+    assert kernel.source.count("tl.dot(") == 2
+    assert {"left", "right", "left1", "right1"} <= kernel.signature.keys()
+    assert sum(binary.tensor.values()) >= 2
 
 
 # -- order of tiles ---------------------------------------------------------------------------------------------------
