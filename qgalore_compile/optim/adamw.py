@@ -360,11 +360,13 @@ def _whole(written: Written, item: _Pending, clip: Tensor | None) -> Tensor:
 
 
 def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
-    """A projector of entries ±1/√r, another one every ``update_proj_gap`` steps."""
-    shape = projector_shape(p.shape, rank := layout.rank_of(group, p))
+    """A projector of entries ±1/√r, another one every ``update_proj_gap`` steps: a sign for each bit that is drawn."""
+    rows, columns = projector_shape(p.shape, rank := layout.rank_of(group, p))
     turn = state["step"] // group["update_proj_gap"]
-    bits = random_bits(shape, seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
-    signs: Tensor = 1 - 2 * (bits & 1)
+    words = random_bits((rows, -(-columns // 16)), seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
+    places = torch.arange(16, dtype=torch.int32, device=p.device)
+    bits = ((words.unsqueeze(-1) >> places) & 1).view(rows, -1)[:, :columns]
+    signs: Tensor = 1 - 2 * bits
     return signs.to(p.grad.dtype).div(rank**0.5)  # type: ignore[union-attr]
 
 
