@@ -38,7 +38,10 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"disable": ["nosuch"]}, "no pass is called 'nosuch'; passes: unpad, update, refresh, reassociate"),
+        (
+            {"disable": ["nosuch"]},
+            "no pass is called 'nosuch'; passes: unpad, update, late_gradient, refresh, reassociate",
+        ),
         ({"exact": 1}, "'exact' must be True or"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),

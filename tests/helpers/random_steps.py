@@ -57,17 +57,12 @@ READINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "a number of the gradient": lambda g: torch.where(g.amax() > 1, g, 0.0),
     "sums of its columns": lambda g: torch.where(g.sum(0, keepdim=True) > 0, g, 0.0),
     "rows in another order": lambda g: g.flip(0),
-    "factors of another product": lambda g: (
-        torch.ones(g.shape[0], 2, dtype=g.dtype) @ g[:2] if len(g) > 1 else g.amax() * g
-    ),
+    "factors of another product": lambda g: torch.ones(len(g), len(g), dtype=g.dtype) @ g,
 }
 """What is read of G in place of its elements, by the flaw."""
 
 REFUSED = {
-    "a number of the gradient",
-    "sums of its columns",
-    "rows in another order",
-    "factors of another product",
+    *READINGS,
     "foreign product inside",
     "foreign projector",
     "another decoding",
@@ -255,8 +250,7 @@ class Step:
         if layer.flaw == "product inside":
             update = update @ (update.t() @ update)
         if layer.flaw == "foreign product inside":
-            width = update.shape[1]
-            ones = torch.ones(width, 2, dtype=update.dtype)
+            ones = torch.ones(update.shape[1], 2, dtype=update.dtype)
             update = update @ (ones * of.parts["q"][index][0].sum().to(update.dtype) @ ones.t())
         projector = self._projector(layer, of.projectors[index], of.gradients[index].dtype)
         foreign = of.parts["q"][index][0].to(projector.dtype)
