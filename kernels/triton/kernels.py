@@ -126,7 +126,7 @@ def _product_kernel(product: Product, chosen: Tiling) -> Kernel:
 @lru_cache(maxsize=1024)
 def kernel_of(
     text: str, left: Matrix | None, right: Matrix | None, sizes: tuple[int | None, int | None, int], memory: str,
-    precision: str, further: tuple[Further, ...], target: Target, look: bool = False,
+    precision: str, target: Target, look: bool = False, further: tuple[Further, ...] = (),
 ) -> Kernel:  # fmt: skip
     """The kernel of a product's text; one a process."""
     return product_kernel(Product(parsed(text), left, right, sizes, memory, precision, further), target, look=look)
@@ -161,7 +161,7 @@ def choose_together(calls: Iterable[tuple[str, Sequence[Tensor], torch.device]])
         if all(known is not None or operand.prologue is not None for part in found.parts for known, operand in (
             (part.left, part.program.left), (part.right, part.program.right)
         )):  # fmt: skip
-            jobs[text, found[1:], target] = partial(kernel_of, text, *found[1:], target, True)
+            jobs[text, found[1:], target] = partial(kernel_of, text, *found[1:6], target, True, found.further)
 
     def chosen(job: Callable[[], Kernel]) -> None:
         with suppress(NoTilingError):  # said where the kernel is asked for
@@ -233,7 +233,7 @@ def of_call(program: GemmProgram, text: str, read: Sequence[Tensor], target: Tar
 ]:  # fmt: skip
     """(the kernel of a product's call, the product's m and n), from its operands' tensors, real or fake."""
     found, sizes = product_of(program, read, target, precision)
-    return kernel_of(text, *found[1:], target, looking(target) is not None), sizes
+    return kernel_of(text, *found[1:6], target, looking(target) is not None, found.further), sizes
 
 
 def product_of(
