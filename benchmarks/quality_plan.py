@@ -119,7 +119,8 @@ class Case:
     seeds: int = 2
 
 
-PROJECTION_DEFAULTS = defaults(projected=True)
+# The rule has never been a part of a result's settings: it is GaLore's in all of them.
+PROJECTION_DEFAULTS = {key: value for key, value in defaults(projected=True).items() if key != "rule"}
 # Ours while its parts were changed one at a time: defaults have followed from that, and may again.
 BASE = {"refresh": "svd", "power_iterations": 2}
 # What the published optimizers do, whatever this project's defaults are.
