@@ -71,7 +71,8 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         problem = no_lowering(layer.parameter[0])
         if problem is None:
             try:
-                calls = _Sandwich(graph, context, layer).fuse()
+                sandwich = _Sandwich(graph, context, layer)
+                calls = sandwich.fuse()
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
@@ -79,7 +80,7 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             context.note(layer).not_fused = problem
             continue
         record.match(node)
-        context.note(layer).update_function = f"generated, {len(calls)} kernels"
+        context.note(layer).update_function = f"generated, {len(calls)} kernels{sandwich.left}"
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
     for parameter, name in _at_full_rank(graph, context, owned).items():
@@ -130,6 +131,7 @@ class _Sandwich:
         outputs = [Output(node, target) for node, target in self.targets]
         self.between = between
         between, low = self._low(between, [output for output in outputs if output.node in before])
+        self.left = self._left(between)
         written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
         epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
         refuse_own_results(epilogue)
@@ -167,6 +169,17 @@ class _Sandwich:
         layer.up = call
         erase(self.graph, self.region)
         return [*calls, call]
+
+    def _left(self, part: list[fx.Node]) -> str:
+        """What stays with Inductor between the two programs, for people; empty for nothing."""
+        inside, found = set(part), list[str]()
+        reached = {*inside, self.layer.low, self.layer.down}
+        for node in self.between:
+            if node not in inside and any(source in reached for source in node.all_input_nodes):
+                reached.add(node)
+                if shape(node) and node.target not in VIEWS:
+                    found.append(str(node.target).removeprefix("aten.").partition(".")[0])
+        return f", and between them Inductor's {', '.join(dict.fromkeys(found))}" if found and part else ""
 
     def _operand(self, matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
         """An operand of a product of the write-back: a projector, decoded as it is loaded, or a tensor as it is."""

@@ -25,8 +25,10 @@ def strictly(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(step, backend=Interpreted(strict=True, **options))
 
 
-def own(between: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    """An optimizer of one's own, with any arithmetic between the projections."""
+def own(
+    between: Callable[[Tensor], Tensor], kept: Callable[[Tensor], Tensor] = lambda momentum: momentum
+) -> Callable[[], Tensor]:
+    """An optimizer of one's own, with any arithmetic between the projections, of what is kept or not."""
     w, m = nn.Parameter(torch.randn(24, 16) * 0.1), torch.zeros(24, 4)
     basis, x = torch.linalg.qr(torch.randn(16, 4))[0].contiguous(), torch.randn(10, 16)
 
@@ -34,7 +36,7 @@ def own(between: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         loss = (x @ w.t()).square().mean()
         loss.backward()
         with torch.no_grad():
-            m.copy_(0.9 * m + 0.1 * (w.grad @ basis))
+            m.copy_(kept(0.9 * m + 0.1 * (w.grad @ basis)))
             w.copy_(w - 0.01 * (between(m) @ basis.t()))
             w.grad = None
         return loss.detach()
@@ -67,11 +69,17 @@ def test_an_operation_that_no_kernel_knows_is_refused_by_strict_and_told_by_the_
     with pytest.raises(
         UnfusedError, match=r"(?s)w: no generated kernel takes its update: .*\(at atan: aten.atan.default\); w"
     ):
-        strictly(own(torch.atan))()
-    report = qg.explain(own(torch.atan))
+        strictly(own(torch.tanh, torch.atan))()
+    report = qg.explain(own(torch.tanh, torch.atan))
     (layer,) = report.layers
     assert layer.not_fused.startswith("an operation that generated kernels do not know")
     assert "NOT FUSED: w 24×16: the update: an operation that generated kernels do not know" in str(report)
+
+
+def test_one_between_the_projections_alone_is_inductors_and_told() -> None:
+    assert strictly(own(torch.atan))().isfinite()
+    (layer,) = qg.explain(own(torch.atan)).layers
+    assert layer.update_function == "generated, 2 kernels, and between them Inductor's atan"
 
 
 def test_a_layer_whose_operations_are_known_passes() -> None:
