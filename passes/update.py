@@ -195,8 +195,13 @@ def _scaled(
                 continue
             factors = products.parse(gradient)
             terms = {term.gemm for term in factors.terms}
-            read = terms <= set(reached) if terms else gradient in facts.inputs(stored)
-            if not read or not terms | {down} >= set(reached) or down in terms:
+            if terms:  # all of it: what else is in a sum is no gradient, but Muon's iterate, say
+                read = factors.obstacle is None and terms <= set(reached)
+            else:  # an input, and not one that the step writes
+                read = gradient in facts.inputs(stored) - facts.written
+            # a projector is drawn or kept: it follows from no product, as the factor of an iteration on G does
+            drawn = facts.storage(other) is not None
+            if not read or not drawn or not terms | {down} >= set(reached) or down in terms:
                 continue
             on_right = (operands(down)[0] is gradient) == (m == n or shape(gradient) == (m, n))
             low, refresh = _refreshed(down)

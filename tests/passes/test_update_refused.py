@@ -100,6 +100,53 @@ def test_an_embeddings_gradient_that_is_only_projected_is_matched() -> None:
     assert "index_put" in found.factors.obstacle.name
 
 
+# -- refused: an update at full rank ----------------------------------------------------------------------------------
+
+
+def iterated(x: Tensor, steps: int = 3) -> Tensor:
+    """Newton and Schulz's."""
+    for _ in range(steps):
+        square = x @ x.t()
+        x = 1.5 * x - 0.5 * square @ x
+    return x
+
+
+MUONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "gradient first": lambda m, g: (g + 0.9 * m, iterated(g + 0.9 * m)),
+    "momentum first": lambda m, g: (0.9 * m + g, iterated((0.9 * m + g) / 7)),
+    "of the state as it was": lambda m, g: (0.9 * m + g, iterated(m, 1)),
+    "without momentum": lambda m, g: (m, iterated(g)),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 9)])
+@pytest.mark.parametrize("given", [False, True], ids=["whole step", "gradient given"])
+@pytest.mark.parametrize("name", MUONS)
+def test_muon_at_full_rank_is_no_projection(name: str, given: bool, shape: tuple[int, int]) -> None:
+    m, n = shape
+    inputs = {"m": torch.randn(shape), "w": torch.randn(shape)}
+    inputs |= {"g": torch.randn(shape)} if given else {"dy": torch.randn(14, m), "x": torch.randn(14, n)}
+
+    def body(t: Tensors) -> None:
+        momentum, update = MUONS[name](t["m"], t["g"] if given else t["dy"].t() @ t["x"])
+        write(t, {"m": momentum, "w": t["w"] - 0.1 * update})
+
+    assert not build(body, inputs).updates().layers
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_an_update_at_full_rank_is_none_even_where_tokens_are_as_many_as_rows(optimizer: str) -> None:
+    inputs = {"m": torch.randn(6, 9), "w": torch.randn(6, 9), "dy": torch.randn(6, 6), "x": torch.randn(6, 9)}
+
+    def body(t: Tensors) -> None:
+        g = t["dy"].t() @ t["x"]
+        momentum = 0.9 * t["m"] + g
+        update = {"sgd": g, "momentum": momentum, "adam": momentum / (g.square().sqrt() + 1)}[optimizer]
+        write(t, {"m": momentum, "w": t["w"] - 0.1 * update})
+
+    assert not build(body, inputs).updates().layers
+
+
 # -- refused: the projector -------------------------------------------------------------------------------------------
 
 Pieces = Callable[[Tensors], tuple[Tensor, Tensor]]
