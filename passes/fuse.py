@@ -54,7 +54,7 @@ from qgalore_compile.passes.nodes import (
     shape,
     written,
 )
-from qgalore_compile.passes.parting import with_states
+from qgalore_compile.passes.parting import left_between, may_stay, with_states
 from qgalore_compile.passes.regions import LayerUpdate
 
 SMALL = 1 << 16
@@ -131,7 +131,8 @@ class _Sandwich:
         outputs = [Output(node, target) for node, target in self.targets]
         self.between = between
         between, low = self._low(between, [output for output in outputs if output.node in before])
-        self.left = self._left(between)
+        names = [str(node.target).removeprefix("aten.").partition(".")[0] for node in self._stays(between)]
+        self.left = f", and between them Inductor's {', '.join(dict.fromkeys(names))}" if names and low else ""
         written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
         epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
         refuse_own_results(epilogue)
@@ -170,16 +171,9 @@ class _Sandwich:
         erase(self.graph, self.region)
         return [*calls, call]
 
-    def _left(self, part: list[fx.Node]) -> str:
-        """What stays with Inductor between the two programs, for people; empty for nothing."""
-        inside, found = set(part), list[str]()
-        reached = {*inside, self.layer.low, self.layer.down}
-        for node in self.between:
-            if node not in inside and any(source in reached for source in node.all_input_nodes):
-                reached.add(node)
-                if shape(node) and node.target not in VIEWS:
-                    found.append(str(node.target).removeprefix("aten.").partition(".")[0])
-        return f", and between them Inductor's {', '.join(dict.fromkeys(found))}" if found and part else ""
+    def _stays(self, part: list[fx.Node]) -> list[fx.Node]:
+        """What stays with Inductor between the two programs."""
+        return left_between(self.between, set(part), (self.layer.low, self.layer.down))
 
     def _operand(self, matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
         """An operand of a product of the write-back: a projector, decoded as it is loaded, or a tensor as it is."""
@@ -201,7 +195,8 @@ class _Sandwich:
             except RefusedError as refused:
                 problem = problem or refused
                 continue
-            return part, region
+            if all(map(may_stay, self._stays(part))):
+                return part, region
         assert problem is not None
         raise problem
 

@@ -1,8 +1,8 @@
 """Which part of what stands between the projections a program computes, where it cannot be all of it.
 
-A norm of each column, an iteration of Newton and Schulz: what a program has no word for stays in the graph, between a
-program that computes the new states and one that writes the weight.  The first takes what the states follow from, and
-what follows from that element by element, so that N is one tensor and moments are decoded once.
+A norm of each column, an iteration of Newton and Schulz: sums over other than a program's groups, and products, stay in
+the graph, between a program that computes the new states and one that writes the weight.  The first takes what the
+states follow from, and what follows from that element by element, so that N is one tensor and moments are decoded once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from qgalore_compile.kernels.read.spelling import POINTWISE
-from qgalore_compile.passes.nodes import aten, behind, is_scalar, shape
+from qgalore_compile.passes.nodes import VIEWS, aten, behind, is_gemm, is_scalar, shape
 
 
 def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx.Node) -> list[fx.Node]:
@@ -34,6 +34,37 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx
         if not given:
             return [node for node in between if node in part]
         part -= given
+
+
+def left_between(between: Sequence[fx.Node], part: Collection[fx.Node], lows: Collection[fx.Node]) -> list[fx.Node]:
+    """Nodes with more than a number that follow from the part, or from R (``lows``), and are not in it; no views."""
+    reached, found = {*part, *lows}, list[fx.Node]()
+    for node in between:
+        if node not in part and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+            if shape(node) and node.target not in VIEWS:
+                found.append(node)
+    return found
+
+
+def may_stay(node: fx.Node) -> bool:
+    """Whether a node may stand between two programs: a product, a sum, or an operation that programs know.  What they
+    do not know, element by element, is told as an update without a kernel instead."""
+    return is_gemm(node) or node.target in _SUMS or node.target in POINTWISE
+
+
+_SUMS = frozenset(
+    {
+        aten.sum.default,
+        aten.sum.dim_IntList,
+        aten.mean.default,
+        aten.mean.dim,
+        aten.amax.default,
+        aten.amin.default,
+        aten.linalg_vector_norm.default,
+        aten.full.default,
+    }
+)
 
 
 def _elementwise(node: fx.Node, sizes: Sequence[object]) -> bool:

@@ -69,17 +69,26 @@ def test_an_operation_that_no_kernel_knows_is_refused_by_strict_and_told_by_the_
     with pytest.raises(
         UnfusedError, match=r"(?s)w: no generated kernel takes its update: .*\(at atan: aten.atan.default\); w"
     ):
-        strictly(own(torch.tanh, torch.atan))()
-    report = qg.explain(own(torch.tanh, torch.atan))
+        strictly(own(torch.atan))()
+    report = qg.explain(own(torch.atan))
     (layer,) = report.layers
     assert layer.not_fused.startswith("an operation that generated kernels do not know")
     assert "NOT FUSED: w 24×16: the update: an operation that generated kernels do not know" in str(report)
 
 
-def test_one_between_the_projections_alone_is_inductors_and_told() -> None:
-    assert strictly(own(torch.atan))().isfinite()
-    (layer,) = qg.explain(own(torch.atan)).layers
-    assert layer.update_function == "generated, 2 kernels, and between them Inductor's atan"
+def test_one_that_the_state_is_made_by_is_refused_too() -> None:
+    with pytest.raises(UnfusedError, match=r"(?s)w: no generated kernel takes its update: .*\(at atan: "):
+        strictly(own(torch.tanh, torch.atan))()
+
+
+def test_sums_over_columns_between_the_projections_are_inductors_and_told() -> None:
+    def normed(m: Tensor) -> Tensor:
+        return m / m.square().sum(0, keepdim=True)
+
+    assert strictly(own(normed))().isfinite()
+    (layer,) = qg.explain(own(normed)).layers
+    assert layer.update_function.startswith("generated, 2 kernels, and between them Inductor's ")
+    assert "sum" in layer.update_function
 
 
 def test_a_layer_whose_operations_are_known_passes() -> None:

@@ -199,12 +199,26 @@ def test_a_rule_whose_states_cannot_be_read_leaves_the_layer_with_the_node(monke
     assert manager.context.layers[0].region != []
 
 
+UNKNOWN: dict[str, Any] = {
+    "atan": torch.atan,
+    "erfinv": torch.erfinv,
+    "cumsum": lambda x: x.cumsum(-1),
+    "sort": lambda x: x.sort(-1).values,
+}
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_an_operation_on_n_that_cannot_be_read_leaves_it_too(unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        momentum = 0.9 * t["m"] + low
+        return unknown(momentum), {"m": momentum}
+
+    monkeypatch.setitem(RULES, "unknown", rule)
+    reason, _ = skipped(galore(Layer(rule="unknown")))
+    assert reason.startswith("an operation that generated kernels do not know (at ")
+
+
 # -- what stays between two programs ----------------------------------------------------------------------------------
-
-
-def summed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    momentum = 0.9 * t["m"] + low
-    return momentum.cumsum(-1), {"m": momentum}
 
 
 def normed(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -234,7 +248,7 @@ def orthogonal(low: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, dict[str, Ten
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("rule", [summed, normed, by_columns, limited, orthogonal], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [normed, by_columns, limited, orthogonal], ids=lambda rule: rule.__name__)
 def test_what_no_program_knows_stays_between_two(rule: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "foreign", rule)
     layer = Layer(rule="foreign", side=side, weight="int8", projector="int4")
