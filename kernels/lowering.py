@@ -47,6 +47,7 @@ class Lowering:
         gemm: the product of one without an epilogue, from the tensors of its operands.
         passes: names of the passes that are for its devices alone.
         products: whether an epilogue may read several products.
+        lengths: whether the length that a product sums over may be known only when the step runs.
         instead: whether graphs are made for it now, whatever device their tensors are on.
     """
 
@@ -59,6 +60,7 @@ class Lowering:
     gemm: Callable[[str, Sequence[Tensor]], Tensor]
     passes: tuple[str, ...] = ()
     products: bool = False
+    lengths: bool = False
     instead: Callable[[], bool] = lambda: False
 
 
@@ -76,12 +78,6 @@ def runs(name: str, device: torch.device) -> bool:
     """Whether a pass that is for some devices alone is for this one."""
     lowering = of_graph(device)
     return lowering is not None and name in lowering.passes
-
-
-def takes_products(device: torch.device) -> bool:
-    """Whether the epilogue of a product may read several on a device, for which the graph is made."""
-    lowering = of_graph(device)
-    return lowering is not None and lowering.products
 
 
 def devices() -> tuple[str, ...]:
@@ -133,6 +129,7 @@ CPP = Lowering(
     gemm=gemm_cpu.product,
     passes=("embedding_gradient",),
     products=True,
+    lengths=True,
 )
 
 

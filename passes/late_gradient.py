@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from qgalore_compile.kernels import lowering
 from qgalore_compile.passes import products
 from qgalore_compile.passes.context import Context, PassRecord
-from qgalore_compile.passes.nodes import aten, cast, dtype, make, value
-from qgalore_compile.passes.reassociate import kept
+from qgalore_compile.passes.nodes import aten, cast, dtype, make
+from qgalore_compile.passes.reassociate import kept, not_late
 from qgalore_compile.passes.regions import LayerUpdate, colour_regions, readers_of_gradient
 
 
@@ -35,7 +34,7 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         readers = readers_of_gradient(layer)
         if not readers:
             continue
-        problem = kept(layer, context) or _obstacle(layer, readers)
+        problem = not_late(layer) or kept(layer, context) or _obstacle(layer, readers)
         if problem is not None:
             record.skip(layer.up, problem)
             continue
@@ -56,8 +55,6 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
 
 def _obstacle(layer: LayerUpdate, readers: list[tuple[fx.Node, fx.Node]]) -> str | None:
     """Why the readers cannot have a product of their own."""
-    if layer.projector and not lowering.takes_products(value(layer.down).device):
-        return "kernels of this device take one product in a write-back"
     if layer.projector and layer.up.target is not aten.mm.default:
         return "the product with the projector adds something by itself"
     sources = {source for _, source in readers}

@@ -82,10 +82,19 @@ def obstacle(layer: LayerUpdate) -> str | None:
 
 def late_readers(layer: LayerUpdate) -> set[fx.Node]:
     """Nodes of the write-back that read the gradient, and can be given a product of their own."""
-    device = value(layer.down).device
-    if lowering.of_graph(device) is None or (layer.projector and not lowering.takes_products(device)):
-        return set()
-    return {node for node, _ in readers_of_gradient(layer)}
+    return set() if not_late(layer) else {node for node, _ in readers_of_gradient(layer)}
+
+
+def not_late(layer: LayerUpdate) -> str | None:
+    """Why a write-back cannot multiply the gradient's factors itself; None where it can."""
+    found = lowering.of_graph(value(layer.down).device)
+    if found is None:
+        return "there are no generated kernels for this device"
+    if layer.projector and not found.products:
+        return "kernels of this device take one product in a write-back"
+    if not found.lengths and not all(isinstance(term.contracted, int) for term in layer.factors.terms):
+        return "kernels of this device are made for a number of tokens, which is known only when the step runs"
+    return None
 
 
 def _another_reader(reader: fx.Node) -> str:

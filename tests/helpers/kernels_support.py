@@ -155,7 +155,7 @@ def prepare_evaluation(text: str) -> list[Evaluated]:
 EVALUATOR = Lowering(
     "evaluator", ("cpu",), accepts=lambda program, read, device: None, prepare=prepare_evaluation,
     run_program=evaluate_region, run_gemm=evaluate_gemm, gemm=evaluate_product, passes=lowering.CPP.passes,
-    products=True,
+    products=True, lengths=True,
 )  # fmt: skip
 
 

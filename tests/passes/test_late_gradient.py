@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kernels_support import evaluated_kernels
+from kernels_support import EVALUATOR, evaluated_kernels
 from passes_support import RULES, SHARED, Built, Layer, Tensors, build, own, write
 from support import assert_within_contract
 from torch import Tensor
 
+from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
 from qgalore_compile.passes.manager import PassManager
@@ -248,3 +250,30 @@ def test_one_that_the_step_returns_stays_and_the_update_reads_it() -> None:
     assert records[-1].matches
     assert_within_contract(built.run(), plain.run())
     assert len(whole(built, layer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lacks", "symbolic", "reason"),
+    [
+        ({"products": False}, (), "kernels of this device take one product in a write-back"),
+        ({"lengths": False}, ("a_dy0", "a_x0"), "kernels of this device are made for a number of tokens, which is kn"),
+    ],
+)
+def test_where_kernels_cannot_take_it_the_gradient_is_formed_and_read(
+    lacks: dict[str, bool], symbolic: tuple[str, ...], reason: str
+) -> None:
+    layer = Layer()
+    with lowering.registered(replace(EVALUATOR, **lacks)):
+        plain, built = step(layer, fira, symbolic=symbolic), step(layer, fira, symbolic=symbolic)
+        records = built.after(*PASSES).records
+        assert records[1].skipped[0][1].startswith(reason)
+        assert records[-1].matches
+        assert_within_contract(built.run(), plain.run())
+    assert len(whole(built, layer)) == 1
+
+
+@pytest.mark.parametrize("how", [fira, apollo], ids=lambda how: how.__name__)
+def test_on_a_cpu_the_number_of_tokens_may_be_a_symbol(how: Write) -> None:
+    layer = Layer()
+    built, _ = fused(layer, how, symbolic=("a_dy0", "a_x0"))
+    assert whole(built, layer) == []
