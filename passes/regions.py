@@ -77,14 +77,15 @@ class LayerUpdate:
     @property
     def between(self) -> list[fx.Node]:
         """The part of the region that works on r × n: what ``up`` or a new state follows from without ``up``."""
-        states = {anchor.args[1] for anchor in self.anchors if anchor.args[0] not in self.parameter}
         behind, after = {self.up, *self.further, *self.gradient_nodes}, {self.down, self.low}
-        before = {self.up, *self.further, *states}
         for node in self.region:
             if any(source in behind for source in node.all_input_nodes):
                 behind.add(node)
             if any(source in after for source in node.all_input_nodes):
                 after.add(node)
+        # one number of a weight's format, the mean of its scales, is written like a state, and follows from U
+        states = {stored for target, stored in map(written, self.anchors) if target not in self.parameter}
+        before = {self.up, *self.further, *(states - behind)}
         for node in reversed(self.region):
             if node in before:
                 before.update(node.all_input_nodes)
@@ -214,14 +215,18 @@ def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
     if foreign is not None:
         return foreign
     inner = set(operands(layer.up)) if layer.projector else set()
-    inner |= {stored for target, stored in map(written, layer.anchors) if target not in layer.parameter}
+    states = [(target, stored) for target, stored in map(written, layer.anchors) if target not in layer.parameter]
+    inner |= {stored for target, stored in states if not is_scalar(target)}
     for node in reversed(layer.region):
         if node in inner and node is not layer.up:
             inner.update(node.all_input_nodes)
+    inside = set(layer.region)
     for node in layer.region:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
-        if node in behind and (node in inner or is_scalar(node) or (node.target in _OVER_ROWS and not _last(node))):
+        # a number that is written, the mean of a weight's scales, may follow; not one that matrices are made with
+        number = is_scalar(node) and any(user in inside and not is_scalar(user) for user in node.users)
+        if node in behind and (node in inner or number or (node.target in _OVER_ROWS and not _last(node))):
             return node
     return None
 
