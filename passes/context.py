@@ -152,9 +152,9 @@ class Context:
                 node.meta.setdefault("stack_trace", old.meta["stack_trace"])
         old.replace_all_uses_with(new, delete_user_cb=lambda user: where(user) and arguments_changed(user))
         for layer in self.layers:
-            layer.further = tuple((up or new) if gemm is old else gemm for gemm in layer.further)
-            layer.inside = tuple(new if gemm is old else gemm for gemm in layer.inside)
-            if old in (layer.up, layer.down, layer.low, layer.gradient):
+            if old in (layer.up, layer.down, layer.low, layer.gradient, *layer.further, *layer.inside):
+                layer.further = tuple((up or new) if gemm is old else gemm for gemm in layer.further)
+                layer.inside = tuple(new if gemm is old else gemm for gemm in layer.inside)
                 layer.up = (up or new) if layer.up is old else layer.up
                 layer.down = (down or new) if layer.down is old else layer.down
                 layer.low = (low or new) if layer.low is old else layer.low

@@ -91,8 +91,7 @@ class Facts:
         no pass has changed: all of it is found anew.  Where something is stored changes where the one was computed and
         the other is what an op left in an input.
         """
-        self._gemms.clear()
-        self._decoding.clear()
+        self.forget()
         if old in self._storage and self._storage[old] != self.storage(new):
             pending = list(new.users)
             for reader in pending:

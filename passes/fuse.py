@@ -131,8 +131,8 @@ class _Sandwich:
         outputs = [Output(node, target) for node, target in self.targets]
         self.between = between
         between, low = self._low(between, [output for output in outputs if output.node in before])
-        names = [str(node.target).removeprefix("aten.").partition(".")[0] for node in self._stays(between)]
-        self.left = f", and between them Inductor's {', '.join(dict.fromkeys(names))}" if names and low else ""
+        left = dict.fromkeys(str(node.target).removeprefix("aten.").partition(".")[0] for node in self._stays(between))
+        self.left = f", and between them Inductor's {', '.join(left)}" if left and low else ""
         written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
         epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
         refuse_own_results(epilogue)

@@ -34,13 +34,14 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         readers = readers_of_gradient(layer)
         if not readers:
             continue
-        problem = not_late(layer) or kept(layer, context) or _obstacle(layer, readers)
+        source, *others = dict.fromkeys(source for _, source in readers)
+        parsed = products.parse(source)
+        problem = not_late(layer) or kept(layer, context) or _obstacle(layer, [source, *others], parsed)
         if problem is not None:
             record.skip(layer.up, problem)
             continue
         record.match(layer.up)
-        (source,) = {source for _, source in readers}
-        own = _once_more(graph, source, min(node for node, _ in readers))
+        own = _once_more(graph, source, parsed.terms, min(node for node, _ in readers))
         for node, _ in readers:
             node.replace_input_with(source, own[0])
         if layer.projector:
@@ -53,23 +54,21 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
         colour_regions(graph, context.layers)
 
 
-def _obstacle(layer: LayerUpdate, readers: list[tuple[fx.Node, fx.Node]]) -> str | None:
-    """Why the readers cannot have a product of their own."""
+def _obstacle(layer: LayerUpdate, sources: list[fx.Node], parsed: products.Sum) -> str | None:
+    """Why what is read of the gradient, the first of it parsed, cannot be a product of the write-back's own."""
     if layer.projector and layer.up.target is not aten.mm.default:
         return "the product with the projector adds something by itself"
-    sources = {source for _, source in readers}
     if len(sources) > 1:
         return f"the write-back reads the gradient in several forms: {', '.join(sorted(map(str, sources)))}"
-    (source,) = sources
-    parsed = products.parse(source)
     if parsed.obstacle is not None:
         return f"what the write-back reads is no sum of matrix products: {parsed.obstacle.name}"
     return None
 
 
-def _once_more(graph: fx.Graph, source: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(what stands for a gradient, the product that it is made of), in front of a node."""
-    terms = products.parse(source).terms
+def _once_more(
+    graph: fx.Graph, source: fx.Node, terms: list[products.Term], before: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """(what stands for a gradient of those terms, the product that it is made of), in front of a node."""
     same = len({term.scales for term in terms}) == 1
     with graph.inserting_before(before):
         lefts, rights = [], []
@@ -78,8 +77,10 @@ def _once_more(graph: fx.Graph, source: fx.Node, before: fx.Node) -> tuple[fx.No
             lefts.append(left if same else products.scaled(graph, left, term.scales))
             rights.append(right)
         # one product over the tokens of all micro-batches
-        left = lefts[0] if len(terms) == 1 else make(graph, aten.cat.default, lefts, 1)
-        right = rights[0] if len(terms) == 1 else make(graph, aten.cat.default, rights, 0)
+        left, right = (
+            each[0] if len(each) == 1 else make(graph, aten.cat.default, each, dim)
+            for each, dim in ((lefts, 1), (rights, 0))
+        )
         product = make(graph, aten.mm.default, left, right)
         found = products.scaled(graph, product, terms[0].scales) if same else product
         return cast(graph, found, dtype(source)), product

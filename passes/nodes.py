@@ -31,6 +31,11 @@ ANCHOR = aten.copy_.default
 
 TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 
+REDUCTIONS = frozenset(
+    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default}
+)
+"""Operators that reduce along dimensions."""
+
 VIEWS = TRANSPOSES | {
     aten.view.default,
     aten.reshape.default,

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from qgalore_compile.kernels.read.spelling import POINTWISE
-from qgalore_compile.passes.nodes import VIEWS, aten, behind, is_gemm, is_scalar, shape
+from qgalore_compile.passes.nodes import REDUCTIONS, VIEWS, aten, behind, is_gemm, is_scalar, shape
 
 
 def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx.Node) -> list[fx.Node]:
@@ -50,21 +50,10 @@ def left_between(between: Sequence[fx.Node], part: Collection[fx.Node], lows: Co
 def may_stay(node: fx.Node) -> bool:
     """Whether a node may stand between two programs: a product, a sum, or an operation that programs know.  What they
     do not know, element by element, is told as an update without a kernel instead."""
-    return is_gemm(node) or node.target in _SUMS or node.target in POINTWISE
+    return is_gemm(node) or node.target in _MAY_STAY
 
 
-_SUMS = frozenset(
-    {
-        aten.sum.default,
-        aten.sum.dim_IntList,
-        aten.mean.default,
-        aten.mean.dim,
-        aten.amax.default,
-        aten.amin.default,
-        aten.linalg_vector_norm.default,
-        aten.full.default,
-    }
-)
+_MAY_STAY = frozenset(POINTWISE) | REDUCTIONS | {aten.sum.default, aten.mean.default, aten.full.default}
 
 
 def _elementwise(node: fx.Node, sizes: Sequence[object]) -> bool:

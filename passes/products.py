@@ -94,6 +94,11 @@ class Sum:
     nodes: dict[fx.Node, None] = field(default_factory=dict)
     obstacle: fx.Node | None = None
 
+    @property
+    def gemms(self) -> set[fx.Node]:
+        """The nodes of the products."""
+        return {term.gemm for term in self.terms}
+
 
 def parse(gradient: fx.Node) -> Sum:
     """Read a gradient (m, n) as a sum of products; ``obstacle`` says what is none."""

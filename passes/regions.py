@@ -17,6 +17,7 @@ from qgalore_compile.kernels.read.spelling import POINTWISE
 from qgalore_compile.passes import products
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import (
+    REDUCTIONS,
     VIEWS,
     arguments,
     aten,
@@ -109,8 +110,7 @@ def assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Nod
         gemm: layer for layer in layers
         for gemm in (layer.down, *layer.inside, *((layer.up, *layer.further) if layer.projector else ()))
     }  # fmt: skip
-    gradients = {layer: {term.gemm for term in layer.factors.terms} for layer in layers}
-    scaled = {gemm: layer for layer in layers if not layer.projector for gemm in gradients[layer]}
+    scaled = {gemm: layer for layer in layers if not layer.projector for gemm in layer.factors.gemms}
     downs = Counter(layer.down for layer in layers)
     sharing = {layer for layer in layers if downs[layer.down] > 1}
     for anchor in writing:
@@ -120,7 +120,7 @@ def assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Nod
         owners |= {scaled[gemm]: None for gemm in reached if gemm in scaled and _writes(facts, scaled[gemm], stored)}
         # a write-back's own gradient
         writing_back = {layer for layer in owners if layer.up in reached or _writes(facts, layer, stored)}
-        mine = {gemm for layer in writing_back for gemm in gradients[layer]}
+        mine = {gemm for layer in writing_back for gemm in layer.factors.gemms}
         if is_scalar(target) or previous_version(stored) is not None:
             continue
         if len(owners) > 1:
@@ -137,7 +137,7 @@ def _writes(facts: Facts, layer: LayerUpdate, stored: fx.Node) -> bool:
     """Whether a value is the weight's, of a layer without a projector: it follows from the weight and from G itself."""
     if layer.projector or layer.parameter[0] not in facts.inputs(stored):
         return False
-    terms = {term.gemm for term in layer.factors.terms}
+    terms = layer.factors.gemms
     return not terms.isdisjoint(facts.gemms(stored)) if terms else layer.gradient in facts.inputs(stored)
 
 
@@ -226,15 +226,12 @@ def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
             behind.add(node)
         # a number that is written, the mean of a weight's scales, may follow; not one that matrices are made with
         number = is_scalar(node) and any(user in inside and not is_scalar(user) for user in node.users)
-        if node in behind and (node in inner or number or (node.target in _OVER_ROWS and not _last(node))):
+        if node in behind and (node in inner or number or (node.target in REDUCTIONS and not _last(node))):
             return node
     return None
 
 
 _IN_PLACE = frozenset(POINTWISE) | VIEWS
-_OVER_ROWS = frozenset(
-    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default}
-)
 
 
 def _last(node: fx.Node) -> bool:

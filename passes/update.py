@@ -194,7 +194,7 @@ def _scaled(
             if not same_sizes(gradient, (m, n)) or same_sizes(other, (m, n)) or hint(rank) > min(hint(m), hint(n)):
                 continue
             factors = products.parse(gradient)
-            terms = {term.gemm for term in factors.terms}
+            terms = factors.gemms
             if terms:  # all of it: what else is in a sum is no gradient, but Muon's iterate, say
                 read = factors.obstacle is None and terms <= set(reached)
             else:  # an input, and not one that the step writes
@@ -214,12 +214,13 @@ def _scaled(
 
 def _projecting(reached: Sequence[fx.Node]) -> list[fx.Node]:
     """Products that take what others come to, through the operations that a gradient is parsed through."""
-    found, pending = list[fx.Node](), list(reached)
+    found, pending, seen = list[fx.Node](), list(reached), set(reached)
     for node in pending:
         for user in node.users:
             if user.target is aten.mm.default:
                 found.append(user)
-            elif user.target in products.LINEAR and len(shape(user)) == 2 and user not in pending:
+            elif user.target in products.LINEAR and len(shape(user)) == 2 and user not in seen:
+                seen.add(user)
                 pending.append(user)
     return found
 
@@ -229,10 +230,9 @@ def _with_further_products(
 ) -> LayerUpdate | Unmatched:
     """The layer with those other products that its write-back may read; why not, where one is neither the gradient's
     nor of its projector."""
-    of_gradient = {term.gemm for term in layer.factors.terms}
     further = []
     for gemm in others:
-        if gemm in of_gradient or gemm is layer.down:
+        if gemm in layer.factors.gemms or gemm is layer.down:
             continue
         another = _sandwich(facts, target, gemm, layer.name)
         same = isinstance(another, LayerUpdate) and another.down is layer.down and another.projector == layer.projector
@@ -244,8 +244,7 @@ def _with_further_products(
 
 def _with_a_product_inside(layer: LayerUpdate, others: list[fx.Node]) -> Unmatched:
     """Why a layer is refused whose N follows from other products than R."""
-    of_gradient = {term.gemm for term in layer.factors.terms}
-    guilty = next((gemm for gemm in others if gemm in of_gradient), None)
+    guilty = next((gemm for gemm in others if gemm in layer.factors.gemms), None)
     if guilty is not None:
         return Unmatched(layer.name, layer.shape, Reason.NEEDS_GRADIENT, guilty.name)
     return Unmatched(layer.name, layer.shape, Reason.PRODUCT_INSIDE, others[0].name)
@@ -353,7 +352,7 @@ def _layer(
     allowed = {down, *inside}
     for gemm in inside:
         follows = {other for source in gemm.all_input_nodes for other in facts.gemms(source)}
-        if not follows or not follows <= allowed or gemm in {term.gemm for term in layer.factors.terms}:
+        if not follows or not follows <= allowed or gemm in layer.factors.gemms:
             return _with_a_product_inside(layer, [gemm])
     return replace(layer, inside=tuple(inside))
 

@@ -47,10 +47,11 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
     for index, (factors, (left, right)) in enumerate(zip(program.products, tensors, strict=True)):
         kind = MEMORY[program.epilogue.buffer(factors.product).memory].dtype
         products.append(_Blocks(index, factors, prologues[2 * index : 2 * index + 2], left, right, kind))
-    columns = min(each.right.step(space.columns, lcm(space.width, *(e.right.alignment for e in products)))
-                  for each in products)  # fmt: skip
+    across = lcm(space.width, *(each.right.alignment for each in products))
+    down = lcm(*(each.left.alignment for each in products))
+    columns = min(each.right.step(space.columns, across) for each in products)
     most = max(1, min(PRODUCT_BYTES // len(products) // each.dtype.itemsize // columns for each in products))
-    rows = min(each.left.step(space.rows, lcm(*(e.left.alignment for e in products)), most) for each in products)
+    rows = min(each.left.step(space.rows, down, most) for each in products)
     for each in products:
         each.keep(rows * columns)
     for column_0, column_1 in _ranges(space.columns, columns):
@@ -82,7 +83,7 @@ class _Blocks:
 
     def keep(self, elements: int) -> None:
         """Memory for a block."""
-        self._buffer = _scratch(f"product {self.index}" if self.index else "product", elements, self.dtype)
+        self._buffer = _scratch(_use("product", self.index), elements, self.dtype)
 
     def block(self, row_0: int, row_1: int, columns: int) -> Tensor:
         """The rows of the product in the columns of ``right_block``."""
@@ -177,6 +178,11 @@ def _scratch(use: str, count: int, dtype: torch.dtype) -> Tensor:
     return held[: count * dtype.itemsize].view(dtype)
 
 
+def _use(what: str, product: int) -> str:
+    """What a block is for: of the first product, or of a further one."""
+    return f"{what} of {product}" if product else what
+
+
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
     for first in range(0, count, step):
         yield first, min(first + step, count)
@@ -196,7 +202,7 @@ class _Source:
         self, operand: Operand, kernel: cpu.Kernel | None, tensors: Sequence[Tensor], kept: int, product: int = 0
     ) -> None:
         self.prologue, self.transposed, self.kept = operand.prologue, operand.transposed, kept
-        self.use = f"operand {kept}" + (f" of {product}" if product else "")
+        self.use = _use(f"operand {kept}", product)
         self.count, self.alignment = operand.size(tensors, kept), 1
         if self.prologue is None or kernel is None:
             self.whole = tensors[0].t() if operand.transposed else tensors[0]

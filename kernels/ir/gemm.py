@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -72,7 +72,7 @@ class GemmProgram:
     product: str = "product"
     further: tuple[Factors, ...] = ()
 
-    @property
+    @cached_property
     def products(self) -> tuple[Factors, ...]:
         """All of them, the first one before the further ones."""
         return (Factors(self.left, self.right, self.product), *self.further)

@@ -324,8 +324,7 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
         noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
             grad.shape
         )
-    dim = 0 if "rank" in group and side_of(p.shape) == "left" else 1
-    moments = RuleState(group, state, formats, noise, step, ok, smaller_side=min(p.shape, default=1), dim=dim)
+    moments = RuleState(group, p.shape, state, formats, noise, step, ok)
     rule = group.rule
     update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip)
     weight = p.dequantize(torch.float32) if isinstance(p, QuantizedWeight) else p.to(torch.float32)
@@ -361,13 +360,14 @@ def _whole(written: Written, item: _Pending, clip: Tensor | None) -> Tensor:
 
 def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
     """A projector of entries ±1/√r, another one every ``update_proj_gap`` steps: a sign for each bit that is drawn."""
+    assert p.grad is not None
     rows, columns = projector_shape(p.shape, rank := layout.rank_of(group, p))
     turn = state["step"] // group["update_proj_gap"]
     words = random_bits((rows, -(-columns // 16)), seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
     places = torch.arange(16, dtype=torch.int32, device=p.device)
     bits = ((words.unsqueeze(-1) >> places) & 1).view(rows, -1)[:, :columns]
     signs: Tensor = 1 - 2 * bits
-    return signs.to(p.grad.dtype).div(rank**0.5)  # type: ignore[union-attr]
+    return signs.to(p.grad.dtype).div(rank**0.5)
 
 
 def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:

@@ -97,21 +97,22 @@ class Group(dict[str, Any]):
         super().__init__(texts(dict(checked)))
         # a clone a group: one shared tensor would be scheduled once a group
         super().__setitem__("lr", _own_tensor(self["lr"]))
-        self.numbers = Numbers.zeros()
-        self.numbers.write_(self)
-        self.formats = GroupFormats.of(self)
-        self.rule = rule_of(self["rule"]) if "rank" in self else None
+        self._derive()
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Group:
         """Of a copy or a pickle: with the very tensors in ``values``."""
         group = cls.__new__(cls)
         dict.update(group, values)
-        group.numbers = Numbers.zeros()
-        group.numbers.write_(group)
-        group.formats = GroupFormats.of(group)
-        group.rule = rule_of(group["rule"]) if "rank" in group else None
+        group._derive()
         return group
+
+    def _derive(self) -> None:
+        """What a step reads in place of the keys."""
+        self.numbers = Numbers.zeros()
+        self.numbers.write_(self)
+        self.formats = GroupFormats.of(self)
+        self.rule = rule_of(self["rule"]) if "rank" in self else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return Group.restored, (dict(self),)

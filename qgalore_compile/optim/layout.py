@@ -126,9 +126,9 @@ def rank_of(group: Mapping[str, Any], parameter: Tensor) -> int:
     return rank
 
 
-def has_projector(group: Mapping[str, Any]) -> bool:
+def has_projector(group: Any) -> bool:
     """Whether its parameters have a projector in their state, and with it a schedule."""
-    return "rank" in group and not rule_of(group["rule"]).drawn
+    return group.rule is not None and not group.rule.drawn
 
 
 def low_shape(group: Mapping[str, Any], parameter: Tensor) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ def new_state(p: Tensor, group: Any, slot: int = -1) -> dict[str, Tensor]:
         shape = projector_shape(p.shape, rank_of(group, p))
         state.update(zip(formats.names, formats.projector.zeros(shape, p.device), strict=True))
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
-    if "rank" in group and group.rule.limits:
+    if group.rule is not None and group.rule.limits:
         state["limit"] = torch.zeros((), dtype=torch.float32, device=p.device)
     state.update(formats.moments_of(group, p).zeros(low_shape(group, p), p.device))
     return state

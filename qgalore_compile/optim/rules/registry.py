@@ -24,12 +24,10 @@ def rule_of(given: Rule | str) -> Rule:
 
 def bad_rule(given: Any) -> str | None:
     """What is wrong with a value of the group key ``rule``; None for a rule or its name."""
-    known = ", ".join(map(repr, RULES))
-    if isinstance(given, str):
-        if given in RULES:
-            return None
-        return f"must be one of {known}, or an object of a subclass of qgalore_compile.Rule, got {given!r}"
+    if isinstance(given, str) and given in RULES:
+        return None
     if not isinstance(given, Rule):
+        known = ", ".join(map(repr, RULES))
         return f"must be one of {known}, or an object of a subclass of qgalore_compile.Rule, got {given!r}"
     name = getattr(given, "name", None)
     if not isinstance(name, str) or not name:

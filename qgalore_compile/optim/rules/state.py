@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qgalore_compile.subspace.moments import MomentFormats
+from qgalore_compile.subspace.projection import side_of
 
 if TYPE_CHECKING:
     from qgalore_compile.optim.hyper_parameters import Group
@@ -18,25 +20,32 @@ class RuleState:
 
     Attributes:
         group: the parameter's group, whose ``numbers`` are tensors.
+        shape: of the weight.
         step: 0-d, updates with this one.
-        smaller_side: of the weight.
-        dim: the dimension of R whose size is the rank: 0 on the left, 1 on the right.
     """
 
     def __init__(
         self,
         group: Group,
+        shape: Sequence[int],
         state: dict[str, Tensor],
         formats: MomentFormats,
         noise: Tensor | None,
         step: Tensor,
         ok: Tensor,
-        *,
-        smaller_side: int = 0,
-        dim: int = 0,
     ) -> None:
-        self.group, self.step, self.smaller_side, self.dim = group, step, smaller_side, dim
+        self.group, self.shape, self.step = group, shape, step
         self._state, self._formats, self._noise, self._ok = state, formats, noise, ok
+
+    @property
+    def dim(self) -> int:
+        """The dimension of R whose size is the rank: 0 on the left, 1 on the right."""
+        return 0 if side_of(self.shape) == "left" else 1
+
+    @property
+    def smaller_side(self) -> int:
+        """Of the weight."""
+        return min(self.shape)
 
     @property
     def scale(self) -> Tensor:
