@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formats_support import grouped
+from formats_support import codebook, grouped
 
 from qgalore_compile.formats.arithmetic import OnTensors
-from qgalore_compile.formats.codebook import Codebook
 
 TEXTS = pytest.mark.parametrize("text", ["nf4", "dynamic4", "dynamic4+unsigned", "moment4", "moment4+unsigned"])
-
-
-def codebook(text: str) -> Codebook:
-    found = grouped(text)
-    assert isinstance(found, Codebook)
-    return found
 
 
 @TEXTS
@@ -56,3 +49,14 @@ def test_a_draw_takes_one_of_the_two_entries_beside_a_number(text: str) -> None:
     inside = (between > 2.0**-15) & (between < 1 - 2.0**-15)
     assert torch.equal(lowest[inside], above.int()[inside] - 1)
     assert torch.equal(highest[inside], above.int()[inside])
+
+
+@pytest.mark.parametrize("text", ["dynamic4/128+unsigned", "moment4/128+unsigned"])
+def test_a_block_of_the_second_moment_has_no_zero_unless_it_is_all_zeros(text: str) -> None:
+    form = grouped(text)
+    x = torch.zeros(3, 128)
+    x[0, 5] = 7.0
+    x[1] = torch.logspace(-12, 0, 128)
+    back = form.decode(form.encode(x), x.shape)
+    assert back[:2].gt(0).all()
+    assert not back[2].any()

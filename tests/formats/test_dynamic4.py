@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formats_support import grouped
-from torch import Tensor
-
-from qgalore_compile.formats import Format
-from qgalore_compile.formats.codebook import Codebook
-
-
-def entries(text: str) -> Tensor:
-    form = Format.parse(text)
-    assert isinstance(form, Codebook)
-    return torch.tensor(form.entries, dtype=torch.float64)
+from formats_support import entries, grouped
 
 
 def test_the_signed_map_is_that_of_bitsandbytes() -> None:
@@ -43,13 +33,3 @@ def test_the_code_is_that_of_the_nearest_entry(text: str) -> None:
     excess = distances.gather(-1, codes[:, None])[:, 0] - distances.amin(-1)
     assert float(excess.max()) < 1e-7  # at a middle either
     assert codes.unique().tolist() == list(range(16))
-
-
-def test_a_block_of_the_second_moment_has_no_zero_unless_it_is_all_zeros() -> None:
-    form = grouped("dynamic4/128+unsigned")
-    x = torch.zeros(3, 128)
-    x[0, 5] = 7.0
-    x[1] = torch.logspace(-12, 0, 128)
-    back = form.decode(form.encode(x), x.shape)
-    assert back[:2].gt(0).all()
-    assert not back[2].any()

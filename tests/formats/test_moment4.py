@@ -6,20 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from formats_support import grouped
+from formats_support import entries
 from torch import Tensor
 
-from qgalore_compile.formats import Format
-from qgalore_compile.formats.codebook import Codebook
 from qgalore_compile.subspace.moments import MomentFormats, least_root
 
 BETAS = (0.9, 0.999)
-
-
-def entries(text: str) -> Tensor:
-    form = Format.parse(text)
-    assert isinstance(form, Codebook)
-    return torch.tensor(form.entries, dtype=torch.float64)
 
 
 def test_those_of_m_are_squares_with_either_sign() -> None:
@@ -33,16 +25,6 @@ def test_those_of_the_root_lie_ever_closer_and_end_a_32nd_above_zero() -> None:
     ratios = found[1:] / found[:-1]
     assert ratios.diff().lt(0).all()
     assert 1.01 < float(ratios[-1]) < 1.02
-
-
-def test_a_block_of_the_second_moment_has_no_zero_unless_it_is_all_zeros() -> None:
-    form = grouped("moment4/128+unsigned")
-    x = torch.zeros(3, 128)
-    x[0, 5] = 7.0
-    x[1] = torch.logspace(-12, 0, 128)
-    back = form.decode(form.encode(x), x.shape)
-    assert back[:2].gt(0).all()
-    assert not back[2].any()
 
 
 # -- as Adam's moments ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import qgalore_compile as qg
 from qgalore_compile.formats import Format
 from qgalore_compile.formats.base import Grouped
+from qgalore_compile.formats.codebook import Codebook
 
 WRITTEN = (
     "int8/64", "int6/32", "int4/32", "int4/32+pow2", "int8/32+rotated", "int4/32+flat",
@@ -35,6 +36,18 @@ def grouped(text: str) -> Grouped:
     found = Format.parse(text)
     assert isinstance(found, Grouped)
     return found
+
+
+def codebook(text: str) -> Codebook:
+    """The format of a text, with a table of sixteen entries."""
+    found = Format.parse(text)
+    assert isinstance(found, Codebook)
+    return found
+
+
+def entries(text: str) -> Tensor:
+    """Of such a format, float64."""
+    return torch.tensor(codebook(text).entries, dtype=torch.float64)
 
 
 def rounding(text: str) -> bool:

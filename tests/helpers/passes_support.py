@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from graphs import after, results, traced
@@ -25,6 +25,9 @@ GROUP = 8
 BETAS = torch.tensor([0.9, 0.99], dtype=torch.float64)
 RULE = Rule(official=False, threshold=0.4, gamma=2.0, max_gap=80)
 Tensors = dict[str, Tensor]
+
+
+Full: TypeAlias = "Callable[[Layer, Tensor, Tensor, Tensor, Tensor], Tensor]"
 
 
 @dataclass
@@ -117,8 +120,14 @@ class Layer:
             return (p @ gradient.t()).t() if self.right else (gradient.t() @ p).t()
         return gradient @ p.t() if self.right else p.t() @ gradient
 
-    def step(self, t: Tensors) -> Tensors:
-        """The new value of every input that the step writes."""
+    def back(self, low: Tensor, p: Tensor) -> Tensor:
+        """From r × n or m × r to m × n."""
+        low = low.to(p.dtype)
+        return (low @ p if self.right else p @ low).to(torch.float32)
+
+    def step(self, t: Tensors, full: Full | None = None) -> Tensors:
+        """The new value of every input that the step writes; ``full``: the update U of N, R, G and P, in place of N's
+        product with the projector."""
         gradient, n = self.full_gradient(t), self.shape[1]
         columns = n if self.right else self.rank
         low = self.project(gradient, self.decoded(t, "p", columns).to(gradient.dtype)).to(torch.float32)
@@ -129,9 +138,8 @@ class Layer:
         update, states = RULES[self.rule](low, t)
         written.update(states)
         p = self.decoded(t, "p", columns).to(gradient.dtype)
-        update = update.to(gradient.dtype)
-        full = (update @ p if self.right else p @ update).to(torch.float32)
-        weight = self.decoded(t, "w", n) - t["lr"] * full
+        whole = full(self, update, low, gradient.to(torch.float32), p) if full else self.back(update, p)
+        weight = self.decoded(t, "w", n) - t["lr"] * whole
         if self.weight == "int8":
             parts = formats.quantize_int8(weight, GROUP)[:3]
             written.update(zip(("w_codes", "w_scale", "w_offset"), parts, strict=True))

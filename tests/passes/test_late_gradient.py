@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernels_support import EVALUATOR, evaluated_kernels
-from passes_support import RULES, SHARED, Built, Layer, Tensors, build, own, write
+from passes_support import RULES, SHARED, Built, Full, Layer, Tensors, build, own, prefixed, write
 from support import assert_within_contract
 from torch import Tensor
 
@@ -22,8 +22,6 @@ from qgalore_compile.passes.nodes import Mutation, is_gemm, shape
 aten = torch.ops.aten
 PASSES = ("update", "late_gradient", "refresh", "reassociate", "fuse")
 SIDES = {"right": (20, 12), "left": (12, 20)}
-Write = Callable[[Layer, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From N, R, G and P to the update."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,27 +35,22 @@ def norms(x: Tensor, layer: Layer) -> Tensor:
     return x.square().sum(1 if layer.right else 0, keepdim=True).sqrt()
 
 
-def back(layer: Layer, low: Tensor, p: Tensor) -> Tensor:
-    low = low.to(p.dtype)
-    return (low @ p if layer.right else p @ low).to(torch.float32)
-
-
 def fira(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
     """As this project writes it, with a limiter that asks for R alone."""
     phi = norms(n, layer) / (norms(r, layer) + 1e-8)
     factor = torch.where((phi * r).norm() > 3, 0.5, 1.0)
-    return 0.25 * back(layer, n - factor * phi * r, p) + factor * phi * g
+    return 0.25 * layer.back(n - factor * phi * r, p) + factor * phi * g
 
 
 def plain_fira(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
     """As one writes it who takes the residual literally: two products with the projector."""
     phi = norms(n, layer) / (norms(r, layer) + 1e-8)
-    return back(layer, n, p) + (g - back(layer, r, p)) * phi
+    return layer.back(n, p) + (g - layer.back(r, p)) * phi
 
 
 def signed(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
     """What is no scaling of G, element by element."""
-    return back(layer, n, p) + 0.1 * torch.sign(g)
+    return layer.back(n, p) + 0.1 * torch.sign(g)
 
 
 def apollo(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tensor:
@@ -70,43 +63,20 @@ def one_factor(layer: Layer, n: Tensor, r: Tensor, g: Tensor, p: Tensor) -> Tens
     return g * (n.norm() / (r.norm() + 1e-8))
 
 
-WRITES: dict[str, Write] = {each.__name__: each for each in (fira, plain_fira, signed, apollo, one_factor)}
+WRITES: dict[str, Full] = {each.__name__: each for each in (fira, plain_fira, signed, apollo, one_factor)}
 
 
-def step(layer: Layer, how: Write, **settings: Any) -> Built:
+def step(layer: Layer, how: Full, **settings: Any) -> Built:
     """A graph in which ``layer`` is updated in that way."""
     torch.manual_seed(0)
-    inputs = {**SHARED, **layer.inputs()}
 
     def body(t: Tensors) -> None:
-        o = own(layer, t)
-        gradient = layer.full_gradient(o)
-        columns = layer.shape[1] if layer.right else layer.rank
-        low = layer.project(gradient, layer.decoded(o, "p", columns).to(gradient.dtype)).to(torch.float32)
-        written: Tensors = {}
-        if layer.refresh:
-            low, written = layer._refreshed(low, gradient, o)
-            o = {**o, **written}
-        n, states = RULES[layer.rule](low, o)
-        p = layer.decoded(o, "p", columns).to(gradient.dtype)
-        update = how(layer, n, low, gradient.to(torch.float32), p)
-        weight = layer.decoded(o, "w", layer.shape[1]) - t["lr"] * update
-        written.update(states)
-        if layer.weight == "int8":
-            from passes_support import GROUP
+        write(t, prefixed(layer, layer.step(own(layer, t), how)))
 
-            from qgalore_compile import formats
-
-            parts = formats.quantize_int8(weight, GROUP)[:3]
-            written.update(zip(("w_codes", "w_scale", "w_offset"), parts, strict=True))
-        else:
-            written["w"] = weight
-        write(t, {f"{layer.name}_{name}": value for name, value in written.items()})
-
-    return build(body, inputs, **settings)
+    return build(body, {**SHARED, **layer.inputs()}, **settings)
 
 
-def fused(layer: Layer, how: Write, **settings: Any) -> tuple[Built, PassManager]:
+def fused(layer: Layer, how: Full, **settings: Any) -> tuple[Built, PassManager]:
     """A step that is fused, compared with one that is not, and in float32 with one that no pass has seen."""
     exact, plain, built = (step(layer, how, **settings) for _ in range(3))
     plain.after(*PASSES[:-1])
@@ -202,7 +172,7 @@ def test_what_an_addmm_adds_may_be_the_gradient_but_the_update_stays() -> None:
 # -- where the gradient stays -----------------------------------------------------------------------------------------
 
 
-def kept(layer: Layer, how: Write, also: Callable[[Tensors], Any] | None = None, **options: Any) -> list[Any]:
+def kept(layer: Layer, how: Full, also: Callable[[Tensors], Any] | None = None, **options: Any) -> list[Any]:
     """Records of the passes on a step whose gradient is formed; the update is fused and right."""
     plain, built = step(layer, how), step(layer, how)
     manager = built.after(*PASSES, **options)
@@ -273,7 +243,7 @@ def test_where_kernels_cannot_take_it_the_gradient_is_formed_and_read(
 
 
 @pytest.mark.parametrize("how", [fira, apollo], ids=lambda how: how.__name__)
-def test_on_a_cpu_the_number_of_tokens_may_be_a_symbol(how: Write) -> None:
+def test_on_a_cpu_the_number_of_tokens_may_be_a_symbol(how: Full) -> None:
     layer = Layer()
     built, _ = fused(layer, how, symbolic=("a_dy0", "a_x0"))
     assert whole(built, layer) == []
