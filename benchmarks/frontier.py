@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,12 @@ from frontier_report import write_report
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import qgalore_compile as qg
 from qgalore_compile.training.config import TrainConfig
-from qgalore_compile.training.data import Corpus, load_corpus, training_batch, validation_batches
-from qgalore_compile.training.run import make_model
+from qgalore_compile.training.data import Corpus, load_corpus, training_batch
+from qgalore_compile.training.run import evaluate, make_model
 from qgalore_compile.weights import select_linears
 
 FOLDER = RESULTS / "frontier"
@@ -64,7 +66,7 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
     if method.optimizer == "adamw8bit":
         from torchao.optim import AdamW8bit
 
-        return AdamW8bit(pair, lr=rates.blocks, weight_decay=0.0)  # type: ignore[no-any-return]
+        return AdamW8bit(pair, lr=rates.blocks, weight_decay=0.0)
     pair[0]["rank"] = method.rank(setting)
     if method.optimizer == "rules":
         from rules import Rules
@@ -76,7 +78,7 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
         from galore_torch import GaLoreAdamW
 
         pair[0].update(scale=0.25, proj_type="std")
-        return GaLoreAdamW(pair, lr=rates.blocks, eps=1e-8, no_deprecation_warning=True)  # type: ignore[no-any-return]
+        return GaLoreAdamW(pair, lr=rates.blocks, eps=1e-8, no_deprecation_warning=True)
     pair[0].update(method.keys)
     return qg.QGaLoreAdamW(pair, lr=rates.blocks, moments=method.moments)
 
@@ -103,10 +105,8 @@ class Trainer:
             model = self.model
         loss = (lambda inputs, targets: model(inputs, targets)) if quantised else self._loss
         optimizer = make_optimizer(model, spec)
-        peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        scheduler = LambdaLR(optimizer, config.learning_rate_factor)
         for step in range(setting.steps):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                _set_rate(group, peak * config.learning_rate_factor(step))
             for inputs, targets in self._batches(spec.seed, step):
                 each = loss(inputs, targets) / setting.accumulate
                 each.backward()
@@ -114,7 +114,8 @@ class Trainer:
                 break
             optimizer.step()
             optimizer.zero_grad()
-        found = evaluate(model, self.corpus.validation, setting)
+            scheduler.step()
+        found = evaluate(model, self.corpus.validation, replace(config, eval_tokens=setting.final_tokens))
         shapes = [(linear.weight.shape[0], linear.weight.shape[1]) for _, linear in select_linears(model)]
         plain = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
         return {
@@ -136,24 +137,6 @@ class Trainer:
             self.corpus.train, seed=seed, step=step, batch=setting.accumulate * setting.batch, seq=setting.seq
         )
         yield from zip(inputs.split(setting.batch), targets.split(setting.batch), strict=True)
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, tokens: Tensor, setting: Setting) -> float:
-    """Mean loss over the held-out bytes, nats a byte."""
-    total, windows = 0.0, 0
-    count = setting.final_tokens // setting.seq
-    for inputs, targets in validation_batches(tokens, batch=setting.batch, seq=setting.seq, count=count):
-        total += float(model(inputs, targets)) * len(inputs)
-        windows += len(inputs)
-    return total / windows
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------

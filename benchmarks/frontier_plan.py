@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from quality_plan import Result, loss_of, rounded
+
 from qgalore_compile.training.llama import find_preset
 
 EXTENSIONS = 4
 PLAIN = (0.005, 0.01)
 """Rates of embedding, head and norms that are tried for every method before edges are looked at."""
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,6 @@ class RunSpec:
         return f"{self.setting.name}/{self.method.name}/{self.rates.blocks:g}-{self.rates.plain:g}-{self.seed}"
 
 
-def loss_of(result: Result | None) -> float:
-    """Nats a byte; infinite for a run that diverged, or that is to come."""
-    return math.inf if result is None or result["val_loss"] is None else float(result["val_loss"])
-
-
 class Plan:
     """The runs of some settings and methods, given results by the names of runs."""
 
@@ -184,16 +179,11 @@ class Plan:
         missing = [spec for spec in grid if spec.name not in self.results]
         if missing:
             return missing
-        for _ in range(EXTENSIONS):
-            tried = self.tried(setting, method)
-            beyond = self._beyond(tried)
-            missing = [RunSpec(setting, method, rates) for rates in beyond]
-            missing = [spec for spec in missing if spec.name not in self.results]
-            if not missing:
-                return []
-            extended = len(tried) - len(grid)
-            return missing if extended < 2 * EXTENSIONS else []
-        return []
+        tried = self.tried(setting, method)
+        if len(tried) - len(grid) >= 2 * EXTENSIONS:
+            return []
+        beyond = [RunSpec(setting, method, rates) for rates in self._beyond(tried)]
+        return [spec for spec in beyond if spec.name not in self.results]
 
     def tried(self, setting: Setting, method: Method) -> dict[Rates, float]:
         """Losses of seed 0 by rates."""
@@ -219,11 +209,6 @@ class Plan:
             return None
         tried = self.tried(setting, method)
         return min(tried, key=lambda rates: tried[rates]) if tried else None
-
-
-def rounded(rate: float) -> float:
-    """To three digits, so that a rate has one name."""
-    return float(f"{rate:.3g}")
 
 
 def stored_bytes(method: Method, setting: Setting, shapes: Sequence[tuple[int, int]], plain: int) -> dict[str, int]:

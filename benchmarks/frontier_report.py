@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from frontier_plan import Method, Plan, Rates, Setting, loss_of
+from frontier_plan import Method, Plan, Rates, Setting
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from quality_plan import loss_of
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#c2571a", "#9a9a9a"
 _MIB = 1 << 20

@@ -325,7 +325,7 @@ class Plan:
 
     def _search(self, scale: Scale, case: Case) -> tuple[list[float], float]:
         assert case.lr is not None
-        rates = [_rounded(case.lr * FACTOR**power) for power in (-1, 0, 1)]
+        rates = [rounded(case.lr * FACTOR**power) for power in (-1, 0, 1)]
         for extension in range(EXTENSIONS + 1):
             results = [self.result(RunSpec(scale, case, rate, 0)) for rate in rates]
             losses = [math.inf if result is None else loss_of(result) for result in results]
@@ -334,7 +334,7 @@ class Plan:
             best = losses.index(min(losses))
             if best not in (0, len(rates) - 1) or extension == EXTENSIONS or min(losses) == math.inf:
                 return rates, rates[best]
-            beyond = _rounded(rates[best] * (FACTOR if best else 1 / FACTOR))
+            beyond = rounded(rates[best] * (FACTOR if best else 1 / FACTOR))
             rates = sorted([*rates, beyond])
         raise AssertionError("the last extension returns")
 
@@ -342,7 +342,7 @@ class Plan:
         """The rate of a case's runs after the search; FOUND before."""
         searched = SCALES[scale.lr_of] if scale.lr_of else scale
         method = case if case.lr is not None else OURS
-        return _rounded(self.search(searched, method)[1] * case.lr_factor)
+        return rounded(self.search(searched, method)[1] * case.lr_factor)
 
     def __iter__(self) -> Iterator[Planned]:
         """In the order in which they are run: what the conclusions need most comes first."""
@@ -384,6 +384,6 @@ class Plan:
         return spec.scale.minutes[spec.case.optimizer] + (0.0 if warm else spec.scale.compile_minutes)
 
 
-def _rounded(rate: float) -> float:
+def rounded(rate: float) -> float:
     """To three digits, so that a rate has one name."""
     return rate if math.isnan(rate) else float(f"{rate:.3g}")

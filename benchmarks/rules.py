@@ -45,7 +45,7 @@ class Rules(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
