@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
@@ -40,13 +41,17 @@ def _nothing(program: str, written: Sequence[Tensor], read: Sequence[Tensor], nu
     return None
 
 
+_ROW_MAJOR = torch.Tag.needs_contiguous_strides
+"""Inductor may lay a tensor out as its own inputs lie, whatever strides the graph says: what follows from the transpose
+of a momentum, say.  Kernels read rows."""
+
 run_program = define(
-    "run_program(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run, _nothing
+    "run_program(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run, _nothing, _ROW_MAJOR
 )
 """Run a :class:`BlockProgram` (its text) over its whole space; tensors as for ``gemm.named``."""
 
 run_gemm = define(
-    "run_gemm(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_gemm, _nothing
+    "run_gemm(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_gemm, _nothing, _ROW_MAJOR
 )
 """Run a :class:`GemmProgram` (its text); tensors as for ``GemmProgram.share``."""
 
