@@ -27,6 +27,7 @@ launch.py                       puts a call of a generated kernel in the place o
 decoding.py                     which operands are decoded from integers, and by which nodes
 placement.py                    where a node that replaces several may stand
 regions.py                      one layer's part of the graph
+until_update.py                 what of a gradient lives until an update that reads it: its factors, or itself
 parting.py                      which part of an update a program computes, where it is not all of it
 facts.py                        what is known of nodes beyond each by itself, found once for all passes
 products.py                     a gradient read as a sum of products

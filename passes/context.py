@@ -65,6 +65,7 @@ class LayerNote:
         inequality: what R costs through the factors and through the gradient.
         reassociated: whether R is taken from the factors, so that the gradient is never formed.
         not_reassociated: why it is not.
+        keeps: what of the gradient lives until the update, where the write-back reads it.
         refresh_takes: what the refresh op is given.
         refresh_cost: what a refresh costs beside the step.
         update_function: what runs the update, where it is not left to Inductor.
@@ -75,6 +76,7 @@ class LayerNote:
     inequality: str | None = None
     reassociated: bool | None = None
     not_reassociated: str | None = None
+    keeps: str | None = None
     refresh_takes: str | None = None
     refresh_cost: str | None = None
     update_function: str | None = None
@@ -99,6 +101,8 @@ class Context:
         notes: what passes tell about one layer or other parameter, by its name.
         kept: by layer, why its gradient is formed or None, once that has been asked
             (:func:`qgalore_compile.passes.reassociate.kept`).
+        waiting: by layer whose update waits for a number over other layers, that number, once that has been asked
+            (:mod:`qgalore_compile.passes.until_update`).
         program: what passes tell about the graph as a whole.
         layer_text: one layer's name, and its part of the graph before and after the passes, as text.
     """
@@ -110,6 +114,7 @@ class Context:
     updates: Updates | None = None
     notes: dict[str, LayerNote] = field(default_factory=dict)
     kept: dict[LayerUpdate, str | None] = field(default_factory=dict)
+    waiting: dict[LayerUpdate, fx.Node] | None = None
     program: dict[str, Any] = field(default_factory=dict)
     layer_text: dict[str, str] = field(default_factory=dict)
     gemm: str = "same"
@@ -152,7 +157,8 @@ class Context:
                 node.meta.setdefault("stack_trace", old.meta["stack_trace"])
         old.replace_all_uses_with(new, delete_user_cb=lambda user: where(user) and arguments_changed(user))
         for layer in self.layers:
-            if old in (layer.up, layer.down, layer.low, layer.gradient, *layer.further, *layer.inside):
+            if old in (layer.up, *layer.downs, layer.low, layer.gradient, *layer.further, *layer.inside):
+                layer.across = tuple((down or new) if gemm is old else gemm for gemm in layer.across)
                 layer.further = tuple((up or new) if gemm is old else gemm for gemm in layer.further)
                 layer.inside = tuple(new if gemm is old else gemm for gemm in layer.inside)
                 layer.up = (up or new) if layer.up is old else layer.up

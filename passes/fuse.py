@@ -44,7 +44,9 @@ from qgalore_compile.passes.launch import (
     through_transposes,
 )
 from qgalore_compile.passes.nodes import (
+    TRANSPOSES,
     anchors,
+    arguments,
     aten,
     behind,
     is_gemm,
@@ -54,7 +56,7 @@ from qgalore_compile.passes.nodes import (
     shape,
     written,
 )
-from qgalore_compile.passes.parting import left_between, may_stay, with_states
+from qgalore_compile.passes.parting import kept_as_sums, left_between, may_stay, with_states
 from qgalore_compile.passes.regions import LayerUpdate
 
 SMALL = 1 << 16
@@ -83,11 +85,14 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         context.note(layer).update_function = f"generated, {len(calls)} kernels{sandwich.left}"
         layer.region = []
     owned = {anchor for layer in context.layers for anchor in layer.anchors}
+    done: set[fx.Node] = set()
     for parameter, name in _at_full_rank(graph, context, owned).items():
+        if parameter in done:  # a part of what one before it is stored in
+            continue
         problem = no_lowering(parameter)
         if problem is None:
             try:
-                _full_rank(graph, context, parameter, owned)
+                done |= _full_rank(graph, context, parameter, owned)
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
@@ -114,7 +119,8 @@ class _Sandwich:
         self.scales = encoded_again(self.region)
         left = {node for nodes in self.scales.values() for node in nodes}
         self.region = [node for node in self.region if node not in left]
-        self.targets = [(stored, target) for stored, target in self.targets if stored not in left]
+        sums = kept_as_sums([stored for stored, _ in self.targets], layer.between, layer.shape)
+        self.targets = [(stored, target) for stored, target in self.targets if stored not in left | sums]
         self.inner: fx.Node | None = None
         if layer.projector:
             first, second = operands(layer.up)
@@ -132,7 +138,8 @@ class _Sandwich:
         self.between = between
         between, low = self._low(between, [output for output in outputs if output.node in before])
         left = dict.fromkeys(str(node.target).removeprefix("aten.").partition(".")[0] for node in self._stays(between))
-        self.left = f", and between them Inductor's {', '.join(left)}" if left and low else ""
+        where = "between them" if low else "before it"
+        self.left = f", and {where} Inductor's {', '.join(left)}" if left else ""
         written = [output for output in outputs if output.node not in before] + [Output(scale) for scale in self.scales]
         epilogue = from_graph(behind, written, matrix_spaces(behind, layer.up))
         refuse_own_results(epilogue)
@@ -173,7 +180,7 @@ class _Sandwich:
 
     def _stays(self, part: list[fx.Node]) -> list[fx.Node]:
         """What stays with Inductor between the two programs."""
-        return left_between(self.between, set(part), (self.layer.low, self.layer.down))
+        return left_between(self.between, set(part), (self.layer.low, *self.layer.downs))
 
     def _operand(self, matrix: fx.Node) -> tuple[Operand, list[fx.Node]]:
         """An operand of a product of the write-back: a projector, decoded as it is loaded, or a tensor as it is."""
@@ -185,9 +192,10 @@ class _Sandwich:
     def _low(self, between: list[fx.Node], states: list[Output]) -> tuple[list[fx.Node], Region | None]:
         """What works on r × n: the nodes that a program computes, all or those that states follow from, and it."""
         problem: RefusedError | None = None
-        for part in (between, with_states(between, [output.node for output in states], self.layer.low)):
-            outputs = self._read_outside(part, states)
-            if not outputs:
+        parts = (between, with_states(between, [output.node for output in states], self.layer.low) if states else [])
+        for part in parts:
+            outputs = self._read_outside(part, states) if part else []
+            if not outputs and all(map(may_stay, self._stays(part))):
                 return part, None
             try:
                 region = from_graph(part, outputs, candidates(part, shape(outputs[0].node)))
@@ -242,8 +250,8 @@ def _at_full_rank(graph: fx.Graph, context: Context, owned: set[fx.Node]) -> dic
     return large | drawing
 
 
-def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]) -> None:
-    """Fuse the update of a parameter that is not projected, with its states."""
+def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]) -> set[fx.Node]:
+    """Fuse the update of a parameter that is not projected, with its states: what the kernel writes."""
     writing = {target: anchor for anchor in anchors(graph) for target, _ in [written(anchor)]
                if anchor not in owned and shape(target)}  # fmt: skip
     mine = {parameter: writing[parameter]}
@@ -253,19 +261,23 @@ def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set
             if state in writing and state not in mine:
                 mine[state] = writing[state]
                 pending.append(state)
-    region = _exclusive(graph, set(mine.values()))
+    region, read = _exclusive(graph, set(mine.values())), list[fx.Node]()
+    if any(node.target is ENCODE for node in region) and not any(node.target is DECODE for node in region):
+        region, read = _with_decoding(graph, mine, region)
     refused: RefusedError | None = None
     while True:
         inside = set(region)
         outputs = [Output(stored, target) for target, stored in map(written, mine.values()) if stored in inside]
         if not any(output.target is parameter for output in outputs):
             raise refused or _refused(mine[parameter])
+        outputs += [Output(node) for node in read]
+        floats = next((shape(arguments(node)[0]) for node in region if node.target is ENCODE), shape(parameter))
         try:
-            found = from_graph(region, outputs, candidates(region, shape(parameter)))
+            found = from_graph(region, outputs, candidates(region, floats))
         except RefusedError as error:
             # what the network computes, down to the gradient, is no part of the update: cut there and read on
             refused = refused or error
-            smaller = _without(region, outputs, error.node)
+            smaller = _without(region, outputs, _where_to_cut(region, error.node))
             if len(smaller) == len(region):
                 raise refused from error
             region = smaller
@@ -274,7 +286,7 @@ def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set
         refuse_without_kernel(found.program, [], parameter)
         launch(graph, context, found, region)
         erase(graph, region)
-        return
+        return {output.target for output in outputs if output.target is not None}
 
 
 _LOCAL = {
@@ -314,6 +326,33 @@ def _exclusive(graph: fx.Graph, ends: set[fx.Node]) -> list[fx.Node]:
         if all(user in found or user in ends for user in node.users) and node not in ends:
             found.add(node)
     return [node for node in graph.nodes if node in found]
+
+
+def _with_decoding(
+    graph: fx.Graph, mine: dict[fx.Node, fx.Node], region: list[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The region of a coded state whose new value others read too, a momentum that is made orthogonal, say: with what
+    decodes the old one, and the nodes that others read."""
+    stored = [written(anchor)[1] for anchor in mine.values()]
+    core, after = set(region), set(mine)
+    for node in sorted(behind(stored, _is_local)):
+        if node.op == "call_function" and not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
+            core.add(node)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and _is_local(node) and node.users and core.issuperset(node.users):
+            core.add(node)
+    found = [node for node in graph.nodes if node in core]
+    ends = set(mine.values())
+    return found, [node for node in found if not all(user in core or user in ends for user in node.users)]
+
+
+def _where_to_cut(region: list[fx.Node], refused: fx.Node) -> fx.Node:
+    """The node that is refused; where the region reads that one transposed, what transposes it."""
+    inside = set(region)
+    transposing = (node for node in region if node.target in TRANSPOSES)
+    into = inside | {refused}
+    return next((node for node in transposing if refused in behind([node], into.__contains__)), refused)
 
 
 def _without(region: list[fx.Node], outputs: list[Output], cut: fx.Node) -> list[fx.Node]:

@@ -33,7 +33,7 @@ from qgalore_compile.passes.nodes import arguments, aten, erase_dead, is_gemm, m
 def fuse_products(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """Replace every product of two matrices with a quantised operand."""
     facts = context.facts(graph)
-    downs = {layer.down for layer in context.layers}
+    downs = {down for layer in context.layers for down in layer.downs}
     # a product inside an update that was not fused is a part of that
     taken = {node for layer in context.layers for node in layer.region}
     found = {node: quantised_operands(facts, node) for node in graph.nodes if is_gemm(node) and node not in taken}

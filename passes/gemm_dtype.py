@@ -49,7 +49,7 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     updates = [(*_downs(facts, layer), layer.up, *layer.further) for layer in context.layers]
     found = {gemm: None for products in updates for gemm in products if is_gemm(gemm)}
     found.update((node, None) for node in graph.nodes if is_gemm(node) and quantised_operands(facts, node))
-    projections = {node for layer in context.layers for node in (layer.down, layer.up, *layer.further)}
+    projections = {node for layer in context.layers for node in (*layer.downs, layer.up, *layer.further)}
     for gemm in sorted(found):
         if dtype(gemm) != torch.float32:
             record.skip(gemm, f"a product of {dtype(gemm)}")
@@ -66,7 +66,7 @@ def gemm_dtype(graph: fx.Graph, record: PassRecord, context: Context) -> None:
 
 def _downs(facts: Facts, layer: LayerUpdate) -> list[fx.Node]:
     """The products that R follows from, as far as a projector takes part: of a gradient that was taken apart, both."""
-    outer = [term.gemm for term in products.parse(layer.down).terms]
+    outer = [term.gemm for down in layer.downs for term in products.parse(down).terms]
     stored = frozenset(layer.projector)
     inner = [term.gemm for each in outer for side in operands(each) for term in products.parse(side).terms
              if any(facts.storage(operand) == stored for operand in operands(term.gemm))]  # fmt: skip

@@ -9,7 +9,8 @@
 
 Requires  an update whose region reads the gradient in its write-back alone, element by element
           (:mod:`qgalore_compile.passes.update` refuses others); a gradient that is a sum of products, to be taken from
-          them (:mod:`qgalore_compile.passes.reassociate`); a lowering whose write-back takes several products.
+          them (:mod:`qgalore_compile.passes.reassociate`) and whose factors may live until then
+          (:mod:`qgalore_compile.passes.until_update`); a lowering whose write-back takes several products.
 Tier      rounding: of micro-batches one product over all tokens stands for their sum.
 
 `fuse` makes both products of the write-back part of one kernel, so that neither exists as a whole: what is m × n is
@@ -25,6 +26,7 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.nodes import aten, cast, dtype, make
 from qgalore_compile.passes.reassociate import kept, not_late
 from qgalore_compile.passes.regions import LayerUpdate, colour_regions, readers_of_gradient
+from qgalore_compile.passes.until_update import until_update
 
 
 def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -41,6 +43,7 @@ def late_gradient(graph: fx.Graph, record: PassRecord, context: Context) -> None
             record.skip(layer.up, problem)
             continue
         record.match(layer.up)
+        context.note(layer).keeps = str(until_update(layer, context))
         own = _once_more(graph, source, parsed.terms, min(node for node, _ in readers))
         for node, _ in readers:
             node.replace_input_with(source, own[0])

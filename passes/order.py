@@ -76,7 +76,7 @@ def _schedule(nodes: list[fx.Node], layers: list[LayerUpdate]) -> list[fx.Node]:
         else:
             point, products = max([ready.get(source, (0, 0)) for source in depends.predecessors(node)], default=(0, 0))
             ready[node] = (point, products + (is_product(node) or node.target is INVOKE))
-    downs = {layer.down for layer in layers}
+    downs = {down for layer in layers for down in layer.downs}
     runs: dict[fx.Node, tuple[Time, int, int]] = {}
     place = {node: index for index, node in enumerate(nodes)}
     for node in reversed(nodes):
@@ -126,7 +126,7 @@ def _spine(nodes: list[fx.Node], layers: list[LayerUpdate]) -> set[fx.Node]:
     """Nodes that the graph's results, or the R of two layers or more, follow from; none that follow from an R, as a
     returned norm of all gradients does."""
     many = object()
-    reaches: dict[fx.Node, object] = {layer.down: layer for layer in layers}
+    reaches: dict[fx.Node, object] = {down: layer for layer in layers for down in layer.downs}
     behind: set[fx.Node] = set()
     for node in nodes:
         if node in reaches or any(source in behind for source in node.all_input_nodes):

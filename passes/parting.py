@@ -7,12 +7,14 @@ states follow from, and what follows from that element by element, so that N is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import fx
 
 from qgalore_compile.kernels.read.spelling import POINTWISE
-from qgalore_compile.passes.nodes import REDUCTIONS, VIEWS, aten, behind, is_gemm, is_scalar, shape
+from qgalore_compile.passes.nodes import REDUCTIONS, VIEWS, aten, behind, hint, is_gemm, is_scalar, shape
 
 
 def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx.Node) -> list[fx.Node]:
@@ -36,6 +38,17 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx
         part -= given
 
 
+def kept_as_sums(states: Sequence[fx.Node], between: Collection[fx.Node], shape_: Sequence[Any]) -> set[fx.Node]:
+    """New states between the projections that stay in the graph, with the sums that they follow from: one number for
+    each row or column of the weight, as Adafactor's second moment is, is no program's over r × n."""
+    inside, most = set(between), max(map(hint, shape_))
+    return {
+        state for state in inside.intersection(states)
+        if math.prod(map(hint, shape(state))) <= most
+        and any(node.target in _SUMS for node in behind([state], inside.__contains__) if node in inside)
+    }  # fmt: skip
+
+
 def left_between(between: Sequence[fx.Node], part: Collection[fx.Node], lows: Collection[fx.Node]) -> list[fx.Node]:
     """Nodes with more than a number that follow from the part, or from R (``lows``), and are not in it; no views."""
     reached, found = {*part, *lows}, list[fx.Node]()
@@ -53,6 +66,7 @@ def may_stay(node: fx.Node) -> bool:
     return is_gemm(node) or node.target in _MAY_STAY
 
 
+_SUMS = REDUCTIONS - {aten.amax.default, aten.amin.default}  # formats have those, within a group
 _MAY_STAY = frozenset(POINTWISE) | REDUCTIONS | {aten.sum.default, aten.mean.default, aten.full.default}
 
 

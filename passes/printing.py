@@ -58,7 +58,7 @@ def program_text(node: fx.Node) -> str | None:
 
 def _own_nodes(graph: fx.Graph, layer: LayerUpdate) -> set[fx.Node]:
     """The layer's anchors, its R, and whatever only those read, up to what the network reads too."""
-    inside: set[fx.Node] = {*layer.anchors, layer.down, layer.low}
+    inside: set[fx.Node] = {*layer.anchors, *layer.downs, layer.low}
     if layer.refresh is not None:
         inside |= {layer.refresh, *layer.refresh.users}
         inside |= {reader for result in layer.refresh.users for reader in result.users if reader in layer.anchors}

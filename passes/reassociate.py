@@ -44,6 +44,7 @@ from qgalore_compile.passes.nodes import (
     value,
 )
 from qgalore_compile.passes.regions import LayerUpdate, colour_regions, readers_of_gradient
+from qgalore_compile.passes.until_update import until_update
 from qgalore_compile.subspace.cost import Projection, projection
 
 
@@ -63,6 +64,8 @@ def kept(layer: LayerUpdate, context: Context) -> str | None:
         refused = obstacle(layer)
         if refused is None and not _wanted(layer, context.reassociate):
             refused = f'reassociate="{context.reassociate}" keeps the gradient'
+        elif refused is None and (found := until_update(layer, context)) is not None and not found.keeps_factors:
+            refused = f'reassociate="{context.reassociate}" keeps {found}'
         context.kept[layer] = refused
     return context.kept[layer]
 
@@ -74,7 +77,7 @@ def obstacle(layer: LayerUpdate) -> str | None:
         if node.op == "placeholder":
             return f"the gradient comes into the graph with {node.name}: compile the backward in the same step"
         return f"the gradient is no sum of matrix products: {node.name} ({node.target})"
-    own = {*layer.factors.nodes, layer.down, layer.refresh, *late_readers(layer)}
+    own = {*layer.factors.nodes, *layer.downs, layer.refresh, *late_readers(layer)}
     others = (reader for node in layer.factors.nodes for reader in node.users if reader not in own)
     other = next(others, None)
     return None if other is None else _another_reader(other)
@@ -136,16 +139,17 @@ def reassociate(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             continue
         record.match(layer.down)
         added |= layer.down.target is aten.addmm.default
-        _contract(graph, context, layer)
+        gradient = layer.gradient
+        for old in layer.downs:
+            _contract(graph, context, layer, old, gradient)
     if added:  # what a down-projection added is the update's now
         colour_regions(graph, context.layers)
 
 
-def _contract(graph: fx.Graph, context: Context, layer: LayerUpdate) -> None:
-    """R from the factors, in place of ``layer.down``."""
-    old = layer.down
+def _contract(graph: fx.Graph, context: Context, layer: LayerUpdate, old: fx.Node, gradient: fx.Node) -> None:
+    """R from the gradient's factors, in place of ``old``."""
     first, second = operands(old)
-    projector_first = second is layer.gradient
+    projector_first = second is gradient
     projector = first if projector_first else second
     total: Any = None
     with graph.inserting_before(old):
@@ -164,6 +168,8 @@ def _contract(graph: fx.Graph, context: Context, layer: LayerUpdate) -> None:
             total = products.scaled(graph, total, products.times((), alpha))
             added = products.scaled(graph, arguments(old)[0], products.times((), beta))
             result = make(graph, aten.add.Tensor, added, total)
+    is_low = old is layer.down
     context.replace(graph, old, result, down=total, low=total)
-    layer.gradient = total
+    if is_low:
+        layer.gradient = total
     erase_dead(graph, old)

@@ -42,6 +42,7 @@ class LayerUpdate:
         parameter: the inputs that the weight is stored in; several for INT8.
         down, up: the two products, either of which may add something (``addmm``); passes that replace ``down`` keep it
             true.
+        across: of an update that sketches both sides, the gradient's product with what is drawn for the other one.
         further: products that the write-back reads beside ``up``: others of the projector's with what follows from R,
             and the gradient's own, made for it alone (:mod:`qgalore_compile.passes.late_gradient`).
         inside: products between the projections of what follows from R: Newton and Schulz's, say.
@@ -74,11 +75,17 @@ class LayerUpdate:
     states: tuple[fx.Node, ...] = ()
     further: tuple[fx.Node, ...] = ()
     inside: tuple[fx.Node, ...] = ()
+    across: tuple[fx.Node, ...] = ()
+
+    @property
+    def downs(self) -> tuple[fx.Node, ...]:
+        """The gradient's products with projectors."""
+        return (self.down, *self.across)
 
     @property
     def between(self) -> list[fx.Node]:
         """The part of the region that works on r × n: what ``up`` or a new state follows from without ``up``."""
-        behind, after = {self.up, *self.further, *self.gradient_nodes}, {self.down, self.low}
+        behind, after = {self.up, *self.further, *self.gradient_nodes}, {*self.downs, self.low}
         for node in self.region:
             if any(source in behind for source in node.all_input_nodes):
                 behind.add(node)
@@ -95,7 +102,7 @@ class LayerUpdate:
     @property
     def gradient_nodes(self) -> set[fx.Node]:
         """G and what it is parsed from, down to its products; of a gradient that is taken apart already, nothing."""
-        return {self.gradient, *self.factors.nodes, *filter(None, [self.factors.obstacle])} - {self.down, self.low}
+        return {self.gradient, *self.factors.nodes, *filter(None, [self.factors.obstacle])} - {*self.downs, self.low}
 
     @property
     def write_back(self) -> list[fx.Node]:
@@ -108,19 +115,22 @@ def assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Nod
     """Give each layer the anchors that follow from its products alone; the layers that share one."""
     owner = {
         gemm: layer for layer in layers
-        for gemm in (layer.down, *layer.inside, *((layer.up, *layer.further) if layer.projector else ()))
+        for gemm in (*layer.downs, *layer.inside, *((layer.up, *layer.further) if layer.projector else ()))
     }  # fmt: skip
-    scaled = {gemm: layer for layer in layers if not layer.projector for gemm in layer.factors.gemms}
+    direct = {gemm: layer for layer in layers for gemm in layer.factors.gemms}
+    new = dict(map(written, writing))
     downs = Counter(layer.down for layer in layers)
     sharing = {layer for layer in layers if downs[layer.down] > 1}
     for anchor in writing:
         target, stored = written(anchor)
         reached = facts.gemms(stored)
+        reading = dict.fromkeys(direct[gemm] for gemm in reached if gemm in direct)
+        keeping = {layer for layer in reading if _keeps(facts, layer, target, new)}
         owners = {owner[gemm]: None for gemm in reached if gemm in owner}
-        owners |= {scaled[gemm]: None for gemm in reached if gemm in scaled and _writes(facts, scaled[gemm], stored)}
-        # a write-back's own gradient
+        owners |= {layer: None for layer in reading if layer in keeping or _writes(facts, layer, stored)}
+        # a write-back's own gradient, which a state may follow from too
         writing_back = {layer for layer in owners if layer.up in reached or _writes(facts, layer, stored)}
-        mine = {gemm for layer in writing_back for gemm in layer.factors.gemms}
+        mine = {gemm for layer in writing_back | keeping for gemm in layer.factors.gemms}
         if is_scalar(target) or previous_version(stored) is not None:
             continue
         if len(owners) > 1:
@@ -128,7 +138,7 @@ def assign_anchors(facts: Facts, layers: list[LayerUpdate], writing: list[fx.Nod
         elif owners and all(gemm in owner or gemm in mine for gemm in reached):
             (layer,) = owners
             layer.anchors.append(anchor)
-            if layer in writing_back and target not in layer.parameter:
+            if layer in writing_back - keeping and target not in layer.parameter:
                 layer.parameter = (*layer.parameter, target)
     return sharing
 
@@ -137,6 +147,19 @@ def _writes(facts: Facts, layer: LayerUpdate, stored: fx.Node) -> bool:
     """Whether a value is the weight's, of a layer without a projector: it follows from the weight and from G itself."""
     if layer.projector or layer.parameter[0] not in facts.inputs(stored):
         return False
+    return _follows_from_gradient(facts, layer, stored)
+
+
+def _keeps(facts: Facts, layer: LayerUpdate, target: fx.Node, new: dict[fx.Node, fx.Node]) -> bool:
+    """Whether an input is a state that follows from G itself, as a momentum of all of it does: the weight's new value
+    reads it, and it does not read the weight."""
+    weight = layer.parameter[0]
+    if target not in facts.inputs(new[weight]) or weight in facts.inputs(new[target]):
+        return False
+    return _follows_from_gradient(facts, layer, new[target])
+
+
+def _follows_from_gradient(facts: Facts, layer: LayerUpdate, stored: fx.Node) -> bool:
     terms = layer.factors.gemms
     return not terms.isdisjoint(facts.gemms(stored)) if terms else layer.gradient in facts.inputs(stored)
 
@@ -147,7 +170,7 @@ _MANY, _ANY = object(), object()  # colours beside a layer's: read by others too
 def colour_regions(graph: fx.Graph, layers: list[LayerUpdate]) -> None:
     """Fill ``region`` and ``states``: a node belongs to a layer if all its readers do.  One walk for all layers."""
     colour: dict[fx.Node, object] = {anchor: layer for layer in layers for anchor in layer.anchors}
-    colour.update((layer.down, _MANY) for layer in layers)
+    colour.update((down, _MANY) for layer in layers for down in layer.downs)
     ups = {gemm for layer in layers for gemm in (layer.up, *layer.further, *layer.inside)}
     for layer in layers:
         layer.region = []
@@ -214,20 +237,29 @@ def needs_all_of_it(layer: LayerUpdate) -> fx.Node | None:
     foreign = next((node for node in layer.region if node in behind and node.target not in _IN_PLACE), None)
     if foreign is not None:
         return foreign
-    inner = set(operands(layer.up)) if layer.projector else set()
+    after = set(behind)
+    for node in layer.region:
+        if not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
     states = [(target, stored) for target, stored in map(written, layer.anchors) if target not in layer.parameter]
-    inner |= {stored for target, stored in states if not is_scalar(target)}
+    # what follows from R alone must; what follows from G, a weight or a momentum of all of it, may element by element.
+    # Of a weight's scales a number may be made, their mean, and its codes do not follow from that
+    inner = set(operands(layer.up)) if layer.projector else set()
+    inner |= {stored for target, stored in states if not is_scalar(target) and stored not in after}
+    outer = {stored for target, stored in states if not is_scalar(target) and stored in after}
+    outer |= {written(anchor)[1] for anchor in layer.anchors if anchor.args[0] is layer.parameter[0]}
     for node in reversed(layer.region):
         if node in inner and node is not layer.up:
             inner.update(node.all_input_nodes)
+        if node in outer:
+            outer.update(node.all_input_nodes)
     inside = set(layer.region)
     for node in layer.region:
-        if not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
-        # a number that is written, the mean of a weight's scales, may follow; not one that matrices are made with
-        number = is_scalar(node) and any(user in inside and not is_scalar(user) for user in node.users)
-        if node in behind and (node in inner or number or (node.target in REDUCTIONS and not _last(node))):
-            return node
+        if node in after:
+            number = is_scalar(node) and any(user in inside and not is_scalar(user) for user in node.users)
+            whole = number or (node.target in REDUCTIONS and not _last(node))
+            if node in inner or (whole and node in outer):
+                return node
     return None
 
 

@@ -125,6 +125,7 @@ def find_updates(
     name_of = name_of or {}
     facts = facts or Facts(graph)
     writing = anchors(graph)
+    new = dict(map(written, writing))
     times = Counter(target for target, _ in map(written, writing))
     matched: dict[fx.Node, LayerUpdate] = {}
     refused: dict[fx.Node, Unmatched] = {}
@@ -138,8 +139,8 @@ def find_updates(
             outcome = Unmatched(name, outcome.shape, Reason.WRITTEN_TWICE, anchor.name)
         if isinstance(outcome, Unmatched):
             refused.setdefault(target, outcome)
-        else:
-            matched.setdefault(outcome.up, outcome)
+        elif outcome.up not in matched or _is_state_of(facts, matched[outcome.up].parameter[0], target, new):
+            matched[outcome.up] = outcome
     layers = list(matched.values())
     sharing = assign_anchors(facts, layers, writing)
     colour_regions(graph, layers)
@@ -165,6 +166,12 @@ def find_updates(
     return Updates(kept, list(reversed(others.values())))
 
 
+def _is_state_of(facts: Facts, state: fx.Node, parameter: fx.Node, new: dict[fx.Node, fx.Node]) -> bool:
+    """Whether one target is another's state, as a whole momentum is: what is written to the other reads it, and not the
+    other way round."""
+    return state in facts.inputs(new[parameter]) and parameter not in facts.inputs(new[state])
+
+
 # -- one parameter ----------------------------------------------------------------------------------------------------
 
 
@@ -187,29 +194,43 @@ def _scaled(
 ) -> LayerUpdate | None:
     """A layer that writes its gradient, scaled by what follows from a projection of it; None for another update."""
     m, n = floats_of(target) if len(floats_of(target)) == 2 else (0, 0)
+    projections: dict[fx.Node, list[fx.Node]] = {}  # by what may be the gradient
     # what follows from R may be one number a matrix, which is not walked through
     for down in dict.fromkeys([*reached, *_projecting(reached)]):
         for gradient, other in permutations(operands(down)) if down.target is aten.mm.default else ():
             rank = shape(down)[operands(down)[0] is gradient]
             if not same_sizes(gradient, (m, n)) or same_sizes(other, (m, n)) or hint(rank) > min(hint(m), hint(n)):
                 continue
-            factors = products.parse(gradient)
-            terms = factors.gemms
-            if terms:  # all of it: what else is in a sum is no gradient, but Muon's iterate, say
-                read = factors.obstacle is None and terms <= set(reached)
-            else:  # an input, and not one that the step writes
-                read = gradient in facts.inputs(stored) - facts.written
             # a projector is drawn or kept: it follows from no product, as the factor of an iteration on G does
-            drawn = facts.storage(other) is not None
-            if not read or not drawn or not terms | {down} >= set(reached) or down in terms:
-                continue
-            on_right = (operands(down)[0] is gradient) == (m == n or shape(gradient) == (m, n))
-            low, refresh = _refreshed(down)
-            return LayerUpdate(
-                name, (m, n), "right" if on_right else "left", rank,
-                (target,), down, gradient, gradient, factors, refresh, low, (),
-            )  # fmt: skip
+            if facts.storage(other) is not None:
+                projections.setdefault(gradient, []).append(down)
+    for gradient, downs in projections.items():
+        factors = products.parse(gradient)
+        terms = factors.gemms
+        if terms:  # all of it: what else is in a sum is no gradient, but Muon's iterate, say
+            read = factors.obstacle is None and terms <= set(reached)
+        else:  # an input, and not one that the step writes
+            read = gradient in facts.inputs(stored) - facts.written
+        # a second one, of the other side, where sketches tell of rows and of columns
+        sides = {_on_right(down, gradient, (m, n)): down for down in downs}
+        if not read or not terms.isdisjoint(downs) or len(sides) < len(downs) or not terms | {*downs} >= set(reached):
+            continue
+        own = hint(m) >= hint(n)
+        down, *across = (sides[side] for side in (own, not own) if side in sides)
+        low, refresh = _refreshed(down)
+        on_right = _on_right(down, gradient, (m, n))
+        rank = shape(down)[operands(down)[0] is gradient]
+        return LayerUpdate(
+            name, (m, n), "right" if on_right else "left", rank, (target,), down, gradient, gradient, factors, refresh,
+            low, (), across=tuple(across),
+        )  # fmt: skip
     return None
+
+
+def _on_right(down: fx.Node, gradient: fx.Node, sizes: tuple[Any, Any]) -> bool:
+    """Whether a product projects a gradient, which may stand transposed, on the right side."""
+    m, n = sizes
+    return bool((operands(down)[0] is gradient) == (m == n or shape(gradient) == (m, n)))
 
 
 def _projecting(reached: Sequence[fx.Node]) -> list[fx.Node]:
@@ -315,8 +336,9 @@ def _products(facts: Facts, node: fx.Node) -> list[fx.Node]:
 def _mismatch(facts: Facts, up: fx.Node, projector: fx.Node, down: fx.Node, other: fx.Node) -> Reason | None:
     """Why two operands are not one projector; None if they are.  NOT_PROJECTED where they have nothing in common."""
     storage = facts.storage(projector)
-    if storage is None:
-        return Reason.COMPUTED_PROJECTOR if _source(projector) is _source(other) else Reason.NOT_PROJECTED
+    if storage is None:  # what is as large as the weight is no projector, but an iterate of Newton and Schulz, say
+        same = _source(projector) is _source(other) and not same_sizes(projector, shape(up))
+        return Reason.COMPUTED_PROJECTOR if same else Reason.NOT_PROJECTED
     if not storage or facts.storage(other) is None or not same_sizes(other, shape(projector)):
         return Reason.NOT_PROJECTED
     if facts.storage(other) != storage or not facts.same_decoding(other, projector):

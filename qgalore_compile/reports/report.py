@@ -49,7 +49,7 @@ class Report:
         group of the optimizer names and the step does not update.
 
         Attributes of each (and keys: a record is a dict too): name, shape, side, rank, matched, projected, reason,
-        node, reassociated, kernels; where a pass tells of it also inequality, not_reassociated, not_fused,
+        node, reassociated, kernels; where a pass tells of it also inequality, not_reassociated, keeps, not_fused,
         refresh_takes, refresh_cost, update_function, ops.
         """
         return self._latest.layers if self._latest else []
@@ -135,7 +135,7 @@ def _layer_table(layers: list[Record]) -> Table:
         if layer["matched"]:
             note = note_of(layer)
             if note.reassociated:
-                gradient = f"never formed: {note.inequality}"
+                gradient = f"never formed: {note.inequality}" + (f"; keeps {note.keeps}" if note.keeps else "")
             else:
                 gradient = f"formed: {note.not_reassociated or 'no pass took it apart'}"
                 gradient += f"; {note.inequality}" if note.inequality else ""

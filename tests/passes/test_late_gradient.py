@@ -13,6 +13,8 @@ from passes_support import RULES, SHARED, Built, Full, Layer, Tensors, build, ow
 from support import assert_within_contract
 from torch import Tensor
 
+from qgalore_compile.formats import Format
+from qgalore_compile.formats.operators import decode, encode
 from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ops import program_of, run_gemm, run_program
@@ -118,7 +120,7 @@ def test_no_gradient_is_formed_and_one_kernel_writes_the_weight(name: str, side:
 @pytest.mark.parametrize("weight", ["float", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_every_format_and_odd_shapes(name: str, projector: str, weight: str, dtype: torch.dtype) -> None:
-    for shape_ in ((20, 13), (9, 24)):
+    for shape_ in ((20, 13), (9, 24), (20, 8)):
         layer = Layer(shape=shape_, projector=projector, weight=weight, dtype=dtype)
         built, _ = fused(layer, WRITES[name])
         assert whole(built, layer) == []
@@ -141,14 +143,14 @@ def test_however_the_backward_spells_it(gradient: str) -> None:
 
 @pytest.mark.parametrize("addition", ["add", "addmm"])
 def test_of_micro_batches_there_is_one_product_over_all_tokens(addition: str) -> None:
-    layer = Layer(accumulate=3, addition=addition, tokens=5)
+    layer = Layer(accumulate=3, addition=addition, tokens=2)
     built, _ = fused(layer, fira)
     assert whole(built, layer) == []
     assert len(write_back(built).products) == 2
 
 
 def test_micro_batches_may_have_factors_of_their_own() -> None:
-    layer = Layer(accumulate=2, after=lambda g, t: g / 2)
+    layer = Layer(accumulate=2, tokens=3, after=lambda g, t: g / 2)
     built, _ = fused(layer, apollo)
     assert whole(built, layer) == []
 
@@ -247,3 +249,78 @@ def test_on_a_cpu_the_number_of_tokens_may_be_a_symbol(how: Full) -> None:
     layer = Layer()
     built, _ = fused(layer, how, symbolic=("a_dy0", "a_x0"))
     assert whole(built, layer) == []
+
+
+# -- a momentum of all of it ------------------------------------------------------------------------------------------
+
+
+def momentum(shape_: tuple[int, int], form: str, both: bool) -> Built:
+    """A step whose momentum is as large as the weight, scaled by what sketches tell of the longer side, or of both."""
+    (m, n), tokens = shape_, 7
+    inputs = {**SHARED, "w": torch.randn(m, n), "p": torch.randn(4, n), "q": torch.randn(4, m)}
+    inputs |= {"a": torch.rand(m), "b": torch.rand(n), "dy": torch.randn(tokens, m), "x": torch.randn(tokens, n)}
+    own = Format.parse(form) if form else None
+    parts = own.encode(torch.randn(m, n)) if own else [torch.randn(m, n)]
+    inputs |= {f"m{index}": part for index, part in enumerate(parts)}
+
+    def body(t: Tensors) -> None:
+        g = t["dy"].t() @ t["x"]
+        found = {}
+        if both or m >= n:
+            found["a"] = 0.99 * t["a"] + 0.01 * (g @ t["p"].t()).square().mean(1)
+        if both or m < n:
+            found["b"] = 0.99 * t["b"] + 0.01 * (t["q"] @ g).square().mean(0)
+        roots = [each.sqrt().unsqueeze(1 if name == "a" else 0) for name, each in found.items()]
+        names = [f"m{index}" for index in range(len(parts))]
+        stored = [t[name] for name in names]
+        fresh = 0.9 * (decode(stored, (m, n), own) if own else stored[0]) + 0.1 * g
+        new = encode(fresh, own) if own else [fresh]
+        below = (roots[0] * roots[1] if both else roots[0]) + 1e-8
+        write(t, {**dict(zip(names, new, strict=True)), **found, "w": t["w"] - t["lr"] * fresh / below})
+
+    torch.manual_seed(0)
+    return build(body, inputs)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one side", "both"])
+@pytest.mark.parametrize("form", ["", "moment4/8+rows", "e4m3/8"])
+@pytest.mark.parametrize("shape_", [(20, 16), (16, 20), (9, 24)])
+def test_a_momentum_of_all_of_it_is_a_state_that_the_write_back_changes_too(
+    form: str, shape_: tuple[int, int], both: bool
+) -> None:
+    exact, built = momentum(shape_, form, both), momentum(shape_, form, both)
+    manager = built.after(*PASSES)
+    assert {record.name: len(record.matches) for record in manager.records} == {
+        "update": 1, "late_gradient": 1, "refresh": 0, "reassociate": 1, "fuse": 1
+    }, [record.skipped for record in manager.records]  # fmt: skip
+    assert_within_contract(built.run(), exact.run())
+    assert [node for node in built.graph.nodes if is_gemm(node) and sorted(shape(node)) == sorted(shape_)] == []
+    assert len(write_back(built).products) == 1
+
+
+@pytest.mark.parametrize("flaw", ["sums of G", "reads the weight", "another layer's", "returned"])
+def test_what_is_no_momentum_of_the_layer_s_own_is_left_or_right(flaw: str) -> None:
+    """However little is fused then: what the step writes is what it wrote."""
+    inputs = {
+        **SHARED,
+        "w": torch.randn(16, 20),
+        "p": torch.randn(4, 16),
+        "b": torch.rand(20),
+        "m": torch.randn(16, 20),
+    }
+    inputs |= {"dy": torch.randn(7, 16), "x": torch.randn(7, 20), "other": torch.randn(16, 20)}
+
+    def body(t: Tensors) -> Any:
+        g = t["dy"].t() @ t["x"]
+        square = g.square().mean(0) if flaw == "sums of G" else (t["p"] @ g).square().mean(0)
+        b = 0.99 * t["b"] + 0.01 * square
+        m = 0.9 * t["m"] + 0.1 * g + (0.01 * t["w"] if flaw == "reads the weight" else 0.0)
+        found = {"m": m, "b": b, "w": t["w"] - t["lr"] * m / (b.sqrt() + 1e-8)}
+        if flaw == "another layer's":
+            found["other"] = t["other"] - t["lr"] * m
+        write(t, found)
+        return m if flaw == "returned" else None
+
+    exact, built = build(body, inputs), build(body, inputs)
+    built.after(*PASSES)
+    assert_within_contract(built.run(), exact.run())
