@@ -74,7 +74,7 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
     arguments += "--power-iterations 3 --moments-on-refresh rotate "
     arguments += "--similarity official --weight-decay 0.125 --max-grad-norm 1.5 --vocab-size 300 --device cpu "
     arguments += "--max-gap 44 --no-stagger --trigger similarity --energy-threshold 0.5 "
-    arguments += "--nonfinite skip_parameter"
+    arguments += "--nonfinite skip_parameter --plain-lr 0.25 --rule factored --momentum-format 8bit"
     assert run("train", *arguments.split()).exit_code == 0
     assert trained == [
         TrainConfig(
@@ -84,9 +84,15 @@ def test_options_arrive(trained: list[TrainConfig]) -> None:
             power_iterations=3, moments_on_refresh="rotate",
             similarity="official", weight_decay=0.125, max_grad_norm=1.5, vocab_size=300, device="cpu",
             max_gap=44, stagger=False, trigger="similarity", energy_threshold=0.5,
-            nonfinite="skip_parameter",
+            nonfinite="skip_parameter", plain_lr=0.25, rule="factored", momentum_format="8bit",
         )
     ]  # fmt: skip
+
+
+def test_a_rank_of_zero_hands_the_rule_all_of_the_gradient(trained: list[TrainConfig]) -> None:
+    assert run("train", "--rank", "0", "--rule", "muon").exit_code == 0
+    assert trained[0].projection["rank"] is None
+    assert TrainConfig.from_preset(rank=3).projection["rank"] == 3
 
 
 @pytest.mark.parametrize("val_loss", [1.9, 2.1])

@@ -81,7 +81,7 @@ def _bases(source: Any) -> Iterator[Any]:
 
 def _projected(optimizer: QGaLoreAdamW, number: int, inputs: dict[int, int | str]) -> Iterator[Asked]:
     for position, group in enumerate(optimizer.param_groups):
-        if "rank" in group:
+        if layout.projects(group):
             for name, parameter in zip(groups.names_of(group, position), group["params"], strict=True):
                 assert isinstance(parameter, Tensor)
                 rank, frozen = layout.rank_of(group, parameter), not parameter.requires_grad

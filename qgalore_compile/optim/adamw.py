@@ -36,7 +36,7 @@ from qgalore_compile.optim.placement import check_placement
 from qgalore_compile.optim.rules import RuleState, Written
 from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.rng import MOMENT_STREAM, PROJECTOR_STREAM, random_bits
-from qgalore_compile.subspace.projection import project, project_back, projector_shape, side_of
+from qgalore_compile.subspace.projection import Side, other_side, project, project_back, side_of
 from qgalore_compile.subspace.refresh import refresh_
 from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
 from qgalore_compile.subspace.timing import seconds_of
@@ -44,13 +44,15 @@ from qgalore_compile.weights import QuantizedWeight, write_back_
 
 
 class _Pending(NamedTuple):
-    """A parameter between the two phases: ``low`` is R, or G as it came where it is not projected."""
+    """A parameter between the two phases: ``low`` is R, or G as it came where it is not projected; ``across`` the
+    sketch of the other side, of rules that want one."""
 
     parameter: Tensor
     group: Group
     state: dict[str, Tensor]
     position: int
     low: Tensor
+    across: Tensor | None = None
 
 
 class QGaLoreAdamW(Optimizer):
@@ -255,7 +257,11 @@ class QGaLoreAdamW(Optimizer):
                     continue
                 state = self.state[p]
                 low = self._project(p, group, state, position) if "rank" in group else p.grad
-                pending.append(_Pending(p, group, state, position, low))
+                across = None
+                if group.rule is not None and group.rule.sketches:
+                    side = other_side(side_of(p.shape))
+                    across = project(p.grad, _drawn(p, group, state, position, side), side)
+                pending.append(_Pending(p, group, state, position, low, across))
         return pending
 
     def _project(self, p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
@@ -263,8 +269,11 @@ class QGaLoreAdamW(Optimizer):
         wait for the last one's norm (6 GiB in float32 at 7B)."""
         assert p.grad is not None
         assert group.rule is not None
+        if not layout.projects(group):
+            return p.grad
         if group.rule.drawn:
-            return project(p.grad, _drawn(p, group, state, position), side_of(p.shape))
+            side = side_of(p.shape)
+            return project(p.grad, _drawn(p, group, state, position, side), side)
         projector = layout.projector(p, group, state, p.grad.dtype)
         low = project(p.grad, projector, side_of(p.shape))
         refresh_(
@@ -312,10 +321,12 @@ _refuse_to_trace_nothing._dynamo_marked_constant = True  # type: ignore[attr-def
 
 def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     """Steps 4 to 6 for one parameter; where ``ok`` is False every store writes what was there."""
-    p, group, state, position, low = item
+    p, group, state, position, low, across = item
     grad = low.to(torch.float32)
+    across = None if across is None else across.to(torch.float32)
     if clip is not None:
         grad = grad * clip
+        across = None if across is None else across * clip
     step = state["step"] + 1
     formats = group.formats.moments_of(group, p)
     noise = None
@@ -324,9 +335,9 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
         noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
             grad.shape
         )
-    moments = RuleState(group, p.shape, state, formats, noise, step, ok)
+    moments = RuleState(group, p.shape, state, formats, noise, step, ok, low.dtype, across)
     rule = group.rule
-    update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip)
+    update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip, moments)
     weight = p.dequantize(torch.float32) if isinstance(p, QuantizedWeight) else p.to(torch.float32)
     weight = weight - group["lr"] * update
     if torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0:  # a graph is of every number
@@ -341,29 +352,45 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     state["step"].copy_(torch.where(ok, step, state["step"]))
 
 
-def _whole(written: Written, item: _Pending, clip: Tensor | None) -> Tensor:
+def _whole(written: Written, item: _Pending, clip: Tensor | None, moments: RuleState) -> Tensor:
     """U: what a rule says is to be written, in the weight's shape.  The GEMM runs in the gradient's dtype again."""
-    p, group, state, *_ = item
+    p, group, state, position, *_ = item
     assert p.grad is not None
+    assert group.rule is not None
     update: Tensor | None = None
     if written.low is not None:
-        projector = layout.projector(p, group, state, p.grad.dtype)
-        back = project_back(written.low.to(p.grad.dtype), projector, side_of(p.shape))
+        back = written.low
+        if layout.projects(group):
+            projector = layout.projector(p, group, state, p.grad.dtype)
+            back = project_back(back.to(p.grad.dtype), projector, side_of(p.shape))
         update = group.numbers.scale * back.to(torch.float32)
     if written.scales is not None:
-        scaled = p.grad.to(torch.float32) * (written.scales if clip is None else written.scales * clip)
+        gradient = p.grad.to(torch.float32)
+        if group.rule.whole:
+            gradient = gradient if clip is None else gradient * clip
+            form, noise = group.formats.momenta[layout.width_of(p)], None
+            if group["rounding"] == "stochastic" and form.rounds:
+                noise = random_bits(p.shape, seed=group["seed"], step=moments.step, param=position | MOMENT_STREAM)
+            scaled = moments.whole(gradient, form, layout.momentum_names(form), noise) * written.scales
+        else:
+            scaled = gradient * (written.scales if clip is None else written.scales * clip)
         update = scaled if update is None else update + scaled
     if update is None:
         raise ValueError(f"rule {group['rule']!r} writes nothing: its step must give low, scales, or both")
     return update
 
 
-def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
-    """A projector of entries ±1/√r, another one every ``update_proj_gap`` steps: a sign for each bit that is drawn."""
+def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int, side: Side) -> Tensor:
+    """A projector for a side, of entries ±1/√r: a sign for each bit that is drawn, others every ``update_proj_gap``
+    steps, or in every step for sketches, where what is off in one should not be so in the next."""
     assert p.grad is not None
-    rows, columns = projector_shape(p.shape, rank := layout.rank_of(group, p))
-    turn = state["step"] // group["update_proj_gap"]
-    words = random_bits((rows, -(-columns // 16)), seed=group["seed"], step=turn, param=position | PROJECTOR_STREAM)
+    assert group.rule is not None
+    m, n = p.shape
+    rank = layout.rank_of(group, p)
+    rows, columns = (rank, n) if side == "right" else (m, rank)
+    turn = state["step"] if group.rule.sketches else state["step"] // group["update_proj_gap"]
+    stream = PROJECTOR_STREAM if side == side_of(p.shape) else PROJECTOR_STREAM | MOMENT_STREAM
+    words = random_bits((rows, -(-columns // 16)), seed=group["seed"], step=turn, param=position | stream)
     places = torch.arange(16, dtype=torch.int32, device=p.device)
     bits = ((words.unsqueeze(-1) >> places) & 1).view(rows, -1)[:, :columns]
     signs: Tensor = 1 - 2 * bits

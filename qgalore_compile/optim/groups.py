@@ -20,7 +20,7 @@ from qgalore_compile.weights.targets import Targets, foreign, obstacle, other_la
 def param_groups(
     model: nn.Module,
     *,
-    rank: int,
+    rank: int | None,
     targets: Targets | None = None,
     plain: Mapping[str, Any] | None = None,
     **keys: Any,
@@ -31,7 +31,7 @@ def param_groups(
 
     Args:
         model: its trainable parameters are taken; shared ones once.
-        rank: of the projected group.
+        rank: of the projected group; None where its rule is to have the whole gradient.
         targets: the linear layers whose weights are projected, as for ``quantize_``: those of the blocks by default.
         plain: keys of what is not projected (embedding, head, norms) where they differ, as ``plain=dict(lr=0.005)``.
         **keys: any other group key; lr, betas, eps, weight_decay, moments and rounding go to every group, the rest to

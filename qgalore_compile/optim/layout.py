@@ -7,6 +7,9 @@
 ``projector``, ``projector_<part>``         P in the projector's format; projected parameters only
 ``schedule``                                float64 on the CPU (:mod:`qgalore_compile.subspace.scheduler`)
 ``limit``                                   float32, 0-d: of rules that limit a norm, the last one
+``momentum``, ``momentum_<part>``           M, shaped like the weight, with groups along its rows: of rules that keep
+                                            the whole gradient's
+``exp_avg_sq_row``, ``exp_avg_sq_col``      float32 (m,), (n,): of rules with sketches, mean squares
 ==========================================  =======================================================================
 
 A rule that draws its projectors keeps neither those nor a schedule, and one of a single moment m alone.
@@ -30,6 +33,7 @@ from qgalore_compile.optim.rules.registry import rule_of
 from qgalore_compile.subspace.moments import SHORT, MomentFormats
 from qgalore_compile.subspace.projection import projector_shape, side_of
 from qgalore_compile.subspace.scheduler import Schedule
+from qgalore_compile.weights import QuantizedWeight
 
 MIN_8BIT_ELEMENTS = 4096
 """Parameters that are not projected and smaller than this keep float32 moments, as in bitsandbytes."""
@@ -43,13 +47,15 @@ class GroupFormats(NamedTuple):
         names: of a projector's parts in a parameter's state.
         moments: of moments.
         small: of the moments of small parameters that are not projected.
-        dtypes: of the projector's and the moments' parts by name, those of small parameters apart.
+        momenta: of a momentum of the whole gradient, by elements in a group of the weight's; {} of other rules.
+        dtypes: of the projector's, the moments' and the momentum's parts by name, those of small parameters apart.
     """
 
     projector: Format
     names: tuple[str, ...]
     moments: MomentFormats
     small: MomentFormats
+    momenta: dict[int, Format]
     dtypes: dict[str, torch.dtype]
 
     @classmethod
@@ -58,15 +64,55 @@ class GroupFormats(NamedTuple):
         form = Format.parse(projector_text(group))
         count = rule_of(group["rule"]).moments if "rank" in group else 2
         moments = MomentFormats.parse(group["moments"], count)
-        for each in (form, moments.first, moments.second):
+        whole = "rank" in group and rule_of(group["rule"]).whole
+        widths = {width_of(parameter) for parameter in group["params"]} if whole else set()
+        momenta = {width: momentum_format(group["momentum_format"], width) for width in sorted(widths)}
+        for each in (form, moments.first, moments.second, *momenta.values()):
             _ = each.text  # Dynamo reads what is there
         names = ("projector", *(f"projector_{part.name}" for part in form.parts[1:]))
         dtypes = dict(zip(names, map(dtype_of, form.parts), strict=True)) | moments.dtypes
-        return cls(form, names, moments, MomentFormats.parse("32bit"), dtypes)
+        for each in momenta.values():
+            dtypes |= dict(zip(momentum_names(each), map(dtype_of, each.parts), strict=True))
+        return cls(form, names, moments, MomentFormats.parse("32bit"), momenta, dtypes)
 
     def moments_of(self, group: Mapping[str, Any], parameter: Tensor) -> MomentFormats:
         """Of one of the group's parameters."""
         return self.moments if "rank" in group or parameter.numel() >= MIN_8BIT_ELEMENTS else self.small
+
+
+SHORT_MOMENTUM = {"4bit": "moment4/{}+rows", "8bit": "e4m3/{}", "32bit": "float32"}
+"""What the key ``momentum_format`` may say in place of a format's text: formats with as many elements in a group as
+the weight has, so that one kernel reads and writes both."""
+
+
+def width_of(parameter: Tensor) -> int:
+    """Elements in a group of a momentum of that parameter: its own where it is quantised."""
+    grouped = parameter.format.grouped if isinstance(parameter, QuantizedWeight) else None
+    return 128 if grouped is None else grouped.width
+
+
+def momentum_format(text: str | Format, width: int) -> Format:
+    """The format that a value of ``momentum_format`` means for groups of so many elements; FormatError for one that
+    cannot be written by a step, or whose groups are not along rows."""
+    given = Format.parse(SHORT_MOMENTUM.get(str(text), str(text)).format(width))
+    in_rows = given.trains and given.grouped is not None and given.grouped is given and given.grouped.axis == "rows"
+    if not in_rows and str(given) != "float32":
+        raise FormatError(f"momentum_format={str(text)!r} has no groups along rows that a step can write")
+    return given
+
+
+def momentum_names(form: Format) -> list[str]:
+    """Of its parts in a parameter's state."""
+    return ["momentum", *(f"momentum_{part.name}" for part in form.parts[1:])]
+
+
+def bad_momentum(value: Any) -> str | None:
+    """What is wrong with a value of the key ``momentum_format``."""
+    if isinstance(value, str) and value in SHORT_MOMENTUM:
+        return None
+    short = ", ".join(map(repr, SHORT_MOMENTUM))
+    problem = _problem(lambda: momentum_format(value, 128), value)
+    return problem and f"must be one of {short}, or a format's text such as 'e4m3/128': {problem}"
 
 
 def projector_text(group: Mapping[str, Any]) -> str:
@@ -102,7 +148,7 @@ def _problem(parse: Any, value: Any) -> str | None:
 
 
 # Called while Dynamo traces a step that sets a key of a group, not traced: both return constants.
-for _check in (bad_projector_format, bad_moments):
+for _check in (bad_projector_format, bad_moments, bad_momentum):
     _check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -120,20 +166,25 @@ def _text(value: Any) -> Any:
 # -- one parameter's state ------------------------------------------------------------------------------------------
 
 
+def projects(group: Mapping[str, Any]) -> bool:
+    """Whether R is a projection of the gradient: the group has a rule and, for it, a rank that is not None."""
+    return group.get("rank") is not None
+
+
 def rank_of(group: Mapping[str, Any], parameter: Tensor) -> int:
-    """The group's rank, clipped to the parameter's smaller side."""
-    rank: int = min(group["rank"], *parameter.shape)
-    return rank
+    """The group's rank, clipped to the parameter's smaller side; that side where nothing is projected."""
+    rank: int = min(parameter.shape)
+    return min(group["rank"], rank) if projects(group) else rank
 
 
 def has_projector(group: Any) -> bool:
     """Whether its parameters have a projector in their state, and with it a schedule."""
-    return group.rule is not None and not group.rule.drawn
+    return projects(group) and not group.rule.drawn
 
 
 def low_shape(group: Mapping[str, Any], parameter: Tensor) -> tuple[int, ...]:
     """Shape of R, and of the moments: of the parameter itself where it is not projected."""
-    if "rank" not in group:
+    if not projects(group):
         return tuple(parameter.shape)
     (m, n), rank = parameter.shape, rank_of(group, parameter)
     return (m, rank) if side_of(parameter.shape) == "right" else (rank, n)
@@ -150,6 +201,9 @@ def stored(p: Tensor, group: Any, state: Mapping[str, Tensor], name: str) -> Sto
     own = formats.moments_of(group, p)
     if name == "projector":
         return Stored(formats.projector, parts_in(state, formats), projector_shape(p.shape, rank_of(group, p)))
+    if name == "momentum":
+        form = formats.momenta[width_of(p)]
+        return Stored(form, [state[part] for part in momentum_names(form)], tuple(p.shape))
     if name not in own.names or not own.root:
         return None
     count = len(own.first.parts)
@@ -158,6 +212,15 @@ def stored(p: Tensor, group: Any, state: Mapping[str, Tensor], name: str) -> Sto
         return Stored(own.first, parts[:count], low_shape(group, p))
     second = count < len(own.names) and name == own.names[count]
     return Stored(own.second, parts[count:], low_shape(group, p)) if second else None
+
+
+def names_of_parts(p: Tensor, group: Any) -> list[Sequence[str]]:
+    """The names of the parts of a parameter's projector, moments and momentum, as far as there may be such."""
+    formats: GroupFormats = group.formats
+    own = formats.moments_of(group, p)
+    count = len(own.first.parts)
+    momentum = [momentum_names(form) for form in formats.momenta.values()]
+    return [formats.names, own.names[:count], own.names[count:], *momentum]
 
 
 def projector(p: Tensor, group: Any, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,5 +239,11 @@ def new_state(p: Tensor, group: Any, slot: int = -1) -> dict[str, Tensor]:
         state["schedule"] = Schedule.first(group["update_proj_gap"], group["queue_size"], slot).to_tensor()
     if group.rule is not None and group.rule.limits:
         state["limit"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    if group.rule is not None and group.rule.whole:
+        form = formats.momenta[width_of(p)]
+        state.update(zip(momentum_names(form), form.zeros(p.shape, p.device), strict=True))
+    if group.rule is not None and group.rule.sketches:
+        for name, size in zip(("exp_avg_sq_row", "exp_avg_sq_col"), p.shape, strict=True):
+            state[name] = torch.zeros(size, dtype=torch.float32, device=p.device)
     state.update(formats.moments_of(group, p).zeros(low_shape(group, p), p.device))
     return state

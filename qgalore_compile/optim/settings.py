@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from qgalore_compile.optim.layout import bad_moments, bad_projector_format
+from qgalore_compile.optim.layout import bad_moments, bad_momentum, bad_projector_format
 from qgalore_compile.optim.rules.registry import RULES, bad_rule, rule_of
 from qgalore_compile.rng import SEEDS
 from qgalore_compile.subspace.finder import METHODS
@@ -200,8 +200,9 @@ _TABLE = (
         int,
         REQUIRED,
         least=1,
+        unset="no projection",
         fixed="shapes",
-        help="Rank of the projection, clipped to a weight's smaller side.",
+        help="Rank of the projection, clipped to a weight's smaller side; None hands the rule all of the gradient.",
     ),
     _projected(
         "rule",
@@ -211,6 +212,15 @@ _TABLE = (
         values=f"one of {', '.join(map(repr, RULES))}, or an object of a subclass of `Rule`",
         fixed="state",
         help="What becomes of the projected gradient, and what of the gradient itself reaches the weight.",
+    ),
+    _projected(
+        "momentum_format",
+        str,
+        "4bit",
+        check=bad_momentum,
+        values="'4bit', '8bit', '32bit', or a format's text",
+        fixed="state",
+        help='How a momentum as large as the weight is stored, which rule "factored" keeps.',
     ),
     _projected("update_proj_gap", int, 200, least=1, help="Steps between two refreshes of a subspace, at first."),
     _projected("scale", float, 0.25, help="α, on the projected update."),
@@ -356,11 +366,17 @@ def _check_together(group: Mapping[str, Any], where: str) -> None:
             f"for a longer gap and a shorter one, got {shrink!r}"
         )
     rule = rule_of(group["rule"])
-    if group["moments_on_refresh"] != "keep" and (rule.drawn or rule.moments == 1):
+    if group["moments_on_refresh"] != "keep" and (rule.drawn or rule.moments != 2):
         why = "draws its projectors" if rule.drawn else "keeps one moment"
         raise ValueError(
             f"{where}: moments_on_refresh must be 'keep' with rule {rule.name!r}, which {why}, got "
             f"{group['moments_on_refresh']!r}"
+        )
+    if group["rank"] is None and not rule.unprojected:
+        known = ", ".join(repr(name) for name, each in RULES.items() if each.unprojected)
+        raise ValueError(
+            f"{where}: rank must be an integer of at least 1 with rule {rule.name!r}, got None, which hands all of the "
+            f"gradient to rules that can take it: {known}"
         )
     if rule.drawn and group["projector_format"] is not None:
         raise ValueError(

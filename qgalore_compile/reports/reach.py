@@ -214,11 +214,7 @@ class Entry(NamedTuple):
         """Whether it belongs to what another part stands for."""
         if not isinstance(self.group, Group) or self.parameter is None:
             return False
-        formats = self.group.formats
-        own = formats.moments_of(self.group, self.parameter)
-        second = len(own.first.parts)
-        firsts = (formats.names[0], own.names[0], *own.names[second : second + 1])  # some rules keep one moment
-        return self.key in (*formats.names, *own.names) and self.key not in firsts
+        return any(self.key in names[1:] for names in layout.names_of_parts(self.parameter, self.group))
 
     @property
     def turn(self) -> int:

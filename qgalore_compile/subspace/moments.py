@@ -111,9 +111,10 @@ class MomentFormats(NamedTuple):
         """m of the tensors that it is stored in, those of the second moment left out or not."""
         return decode(stored[: len(self.first.parts)], shape, self.first)
 
-    def encode_first(self, m: Tensor) -> list[Tensor]:
-        """What is to be stored of m, to nearest."""
-        return list(encode(m, self.first))
+    def encode_first(self, m: Tensor, noise: Tensor | None) -> list[Tensor]:
+        """What is to be stored of m where it is the only moment.  It is rounded as √v is: nothing is divided by what
+        has fallen to zero, and a momentum that a step moves by a twentieth would stay there."""
+        return list(encode(m, self.first, noise))
 
     def decode(self, stored: Sequence[Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """m and v, float32 of ``shape``, of the tensors that they are stored in."""

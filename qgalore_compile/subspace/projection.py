@@ -28,6 +28,11 @@ def side_of(shape: Sequence[int]) -> Side:
     return "right" if shape[0] >= shape[1] else "left"
 
 
+def other_side(side: Side) -> Side:
+    """The side that a weight projected on ``side`` is not projected on."""
+    return "left" if side == "right" else "right"
+
+
 def projector_shape(shape: Sequence[int], rank: int) -> tuple[int, int]:
     """(r, n) on the right, (m, r) on the left, for a rank of at most min(m, n)."""
     m, n = shape

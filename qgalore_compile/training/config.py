@@ -77,8 +77,17 @@ class TrainConfig:
         choices=("qgalore", "inductor", "eager"),
     )
     lr: float = of_group("lr", default=REQUIRED, check=None, above=0, help="Peak learning rate.")
-    rank: int = of_group("rank")
+    plain_lr: float | None = of_run(
+        STEP, float, None, "Peak learning rate of embedding, head and norms.", unset="that of the rest", above=0
+    )
+    rank: int = of_group(
+        "rank",
+        least=0,
+        unset="",
+        help="Rank of the projection, clipped to a weight's smaller side; 0: --rule muon takes all of the gradient.",
+    )
     rule: str = of_group("rule", check=None, choices=tuple(RULES))
+    momentum_format: str = of_group("momentum_format")
     update_proj_gap: int = of_group("update_proj_gap", default=REQUIRED)
     scale: float = of_group("scale", above=0)
     refresh: str = of_group("refresh")
@@ -173,7 +182,8 @@ class TrainConfig:
     @property
     def projection(self) -> dict[str, Any]:
         """The keys of the projected group that the run sets."""
-        return {name: getattr(self, name) for name in settings() if name in KEYS and KEYS[name].projected}
+        keys = {name: getattr(self, name) for name in settings() if name in KEYS and KEYS[name].projected}
+        return {**keys, "rank": self.rank or None}
 
     @property
     def tokens_per_step(self) -> int:

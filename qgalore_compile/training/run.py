@@ -22,7 +22,7 @@ from qgalore_compile.training.data import Corpus, training_batch, validation_bat
 from qgalore_compile.training.llama import Llama
 from qgalore_compile.training.saved_run import check_saved
 from qgalore_compile.training.telemetry import StepRecord, Turn, resident_bytes
-from qgalore_compile.weights import quantize_
+from qgalore_compile.weights import quantize_, select_linears
 
 AnyOptimizer: TypeAlias = QGaLoreAdamW | torch.optim.AdamW
 Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -64,12 +64,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AnyOptimizer:
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        if config.plain_lr is not None:
+            inside = {id(linear.weight) for _, linear in select_linears(model)}
+            blocks = [p for p in decayed if id(p) in inside]
+            groups[0] = {"params": [p for p in decayed if id(p) not in inside]}
+            groups = [{"params": blocks}, *({**group, "lr": config.plain_lr} for group in groups)]
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     quantised = config.optimizer == "qgalore"
     groups = param_groups(
         model,
         **config.projection,
         quant=quantised,
+        plain={} if config.plain_lr is None else {"lr": config.plain_lr},
         weight_decay=config.weight_decay,
     )
     return QGaLoreAdamW(

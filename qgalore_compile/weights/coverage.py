@@ -25,7 +25,7 @@ def int8_line(model: nn.Module) -> str:
     return f"{', '.join(names)}: {_amount(quantised, parameters)} of the parameters"
 
 
-def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons: list[str]) -> None:
+def tell_projected(model: nn.Module, projected: list[Tensor], rank: int | None, reasons: list[str]) -> None:
     """Log what is projected, and warn where it is less than half of the trainable elements.
 
     Args:
@@ -41,7 +41,8 @@ def tell_projected(model: nn.Module, projected: list[Tensor], rank: int, reasons
     # what is no rank is the optimizer's to refuse, in words
     whole = {id(p) for p in projected if isinstance(rank, int) and rank >= min(p.shape)}
     low = [p for p in projected if id(p) not in whole]
-    line = f"projected: {_amount(low, trainable.values())} of the trainable elements, rank {rank}"
+    how = "by all of their gradients" if rank is None else f"rank {rank}"
+    line = f"projected: {_amount(low, trainable.values())} of the trainable elements, {how}"
     logger.info("%s; %s", int8_line(model), line)
     total, taken = (sum(p.numel() for p in each) for each in (trainable.values(), low))
     if total == 0:

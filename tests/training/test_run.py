@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,7 @@ from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.data import load_corpus
 from qgalore_compile.training.run import Run, make_model, make_optimizer
+from qgalore_compile.weights import select_linears
 
 
 def test_a_seed_draws_the_same_model_in_every_dtype_on_a_cpu() -> None:
@@ -41,3 +43,15 @@ def test_the_rows_of_rare_bytes_stay_small_and_move_by_few_learning_rates() -> N
         furthest = max(furthest, moved / rate) if rate else furthest
     assert 0.5 < furthest <= 10
     assert float(embedding.detach().abs().max()) < 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "qgalore"])
+def test_what_is_not_a_block_s_matrix_may_have_a_rate_of_its_own(optimizer: str) -> None:
+    config = TrainConfig.from_preset("tiny", optimizer=optimizer, lr=0.5, plain_lr=0.25)
+    model = make_model(config)
+    groups = make_optimizer(model, config).param_groups
+    rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    blocks = {id(linear.weight) for _, linear in select_linears(model)}
+    assert {key for key, rate in rates.items() if rate == 0.5} == blocks
+    assert set(rates.values()) == {0.5, 0.25}

@@ -10,6 +10,7 @@ galore.py    Adam in the subspace
 fira.py      and what lies outside of it, scaled by column
 apollo.py    the whole gradient, scaled by column, with a projector that is drawn and stored nowhere
 muon.py      the momentum in the subspace, made orthogonal
+factored.py  a momentum of the whole gradient in four bits, over a second moment of rows and columns
 ===========  ==========================================================================================================
 """
 

@@ -17,7 +17,8 @@ class Written(NamedTuple):
 
     Attributes:
         low: shaped like R, float32; None for nothing.
-        scales: float32, (1, n) on the left, (m, 1) on the right, or (1, 1); None where G is not read.
+        scales: float32, of a shape that spreads to (m, n); None where G is not read.  Of a rule with a ``whole``
+            momentum they are M̂'s in place of G's: of β₁ M + (1 - β₁) G, without its bias towards zero.
     """
 
     low: Tensor | None
@@ -36,15 +37,22 @@ class Rule(ABC):
         name: as group keys have it.
         drawn: whether P is drawn at random, anew every ``update_proj_gap`` steps, and stored nowhere; else it is found
             from gradients.
-        moments: how many moments are kept: 2, m and v, or 1, m alone.
+        sketches: of a rule that draws, whether it draws in every step, and a second matrix for the other side too, so
+            that ``step`` knows sketches of G's rows and of its columns.
+        moments: how many moments of R are kept: 2, m and v, 1, m alone, or none.
+        whole: whether a momentum of all of G is kept, in the format of the key ``momentum_format``.
         reads_gradient: whether ``step`` may give ``scales``.
+        unprojected: whether R may be all of the gradient, for ``rank=None``.
         limits: whether ``step`` asks :meth:`RuleState.limited`, which keeps a number from step to step.
     """
 
     name: ClassVar[str]
     drawn: ClassVar[bool] = False
+    sketches: ClassVar[bool] = False
     moments: ClassVar[int] = 2
+    whole: ClassVar[bool] = False
     reads_gradient: ClassVar[bool] = False
+    unprojected: ClassVar[bool] = False
     limits: ClassVar[bool] = False
 
     @abstractmethod

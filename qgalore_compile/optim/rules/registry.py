@@ -6,11 +6,12 @@ from typing import Any
 
 from qgalore_compile.optim.rules.apollo import Apollo
 from qgalore_compile.optim.rules.base import Rule
+from qgalore_compile.optim.rules.factored import Factored
 from qgalore_compile.optim.rules.fira import Fira
 from qgalore_compile.optim.rules.galore import GaLore
 from qgalore_compile.optim.rules.muon import Muon
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (GaLore(), Fira(), Apollo(), Muon())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (GaLore(), Fira(), Apollo(), Muon(), Factored())}
 """By name; one of a user's own joins when it is first given."""
 
 

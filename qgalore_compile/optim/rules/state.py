@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qgalore_compile.formats import Format, decode, encode
 from qgalore_compile.subspace.moments import MomentFormats
 from qgalore_compile.subspace.projection import side_of
 
@@ -22,6 +23,9 @@ class RuleState:
         group: the parameter's group, whose ``numbers`` are tensors.
         shape: of the weight.
         step: 0-d, updates with this one.
+        gemm: the gradient's dtype, in which products are taken.
+        across: of rules with sketches, G projected on the other side: (m, r) on the left, (r, n) on the right; clipped,
+            float32.
     """
 
     def __init__(
@@ -33,8 +37,10 @@ class RuleState:
         noise: Tensor | None,
         step: Tensor,
         ok: Tensor,
+        gemm: torch.dtype,
+        across: Tensor | None = None,
     ) -> None:
-        self.group, self.shape, self.step = group, shape, step
+        self.group, self.shape, self.step, self.gemm, self.across = group, shape, step, gemm, across
         self._state, self._formats, self._noise, self._ok = state, formats, noise, ok
 
     @property
@@ -76,9 +82,40 @@ class RuleState:
         beta1, rest1, *_ = self.group.numbers
         stored = [self._state[name] for name in self._formats.names]
         exp_avg = beta1 * self._formats.decode_first(stored, r.shape) + rest1 * r
-        for tensor, value in zip(stored, self._formats.encode_first(exp_avg), strict=True):
+        for tensor, value in zip(stored, self._formats.encode_first(exp_avg, self._noise), strict=True):
             tensor.copy_(torch.where(self._ok, value, tensor))
         return beta1 * exp_avg + rest1 * r
+
+    def factors(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Adafactor's second moment (arXiv 1804.04235): moving averages, bias-corrected, of the mean squares of G's
+        rows (m, 1) and columns (1, n), both as sketches tell them; stored."""
+        _, _, _, beta2, rest2, log2, *_ = self.group.numbers
+        assert self.across is not None, "for rules with sketches"
+        (m, n), sketches = self.shape, (r, self.across) if self.dim == 1 else (self.across, r)
+        found = []
+        for name, mean in (
+            ("exp_avg_sq_row", sketches[0].square().sum(1) / n),
+            ("exp_avg_sq_col", sketches[1].square().sum(0) / m),
+        ):
+            fresh = beta2 * self._state[name] + rest2 * mean
+            self._state[name].copy_(torch.where(self._ok, fresh, self._state[name]))
+            found.append(fresh / _bias(log2, self.step))
+        return found[0].unsqueeze(1), found[1].unsqueeze(0)
+
+    def whole(self, g: Tensor, form: Format, names: Sequence[str], noise: Tensor | None) -> Tensor:
+        """M̂ of the fresh M = β₁ M + (1 - β₁) G, M stored.
+
+        Args:
+            g: G, clipped, float32.
+            form, names: of M, and of its parts in the state.
+            noise: 16 random bits an element; None rounds to nearest.
+        """
+        beta1, rest1, log1, *_ = self.group.numbers
+        stored = [self._state[name] for name in names]
+        fresh: Tensor = beta1 * decode(stored, g.shape, form) + rest1 * g
+        for tensor, value in zip(stored, encode(fresh, form, noise), strict=True):
+            tensor.copy_(torch.where(self._ok, value, tensor))
+        return fresh / _bias(log1, self.step)
 
     def limited(self, norm: Tensor, growth: float) -> Tensor:
         """f, at most 1, by which something whose norm is ``norm`` may be written if that is to grow by no more than the

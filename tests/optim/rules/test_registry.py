@@ -178,6 +178,19 @@ def test_what_is_no_rule_is_told_which_there_are(given: object) -> None:
             "moments_on_refresh must be 'keep' with rule 'muon', which keeps one m",
         ),
         (
+            "factored",
+            {"moments_on_refresh": "reset"},
+            "moments_on_refresh must be 'keep' with rule 'factored', which draws",
+        ),
+        ("fira", {"rank": None}, "rank must be an integer of at least 1 with rule 'fira', got None"),
+        ("factored", {"rank": None}, "rank must be an integer of at least 1 with rule 'factored', got None.*'muon'"),
+        (
+            "factored",
+            {"momentum_format": "dynamic8/256"},
+            "momentum_format must be one of '4bit', '8bit', '32bit', or",
+        ),
+        ("factored", {"momentum_format": "3bit"}, "momentum_format must be one of '4bit'"),
+        (
             "apollo",
             {"projector_format": "nf4/64"},
             "rule 'apollo' draws its projectors and stores none; leave projector_f",
