@@ -5,10 +5,10 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/frontier.py --settings tiny-2k --share 2/2    # beside it
     .venv/bin/python benchmarks/frontier.py --report
 
-Which runs there are, `frontier_plan.py` says; rules that are no part of the optimizer are in `rules.py`.  The corpus is
-the source of the Python standard library, as in `qgalore train`.  Forward and backward are compiled by Inductor, once a
-process and model; optimizers step eagerly, in float32.  A result is written when its run ends: stop at any time, and
-give the same command again.
+Which runs there are, `frontier_plan.py` says; rules that are no part of the optimizer are in `rules.py` and `whole.py`.
+The corpus is the source of the Python standard library, as in `qgalore train`.  Forward and backward are compiled by
+Inductor, once a process and model, and optimizers step eagerly, in float32; a step of ours without accumulation is
+compiled as a whole.  A result is written when its run ends: stop at any time, and give the same command again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +67,11 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
         from torchao.optim import AdamW8bit
 
         return AdamW8bit(pair, lr=rates.blocks, weight_decay=0.0)
+    if method.optimizer == "whole":
+        from whole import Whole
+
+        pair[0].update(method.keys)
+        return Whole(pair, lr=rates.blocks, seed=spec.seed)
     pair[0]["rank"] = method.rank(setting)
     if method.optimizer == "rules":
         from rules import Rules
@@ -80,7 +85,7 @@ def make_optimizer(model: nn.Module, spec: RunSpec) -> Optimizer:
         pair[0].update(scale=0.25, proj_type="std")
         return GaLoreAdamW(pair, lr=rates.blocks, eps=1e-8, no_deprecation_warning=True)
     pair[0].update(method.keys)
-    return qg.QGaLoreAdamW(pair, lr=rates.blocks, moments=method.moments)
+    return qg.QGaLoreAdamW(pair, lr=rates.blocks, moments=method.moments, nonfinite="skip_parameter")
 
 
 class Trainer:
@@ -106,14 +111,19 @@ class Trainer:
         loss = (lambda inputs, targets: model(inputs, targets)) if quantised else self._loss
         optimizer = make_optimizer(model, spec)
         scheduler = LambdaLR(optimizer, config.learning_rate_factor)
+        whole = _whole_step(model, optimizer) if quantised and setting.accumulate == 1 else None
         for step in range(setting.steps):
             for inputs, targets in self._batches(spec.seed, step):
-                each = loss(inputs, targets) / setting.accumulate
-                each.backward()
+                if whole is not None:
+                    each = whole(inputs, targets)
+                else:
+                    each = loss(inputs, targets) / setting.accumulate
+                    each.backward()
             if not math.isfinite(float(each.detach())):
                 break
-            optimizer.step()
-            optimizer.zero_grad()
+            if whole is None:
+                optimizer.step()
+                optimizer.zero_grad()
             scheduler.step()
         found = evaluate(model, self.corpus.validation, replace(config, eval_tokens=setting.final_tokens))
         shapes = [(linear.weight.shape[0], linear.weight.shape[1]) for _, linear in select_linears(model)]
@@ -137,6 +147,20 @@ class Trainer:
             self.corpus.train, seed=seed, step=step, batch=setting.accumulate * setting.batch, seq=setting.seq
         )
         yield from zip(inputs.split(setting.batch), targets.split(setting.batch), strict=True)
+
+
+def _whole_step(model: nn.Module, optimizer: Optimizer) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step of ours as users compile it."""
+    torch._dynamo.reset()
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = model(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return torch.compile(step, backend="qgalore")
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
@@ -167,6 +191,8 @@ def main(
     methods: Annotated[str, typer.Option(help="By comma; those of a process beside this one are not its own.")] = "",
     show: Annotated[bool, typer.Option("--list", help="Show what is to come, and run nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write tables and pictures, and run nothing.")] = False,
+    rates: Annotated[str, typer.Option(help="Of those methods alone, as 0.001-0.02, by comma.")] = "",
+    seeds: Annotated[str, typer.Option(help="Those of --rates, by comma.")] = "0",
     share: Annotated[str, typer.Option(help="Which part of the methods is this process's: 1/2, 2/2.")] = "1/1",
     minutes: Annotated[float, typer.Option(help="Begin no run after so many.")] = math.inf,
 ) -> None:
@@ -178,7 +204,9 @@ def main(
     trainers: dict[str, Trainer] = {}
     corpus = load_corpus()
     while not report:
-        pending = list(Plan(read(FOLDER), settings.split(","), mine))
+        plan = Plan(read(FOLDER), settings.split(","), mine)
+        pairs = [Rates(*map(float, pair.split("-"))) for pair in rates.split(",") if pair]
+        pending = plan.at(pairs, [int(seed) for seed in seeds.split(",")]) if pairs else list(plan)
         if show:
             for spec in pending:
                 console.print(spec.name, highlight=False)

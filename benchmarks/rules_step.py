@@ -66,11 +66,13 @@ def products(rank: int) -> dict[str, Callable[[], Any]]:
 def main(
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 11,
     ranks: Annotated[str, typer.Option(help="By comma.")] = "256,1024",
+    rules: Annotated[str, typer.Option(help="By comma.")] = ",".join(RULES),
+    name: Annotated[str, typer.Option(help="Of the result.")] = "rules-step",
 ) -> None:
     report: dict[str, Any] = {}
     table = Table("rank", "side", "ms: median (p10-p90)", "÷ gradient", "÷ (gradient + up)", "÷ its products")
     for rank in map(int, ranks.split(",")):
-        sides = {**products(rank), **{rule: updated(rule, rank) for rule in RULES}}
+        sides = {**products(rank), **{rule: updated(rule, rank) for rule in rules.split(",")}}
         measured = interleaved(
             {name: partial(lambda call, _: 1e3 * seconds_of(call), side) for name, side in sides.items()}, rounds
         )
@@ -81,22 +83,23 @@ def main(
             "muon": [d + u for d, u in zip(down, up, strict=True)],
             "fira": [d + b for d, b in zip(down, both, strict=True)],
             "apollo": [d + g for d, g in zip(down, gradient, strict=True)],
+            "factored": [2 * d + g for d, g in zip(down, gradient, strict=True)],
         }
         rows = {}
-        for name, times in measured.items():
+        for side, times in measured.items():
             row = {
                 "ms": spread(times),
                 "to_gradient": spread(ratios(times, gradient)),
                 "to_both": spread(ratios(times, both)),
             }
-            if name in contained:
-                row["to_its_products"] = spread(ratios(times, contained[name]))
-            rows[name] = row
-            table.add_row(str(rank), name, *(cell(part, ".2f") for part in row.values()))
+            if side in contained:
+                row["to_its_products"] = spread(ratios(times, contained[side]))
+            rows[side] = row
+            table.add_row(str(rank), side, *(cell(part, ".2f") for part in row.values()))
         report[str(rank)] = rows
     Console().print(table)
     record = {"size": SIZE, "tokens": TOKENS, "rounds": rounds, "ranks": report}
-    write_result(RESULTS / "rules-step.json", {**record, "command": command(), "machine": machine()})
+    write_result(RESULTS / f"{name}.json", {**record, "command": command(), "machine": machine()})
 
 
 if __name__ == "__main__":
