@@ -41,11 +41,12 @@ def with_states(between: Sequence[fx.Node], states: Collection[fx.Node], low: fx
 def kept_as_sums(states: Sequence[fx.Node], between: Collection[fx.Node], shape_: Sequence[Any]) -> set[fx.Node]:
     """New states between the projections that stay in the graph, with the sums that they follow from: one number for
     each row or column of the weight, as Adafactor's second moment is, is no program's over r × n."""
-    inside, most = set(between), max(map(hint, shape_))
+    # not through numbers: whether a norm is finite decides of every state whether it is written
+    inside, most = {node for node in between if not is_scalar(node)}, max(map(hint, shape_))
     return {
         state for state in inside.intersection(states)
         if math.prod(map(hint, shape(state))) <= most
-        and any(node.target in _SUMS for node in behind([state], inside.__contains__) if node in inside)
+        and any(node.target in _SUMS for node in behind([state], inside.__contains__))
     }  # fmt: skip
 
 
