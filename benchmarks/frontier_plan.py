@@ -277,7 +277,7 @@ class Plan:
 
     def best(self, setting: Setting, method: Method) -> Rates | None:
         """The best rates of a search that is over."""
-        if self.missing(setting, method):
+        if self.missing(setting, method) or not self._first(setting, method):
             return None
         tried = self.tried(setting, method)
         return min(tried, key=lambda rates: tried[rates]) if tried else None

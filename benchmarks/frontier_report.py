@@ -51,7 +51,7 @@ def rows(plan: Plan, setting: Setting) -> list[Row]:
             if name.startswith(f"{setting.name}/{method.name}/") and Rates(*result["rates"]) == rates
         ]
         losses = tuple(map(loss_of, results))
-        over = not plan.missing(setting, method)
+        over = plan.best(setting, method) is not None
         found.append(Row(method, rates, len(tried), over, losses, results[0]["bytes"]))
     return sorted(found, key=lambda row: row.mean)
 
@@ -116,11 +116,13 @@ def _panel(axis: Axes, setting: Setting, found: Sequence[Row]) -> None:
             frontier.append(row)
     axis.step([row.total for row in frontier], [row.mean for row in frontier], where="post", color=_GREY, linewidth=1)
     for row in found:
-        colour = _BLUE if row.method.optimizer == "rules" else _ORANGE
+        colour = _BLUE if row.method.optimizer in ("rules", "whole") else _ORANGE  # prototypes, and optimizers
         low, high = row.mean - min(row.losses), max(row.losses) - row.mean
         axis.errorbar([row.total], [row.mean], yerr=[[low], [high]], fmt="o", color=colour, markersize=5, capsize=2)
         axis.annotate(row.method.name, (row.total, row.mean), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
+    for shown in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        shown("{x:g}")
     axis.set_xlabel("MiB of weights, state and gradients")
     axis.set_ylabel("held-out loss, nats a byte")
     axis.set_title(f"{setting.preset}, {setting.tokens:,} tokens a step", fontsize=10)
