@@ -70,7 +70,9 @@ def test_less_than_half_projected_is_a_warning_with_the_reason(name: str) -> Non
 
 @pytest.mark.parametrize("rank", [None, "4", 0.5])
 def test_what_is_no_rank_is_refused_by_the_optimizer_in_words(rank: Any) -> None:
-    with pytest.raises(ValueError, match=r"rank must be (None or )?an integer of at least 1( with rule 'galore')?, got"):
+    with pytest.raises(
+        ValueError, match=r"rank must be (None or )?an integer of at least 1( with rule 'galore')?, got"
+    ):
         qg.QGaLoreAdamW(qg.param_groups(wide(), rank=rank))
 
 
