@@ -30,7 +30,34 @@ GROWTH = 1.01
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
-class Rules(Optimizer):
+class Stepping(Optimizer):
+    """One update of every parameter: what :meth:`update` says, times the learning rate.
+
+    Args:
+        params, lr: as of any optimizer; ``defaults``: of the groups' other keys.
+        seed: of draws.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, seed: int, **defaults: Any) -> None:
+        super().__init__(params, dict(lr=lr, **defaults))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] = state.get("step", 0) + 1
+                    p.sub_(group["lr"] * self.update(group, state, p.grad))
+
+    def update(self, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
+        """U of a gradient."""
+        raise NotImplementedError
+
+
+class Rules(Stepping):
     """AdamW, but for groups with a ``rank``.
 
     Args:
@@ -40,25 +67,15 @@ class Rules(Optimizer):
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, seed: int = 0) -> None:
-        defaults = dict(lr=lr, rule="galore", gap=50, alpha=0.25, basis="svd", limiter="", scale="column")
-        super().__init__(params, defaults)
-        self.generator = torch.Generator().manual_seed(seed)
+        defaults = dict(rule="galore", gap=50, alpha=0.25, basis="svd", limiter="", scale="column")
+        super().__init__(params, lr, seed, **defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                state["step"] = state.get("step", 0) + 1
-                if "rank" not in group:
-                    p.sub_(group["lr"] * adam(state, p.grad))
-                elif p.shape[0] <= p.shape[1]:
-                    p.sub_(group["lr"] * self._direction(group, state, p.grad))
-                else:
-                    p.sub_(group["lr"] * self._direction(group, state, p.grad.t()).t())
+    def update(self, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
+        if "rank" not in group:
+            return adam(state, g)
+        return (
+            self._direction(group, state, g) if g.shape[0] <= g.shape[1] else self._direction(group, state, g.t()).t()
+        )
 
     def _direction(self, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
         rank = min(group["rank"], g.shape[0])

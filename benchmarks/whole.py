@@ -25,9 +25,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from rules import BETAS, EPS, adam, orthogonal
+from rules import BETAS, EPS, Stepping, adam, orthogonal
 from torch import Tensor
-from torch.optim import Optimizer
 
 from qgalore_compile.formats import Format
 
@@ -35,7 +34,7 @@ LION_BETAS = (0.9, 0.99)
 MUON_BETA = 0.95
 
 
-class Whole(Optimizer):
+class Whole(Stepping):
     """AdamW, but for groups with a ``rule``.
 
     Args:
@@ -45,22 +44,11 @@ class Whole(Optimizer):
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, seed: int = 0) -> None:
-        super().__init__(params, dict(lr=lr, rule="", stored="", draws=True, beta2=BETAS[1], rank=0))
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(params, lr, seed, rule="", stored="", draws=True, beta2=BETAS[1], rank=0)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                state["step"] = state.get("step", 0) + 1
-                update = adam(state, p.grad) if not group["rule"] else self._direction(group, state, p.grad)
-                p.sub_(group["lr"] * update)
-
-    def _direction(self, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
+    def update(self, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
+        if not group["rule"]:
+            return adam(state, g)
         rule, step = group["rule"], state["step"]
         (beta1, _), beta2 = BETAS, group["beta2"]
         m = self._load(group, state, g)

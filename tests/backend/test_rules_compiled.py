@@ -8,8 +8,7 @@ import pytest
 import torch
 from formats_support import batch, made
 from kernels_support import EVALUATOR
-from support import Interpreted, training_step
-from torch import Tensor
+from support import Interpreted, step_of, training_step
 
 import qgalore_compile as qg
 from qgalore_compile.kernels import lowering
@@ -67,13 +66,5 @@ def test_a_kernel_reads_rows_however_inductor_lays_out_what_it_computes() -> Non
     torch.manual_seed(0)
     net = torch.nn.Linear(144, 480, bias=False)
     opt = qg.QGaLoreAdamW([{"params": [net.weight], "rank": None, "rule": "muon"}], lr=0.01, moments="32bit")
-
-    def step(x: Tensor) -> Tensor:
-        loss = net(x).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    found = qg.check(step, torch.randn(32, 144))
+    found = qg.check(step_of(net, opt), torch.randn(32, 144))
     assert found.ok, found

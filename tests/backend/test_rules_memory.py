@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support import step_of
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import qgalore_compile as qg
@@ -19,15 +20,8 @@ def test_no_tensor_of_the_gradient_s_size_is_allocated(rule: str) -> None:
     qg.quantize_(net, targets=["0"])
     keys = {"rank": 16, "rule": rule, "update_proj_gap": 1000, "targets": ["0"]}
     opt = qg.QGaLoreAdamW(qg.param_groups(net, **keys), nonfinite="skip_parameter")
-
-    def step(x: Tensor) -> Tensor:
-        loss = net(x).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    compiled, x = torch.compile(step, backend="qgalore", options={"strict": True}), torch.randn(TOKENS, SIZE)
+    compiled = torch.compile(step_of(net, opt), backend="qgalore", options={"strict": True})
+    x = torch.randn(TOKENS, SIZE)
     for _ in range(2):  # the first one finds the subspace
         compiled(x)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:

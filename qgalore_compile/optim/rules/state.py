@@ -69,8 +69,7 @@ class RuleState:
         if self._formats.root:
             root = torch.maximum(root, least_root * exp_avg.abs())
         encoded = self._formats.encode(exp_avg, exp_avg_sq, root=root, noise=self._noise)
-        for tensor, value in zip(stored, encoded, strict=True):
-            tensor.copy_(torch.where(self._ok, value, tensor))
+        self._store(stored, encoded)
         update = exp_avg / _bias(log1, self.step)
         below = root / _bias(log2, self.step).sqrt() + eps
         if torch.compiler.is_dynamo_compiling() or self.group["eps"] == 0:
@@ -82,8 +81,7 @@ class RuleState:
         beta1, rest1, *_ = self.group.numbers
         stored = [self._state[name] for name in self._formats.names]
         exp_avg = beta1 * self._formats.decode_first(stored, r.shape) + rest1 * r
-        for tensor, value in zip(stored, self._formats.encode_first(exp_avg, self._noise), strict=True):
-            tensor.copy_(torch.where(self._ok, value, tensor))
+        self._store(stored, self._formats.encode_first(exp_avg, self._noise))
         return beta1 * exp_avg + rest1 * r
 
     def factors(self, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +96,7 @@ class RuleState:
             ("exp_avg_sq_col", sketches[1].square().sum(0) / m),
         ):
             fresh = beta2 * self._state[name] + rest2 * mean
-            self._state[name].copy_(torch.where(self._ok, fresh, self._state[name]))
+            self._store([self._state[name]], [fresh])
             found.append(fresh / _bias(log2, self.step))
         return found[0].unsqueeze(1), found[1].unsqueeze(0)
 
@@ -113,8 +111,7 @@ class RuleState:
         beta1, rest1, log1, *_ = self.group.numbers
         stored = [self._state[name] for name in names]
         fresh: Tensor = beta1 * decode(stored, g.shape, form) + rest1 * g
-        for tensor, value in zip(stored, encode(fresh, form, noise), strict=True):
-            tensor.copy_(torch.where(self._ok, value, tensor))
+        self._store(stored, encode(fresh, form, noise))
         return fresh / _bias(log1, self.step)
 
     def limited(self, norm: Tensor, growth: float) -> Tensor:
@@ -122,8 +119,13 @@ class RuleState:
         factor ``growth`` a step (Fira, arXiv 2410.01623, eq. 10); f · norm is kept."""
         last = self._state["limit"]
         factor = torch.where(last > 0, growth * last / norm.clamp(min=1e-30), 1.0).clamp(max=1.0)
-        last.copy_(torch.where(self._ok, factor * norm, last))
+        self._store([last], [factor * norm])
         return factor
+
+    def _store(self, stored: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Write values over what is stored, where ``ok``."""
+        for tensor, value in zip(stored, values, strict=True):
+            tensor.copy_(torch.where(self._ok, value, tensor))
 
 
 def _bias(log_beta: Tensor, step: Tensor) -> Tensor:
