@@ -29,7 +29,17 @@ from torch import fx
 
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.liveness import REDUCTIONS, Liveness, liveness, readers
-from qgalore_compile.passes.nodes import FUNCTIONALIZED, INVOKE, is_anchor, is_gemm, is_product, operands, written
+from qgalore_compile.passes.nodes import (
+    FUNCTIONALIZED,
+    INVOKE,
+    Mutation,
+    first_version,
+    is_anchor,
+    is_gemm,
+    is_product,
+    operands,
+    written,
+)
 from qgalore_compile.passes.regions import LayerUpdate
 
 Time = tuple[int, int]
@@ -102,7 +112,8 @@ def _shrinks(node: fx.Node, ready: dict[fx.Node, Time]) -> bool:
 
 
 def _dependencies(nodes: list[fx.Node]) -> nx.DiGraph:
-    """Edges from what must run first: inputs, and the other readers of what an anchor overwrites."""
+    """Edges from what must run first: inputs, the other readers of what an anchor overwrites, and those readers of what
+    a kernel changes in place that stood before it."""
     depends: nx.DiGraph = nx.DiGraph()
     inside = set(nodes)
     depends.add_nodes_from(nodes)
@@ -120,6 +131,10 @@ def _before(node: fx.Node) -> Iterator[fx.Node]:
         for user in readers(target):
             if not (is_anchor(user) and user.args[0] is target and node < user):  # written twice: as they stand
                 yield user
+    elif node.target is FUNCTIONALIZED:
+        # the backward reads the weight, too: behind its update it would read a copy of what it was
+        for base in map(first_version, Mutation(node).written):
+            yield from (user for user in readers(base) if base.op == "placeholder" and user < node)
 
 
 def _spine(nodes: list[fx.Node], layers: list[LayerUpdate]) -> set[fx.Node]:
