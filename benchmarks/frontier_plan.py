@@ -65,6 +65,7 @@ SETTINGS = {
         Setting("tiny-32k", "tiny", steps=100, accumulate=16, gap=10, seeds=3),
         Setting("35m-2k", "35m", steps=500, accumulate=1, gap=50, seeds=2),
         Setting("35m-32k", "35m", steps=60, accumulate=16, gap=10, seeds=2),
+        Setting("60m-8k", "60m", steps=250, accumulate=1, gap=50, seeds=1, batch=64),
     )
 }
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qgalore_compile._ops import define
+from qgalore_compile._ops import define, numbered
 from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.ir.program import BlockProgram
@@ -49,11 +49,13 @@ run_program = define(
     "run_program(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run, _nothing, _ROW_MAJOR
 )
 """Run a :class:`BlockProgram` (its text) over its whole space; tensors as for ``gemm.named``."""
+numbered(run_program, "numbers", _run, _nothing)
 
 run_gemm = define(
     "run_gemm(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_gemm, _nothing, _ROW_MAJOR
 )
 """Run a :class:`GemmProgram` (its text); tensors as for ``GemmProgram.share``."""
+numbered(run_gemm, "numbers", _run_gemm, _nothing)
 
 
 def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:

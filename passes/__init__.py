@@ -17,6 +17,7 @@ opaque.py             exact     makes updates and products with a quantised matr
 order.py              exact     places updates as early as they can run, so that factors die early
 decode_first.py       rounding  on a GPU, decodes a quantised operand before its product where that is faster
 triton_calls.py       exact     a GPU's generated kernels become Triton kernels that Inductor knows
+outline.py            exact     makes equal layers calls of one function, which Inductor compiles once
 --------------------  --------  -------------------------------------------------------------------------------------
 manager.py                      runs the list, keeps a record of each pass, names the graph for Inductor's cache
 context.py                      what passes share and tell, and how one node takes the place of another
@@ -25,6 +26,10 @@ mutation.py                     one view of a call that changes tensors
 kernel_calls.py                 one view of a call of a generated kernel
 launch.py                       puts a call of a generated kernel in the place of nodes
 decoding.py                     which operands are decoded from integers, and by which nodes
+sections.py                     sections of a graph that do the same
+functions.py                    functions of a graph, and how Inductor lowers calls of them
+repeats.py                      equal sections of a list
+crossing.py                     what of a section others must be handed
 placement.py                    where a node that replaces several may stand
 regions.py                      one layer's part of the graph
 until_update.py                 what of a gradient lives until an update that reads it: its factors, or itself
@@ -57,6 +62,7 @@ product calls      so are products with a quantised operand
 functions          what is left of both is a call of a function each
 order              nodes stand in the order in which they run
 decodings          an operand is decoded where it will be, in its product or before
+calls              kernels are called as their device calls them
 =================  ==================================================================================================
 """
 
@@ -73,6 +79,7 @@ from qgalore_compile.passes.late_gradient import late_gradient
 from qgalore_compile.passes.manager import Pass, PassManager
 from qgalore_compile.passes.opaque import opaque
 from qgalore_compile.passes.order import order
+from qgalore_compile.passes.outline import outline
 from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
 from qgalore_compile.passes.triton_calls import triton_calls
@@ -96,5 +103,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
     Pass("order", "exact", order, ("live allocations", "product calls", "functions"), ("order",)),
     Pass("decode_first", "rounding", decode_first, ("product calls", "order"), ("decodings",)),
-    Pass("triton_calls", "exact", triton_calls, ("update calls", "product calls", "decodings"), ()),
+    Pass("triton_calls", "exact", triton_calls, ("update calls", "product calls", "decodings"), ("calls",)),
+    Pass("outline", "exact", outline, ("order", "calls", "live allocations"), ()),
 )

@@ -81,6 +81,7 @@ class PassManager(CustomGraphPass):
         lint: check the graph after every pass (``graph.lint()``); for tests and debugging.
         reassociate: "memory", "cost" or "never".
         gemm: "same" or "bf16".
+        outline: whether equal layers become calls of one function.
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
@@ -104,6 +105,7 @@ class PassManager(CustomGraphPass):
         lint: bool = False,
         reassociate: str = "memory",
         gemm: str = "same",
+        outline: bool = False,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
         compiles: bool = False,
@@ -113,6 +115,7 @@ class PassManager(CustomGraphPass):
         self.lint = lint
         self.reassociate = reassociate
         self.gemm = gemm
+        self.outline = outline
         self.input_names = dict(input_names or {})
         self.parameters = parameters
         self.records: list[PassRecord] = []
@@ -128,18 +131,19 @@ class PassManager(CustomGraphPass):
         name_of = {name: names[origin] for name, origin in origin_of.items() if origin in names}
         parameters = self.parameters
         known = None if parameters is None else frozenset(name for name, at in origin_of.items() if at in parameters)
-        self.context = Context(self.reassociate, name_of, known, origin_of, gemm=self.gemm)
+        self.context = Context(self.reassociate, name_of, known, origin_of, gemm=self.gemm, outline=self.outline)
         self.records = []
         shown: LayerUpdate | None = None
+        calling = [each for each in self.passes if {"update calls", "product calls"} & set(each.leaves)]
         for each in self.passes:
             self.records.append(self._run(each, graph))
+            if self.compiles and each in calling[-1:]:  # the compiler works while passes and Inductor go on
+                self.kernels += _prepared(graph)
             if shown is None and self.context.layers:
                 shown = max(self.context.layers, key=lambda layer: layer.shape[0] * layer.shape[1])
                 self.context.layer_text = {"layer": shown.name, "before": self._text(graph, shown)}
         if shown is not None:
             self.context.layer_text["after"] = self._text(graph, shown)
-        if self.compiles:
-            self.kernels += _prepared(graph)
 
     def _text(self, graph: fx.Graph, layer: LayerUpdate) -> str:
         return layer_text(graph, layer, self.context.facts(graph))
@@ -169,8 +173,9 @@ class PassManager(CustomGraphPass):
         """What Inductor may reuse a cached graph for: the sources, the passes chosen, the lowerings, the precision that
         kernels were made for, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        options = f"{self.reassociate}/{self.gemm}/{torch.get_float32_matmul_precision()}/{','.join(lowering.names())}"
-        return f"{_source_hash()}/{names}/{options}/{torch.__version__}/{_triton_version()}{self.salt}"
+        options = f"{self.reassociate}/{self.gemm}/{self.outline}"
+        runs = f"{torch.get_float32_matmul_precision()}/{','.join(lowering.names())}"
+        return f"{_source_hash()}/{names}/{options}/{runs}/{torch.__version__}/{_triton_version()}{self.salt}"
 
 
 def _prepared(graph: fx.Graph) -> list[Prepared]:

@@ -8,6 +8,7 @@ implemented by plain PyTorch functions, the same on every device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,3 +37,43 @@ def define(
         torch.library.register_fake(f"qgalore::{name}", fake, lib=_library)
     name, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.qgalore, name), overload or "default")  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The overload of an operator that takes numbers of parameters as tensors: 0-d, int64, on the CPU.
+
+    Attributes:
+        overload: ``<name>.numbered``.
+        argument, index: what is a tensor, or a list of tensors, there.
+    """
+
+    overload: OpOverload[..., Any]
+    argument: str
+    index: int
+
+
+NUMBERED: dict[Any, Numbered] = {}
+"""By operator.  A function that several layers share cannot hold the number of one of them."""
+
+
+def numbered(
+    op: OpOverload[..., Any], argument: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Define an operator's overload that takes an argument, an int or ints, as tensors."""
+    schema = str(op._schema).removeprefix("qgalore::")
+    index = [each.name for each in op._schema.arguments].index(argument)
+    name, _, overload = schema[: schema.index("(")].partition(".")
+    full = f"{name}.{overload}_numbered" if overload else f"{name}.numbered"
+    wanted = schema[schema.index("(") :]
+    wanted = wanted.replace(f"int {argument}", f"Tensor {argument}").replace(
+        f"int[] {argument}", f"Tensor[] {argument}"
+    )
+
+    def with_numbers(*given: Any) -> Any:
+        held = given[index]
+        found = [int(each) for each in held] if isinstance(held, (list, tuple)) else int(held)
+        return implementation(*given[:index], found, *given[index + 1 :])
+
+    overloaded = define(f"{full}{wanted}", with_numbers, fake, *op.tags)
+    NUMBERED[op] = Numbered(overloaded, argument, index)

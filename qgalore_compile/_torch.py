@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import torch._functorch._aot_autograd.graph_compile as graph_compile
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
+    import torch._inductor.fx_passes.post_grad as inductor_post_grad
+    import torch._inductor.ir as inductor_ir
+    import torch._inductor.lowering as inductor_lowering
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizeContext
@@ -65,6 +68,8 @@ if TYPE_CHECKING:
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.virtualized import V
 
@@ -91,6 +96,9 @@ LATE = {
     "functorch_config": "torch._functorch.config",
     "graph_compile": "torch._functorch._aot_autograd.graph_compile",
     "inductor_config": "torch._inductor.config",
+    "inductor_ir": "torch._inductor.ir",
+    "inductor_lowering": "torch._inductor.lowering",
+    "inductor_post_grad": "torch._inductor.fx_passes.post_grad",
     "ShortenTraceback": "torch._dynamo.exc:ShortenTraceback",
     "Unsupported": "torch._dynamo.exc:Unsupported",
     "UserError": "torch._dynamo.exc:UserError",
@@ -111,6 +119,8 @@ LATE = {
     "get_hash_for_files": "torch._inductor.custom_graph_pass:get_hash_for_files",
     "InvalidCxxCompiler": "torch._inductor.exc:InvalidCxxCompiler",
     "view_to_reshape": "torch._inductor.fx_passes.post_grad:view_to_reshape",
+    "reinplace_inplaceable_ops": "torch._inductor.fx_passes.reinplace:reinplace_inplaceable_ops",
+    "FakeTensorUpdater": "torch._inductor.fx_utils:FakeTensorUpdater",
     "cache_dir": "torch._inductor.runtime.cache_dir_utils:cache_dir",
     "V": "torch._inductor.virtualized:V",
 }

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qgalore_compile._ops import define
+from qgalore_compile._ops import define, numbered
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
@@ -108,6 +108,7 @@ def _random_bits_fake(step: Tensor, shape: Sequence[int], seed: int, param: int)
 _random_bits_op = define(
     "random_bits(Tensor step, SymInt[] shape, int seed, int param) -> Tensor", _random_bits, _random_bits_fake
 )
+numbered(_random_bits_op, "param", _random_bits, _random_bits_fake)
 
 
 def signed_seed(seed: int) -> int:

@@ -93,6 +93,7 @@ class Options:
             it takes fewer operations and bytes, "never" nowhere.
         gemm: "bf16" takes the projections and the products with INT8 weights of a float32 model in bfloat16; "same"
             leaves every product the type that it has.
+        outline: equal layers become calls of one function, so that Inductor compiles a layer once.
     """
 
     strict: bool = False
@@ -100,6 +101,7 @@ class Options:
     exact: bool = False
     reassociate: str = "memory"
     gemm: str = "same"
+    outline: bool = False
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -109,7 +111,7 @@ class Options:
         for name in options:
             if name not in known:
                 raise OptionError(f"backend 'qgalore': unknown option {name!r}; known options: {', '.join(known)}")
-        for name in ("strict", "exact"):
+        for name in ("strict", "exact", "outline"):
             if not isinstance(options.get(name, False), bool):
                 raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
         for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
@@ -149,6 +151,7 @@ class Options:
             chosen,
             reassociate=mode,
             gemm=self.gemm,
+            outline=self.outline,
             input_names=input_names,
             parameters=parameters,
             compiles=compiles,
