@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import OpOverload
+from qgalore_compile.passes.liveness import size_in_bytes
 from qgalore_compile.passes.nodes import REDUCTIONS, VIEWS, aten, hint, is_tensor, prims, value
 from qgalore_compile.passes.placement import base
 
@@ -124,11 +125,3 @@ def _capacity(node: fx.Node, inside: bool, stays: bool, given: Collection[fx.Nod
     if held.op == "placeholder":
         return {"capacity": 0.0} if held in given else {}
     return {"capacity": float(size_in_bytes(value(node)))}
-
-
-def size_in_bytes(fake: Tensor) -> int:
-    """Of a tensor; of a symbolic size the one that tracing saw."""
-    count = fake.dtype.itemsize
-    for size in fake.shape:
-        count *= hint(size)
-    return count

@@ -37,10 +37,7 @@ def add_function(graph: fx.Graph, body: fx.Graph, returned: Sequence[fx.Node], c
         changes: places of the arguments that the body writes into.
     """
     assert graph.owning_module is not None
-    result = body.output(tuple(returned))
-    # readers rely on the strides that the results had; Inductor asks for both
-    result.meta["user_visible_output_idxs"] = list(range(len(returned)))
-    result.meta["original_output_strides"] = [value(node).stride() for node in returned]
+    add_output(body, returned)
     number = 0
     while hasattr(graph.owning_module, f"qgalore_layer_{number}"):
         number += 1
@@ -55,8 +52,18 @@ def add_function(graph: fx.Graph, body: fx.Graph, returned: Sequence[fx.Node], c
     return name
 
 
-def call_function(graph: fx.Graph, name: str, given: Sequence[fx.Node], like: Sequence[fx.Node]) -> list[fx.Node]:
-    """A call at the graph's insertion point; its results, which look like those nodes."""
+def add_output(body: fx.Graph, returned: Sequence[fx.Node]) -> None:
+    """End a function's body with what it returns."""
+    result = body.output(tuple(returned))
+    # readers rely on the strides that the results had; Inductor asks for both
+    result.meta["user_visible_output_idxs"] = list(range(len(returned)))
+    result.meta["original_output_strides"] = [value(node).stride() for node in returned]
+
+
+def call_function(
+    graph: fx.Graph, name: str, given: Sequence[fx.Node], like: Sequence[fx.Node]
+) -> tuple[fx.Node, list[fx.Node]]:
+    """A call at the graph's insertion point, and its results, which look like those nodes."""
     call = graph.call_function(INVOKE, (graph.get_attr(name), name, *given))
     call.meta["val"] = tuple(value(node) for node in like)
     results = []
@@ -64,7 +71,7 @@ def call_function(graph: fx.Graph, name: str, given: Sequence[fx.Node], like: Se
         result = graph.call_function(operator.getitem, (call, index))
         result.meta = {"val": value(node)}
         results.append(result)
-    return results
+    return call, results
 
 
 def _install() -> None:

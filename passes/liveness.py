@@ -65,7 +65,7 @@ def liveness(graph: fx.Graph) -> Liveness:
     last = {
         buffer: max([position[reader] for reader in buffers[buffer]], default=position[buffer]) for buffer in buffers
     }
-    sizes = {node: _bytes(value(node)) for node in buffers if _is_stored(node)}
+    sizes = {node: size_in_bytes(value(node)) for node in buffers if _is_stored(node)}
     dies: dict[int, list[fx.Node]] = {}
     for buffer in sizes:
         dies.setdefault(last[buffer], []).append(buffer)
@@ -149,14 +149,15 @@ def _inside(graph: fx.Graph, node: fx.Node) -> int:
     largest inside a function, its results included."""
     if node.target is not INVOKE:
         parts = [user for user in node.users if user.target is operator.getitem and _is_stored(user)]
-        return sum(_bytes(value(part)) for part in parts)
+        return sum(size_in_bytes(value(part)) for part in parts)
     body = getattr(graph.owning_module, arguments(node)[0].target)
     if "qgalore_peak" not in body.meta:
         body.meta["qgalore_peak"] = liveness(body.graph).peak
     return int(body.meta["qgalore_peak"])
 
 
-def _bytes(fake: Tensor) -> int:
+def size_in_bytes(fake: Tensor) -> int:
+    """Of a tensor; of a symbolic size the one that tracing saw."""
     count = fake.dtype.itemsize
     for size in _shape(fake):
         count *= size

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qgalore_compile._torch import FakeTensor, tree_leaves, triton_kernel_wrapper_functional
 from qgalore_compile.kernels import ops
@@ -174,6 +174,17 @@ def permutation(node: fx.Node) -> list[int]:
         order[first], order[second] = order[second], order[first]
         return order
     return [int(dim) % rank for dim in arguments(node)[1]]
+
+
+def looks(found: Any) -> str:
+    """Type, shape, strides and device of a fake tensor, or of several."""
+    if isinstance(found, (tuple, list)):
+        return str([looks(each) for each in found])
+    if isinstance(found, dict):
+        return str([looks(each) for each in found.values()])
+    if isinstance(found, Tensor):
+        return f"{found.dtype} {tuple(found.shape)} {found.stride()} {found.device}"
+    return type(found).__name__
 
 
 def hint(size: Any) -> int:

@@ -31,12 +31,13 @@ from torch import fx
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.decoding import decoding_of, quantised_operands
 from qgalore_compile.passes.facts import Facts
+from qgalore_compile.passes.functions import add_output, call_function
 from qgalore_compile.passes.nodes import (
-    INVOKE,
     behind,
     erase_dead,
     is_gemm,
     is_tensor,
+    looks,
     value,
 )
 from qgalore_compile.passes.placement import move_behind
@@ -129,14 +130,8 @@ class _Outliner:
             node for node in region if any(user not in inside for user in node.users)
         ]  # fmt: skip
         name = self._function(kind, region, inputs, outputs)
-        results = []
         with self.graph.inserting_before(region[-1]):
-            call = self.graph.call_function(INVOKE, (self.graph.get_attr(name), name, *inputs))
-            call.meta["val"] = tuple(value(node) for node in outputs)
-            for index, node in enumerate(outputs):
-                result = self.graph.call_function(operator.getitem, (call, index))
-                result.meta = {"val": value(node)}
-                results.append(result)
+            call, results = call_function(self.graph, name, inputs, outputs)
         for node, result in zip(outputs, results, strict=True):
             self.context.replace(self.graph, node, result, where=lambda user: user not in inside)
         for node in reversed(region):
@@ -154,17 +149,14 @@ class _Outliner:
             made[node].meta["val"] = value(node)
         for node in region:
             made[node] = body.node_copy(node, made.__getitem__)
-        result = body.output(tuple(made[node] for node in outputs))
-        # readers rely on the strides that the results had; Inductor asks for both
-        result.meta["user_visible_output_idxs"] = list(range(len(outputs)))
-        result.meta["original_output_strides"] = [value(node).stride() for node in outputs]
+        add_output(body, [made[node] for node in outputs])
         # names tell nothing: layers differ in them
         place = {node: f"%{index}" for index, node in enumerate(body.nodes)}
         lines = []
         for node in body.nodes:
             called = node.target if node.op == "call_function" else node.op
             lines.append(f"{called} {fx.map_arg((node.args, node.kwargs), place.get)}")
-        layouts = [f"{fake.dtype} {tuple(fake.shape)} {fake.stride()} {fake.device}" for fake in map(value, inputs)]
+        layouts = [looks(value(node)) for node in inputs]
         key = hashlib.sha256("\n".join(lines + layouts).encode()).hexdigest()
         if key not in self.names:
             number = len(self.names)

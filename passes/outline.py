@@ -39,6 +39,7 @@ from qgalore_compile.passes.nodes import (
     aten,
     is_anchor,
     is_tensor,
+    looks,
     make,
     previous_version,
     prims,
@@ -46,7 +47,7 @@ from qgalore_compile.passes.nodes import (
     written,
 )
 from qgalore_compile.passes.placement import base
-from qgalore_compile.passes.sections import Number, Section, does, equal_sections, given_to, looks, taken_by
+from qgalore_compile.passes.sections import Number, Section, does, equal_sections, given_to, taken_by
 
 
 def outline(graph: fx.Graph, record: PassRecord, context: Context) -> None:
@@ -283,7 +284,7 @@ class _Calls:
         arguments = [self._number(each.value) if isinstance(each, Number) else self.replaced.get(each, each)
                      for each in given]  # fmt: skip
         with self.graph.inserting_before(nodes[0]):
-            results = call_function(self.graph, name, arguments, [nodes[index] for index in function.outputs])
+            _, results = call_function(self.graph, name, arguments, [nodes[index] for index in function.outputs])
         for index, result in zip(function.outputs, results, strict=True):
             nodes[index].replace_all_uses_with(result)
             self.replaced[nodes[index]] = result

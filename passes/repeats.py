@@ -138,14 +138,14 @@ def _elsewhere(numbers: Numbers, free: NDArray[np.bool_], best: Repeat) -> Repea
     """The same repeat with equal sections that stand anywhere else."""
     length = best.length
     section = numbers[best.starts[0] : best.starts[0] + length]
-    taken = free.copy()
+    left = free.copy()
     for start in best.starts:
-        taken[start : start + length] = False
+        left[start : start + length] = False
     starts, place = list(best.starts), 0
     candidates = np.flatnonzero(numbers[: len(numbers) - length + 1] == section[0])
     for candidate in map(int, candidates):
         here = slice(candidate, candidate + length)
-        if candidate >= place and taken[here].all() and np.array_equal(numbers[here], section):
+        if candidate >= place and left[here].all() and np.array_equal(numbers[here], section):
             starts.append(candidate)
             place = candidate + length
     return Repeat(tuple(sorted(starts)), length)

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from qgalore_compile._ops import NUMBERED
 from qgalore_compile._torch import kernel_side_table
-from qgalore_compile.passes.crossing import is_pointwise, is_view, size_in_bytes
+from qgalore_compile.passes.crossing import is_pointwise, is_view
+from qgalore_compile.passes.liveness import size_in_bytes
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRITON,
     anchors,
     behind,
     is_tensor,
+    looks,
     previous_version,
     value,
     written,
@@ -188,14 +190,3 @@ def _spelled(given: Any) -> Any:
     if isinstance(given, (list, tuple)):
         return [_spelled(each) for each in given]
     return given
-
-
-def looks(found: Any) -> str:
-    """Type, shape, strides and device of a fake tensor, or of several."""
-    if isinstance(found, (tuple, list)):
-        return str([looks(each) for each in found])
-    if isinstance(found, dict):
-        return str([looks(each) for each in found.values()])
-    if isinstance(found, Tensor):
-        return f"{found.dtype} {tuple(found.shape)} {found.stride()} {found.device}"
-    return type(found).__name__

@@ -14,8 +14,7 @@ from quantised_products import GROUP, forward_and_input_gradient, product_and_si
 from torch import Tensor, fx
 
 from qgalore_compile import formats, rng
-from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, is_gemm, shape, value
-from qgalore_compile.passes.opaque import INVOKE
+from qgalore_compile.passes.nodes import ANCHOR, FUNCTIONALIZED, INVOKE, is_gemm, shape, value
 
 aten = torch.ops.aten
 

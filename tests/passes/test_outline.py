@@ -159,31 +159,25 @@ def test_what_is_read_at_the_end_does_not_part_equal_layers() -> None:
 # -- what functions change ---------------------------------------------------------------------------------------------
 
 
-def step(layers: int, *, twice: bool = False) -> Callable[..., Tensor]:
+def step(x: Tensor, *weights: Tensor) -> Tensor:
     """Forward, backward and an update right behind each layer's gradient."""
-
-    def run(x: Tensor, *weights: Tensor) -> Tensor:
-        seen = [x]
-        for weight in weights:
-            seen.append(torch.tanh(seen[-1] @ weight))
-        loss = (seen[-1] * seen[-1]).sum()
-        gradient = seen[-1] * 2
-        new = []
-        for weight, y, before in reversed(list(zip(weights, seen[1:], seen, strict=False))):
-            gradient = gradient * (1 - y * y)
-            direction = before.t() @ gradient
-            gradient = gradient @ weight.t()
-            scale = direction.abs().mean() + 1e-3
-            new.append(
-                (weight, weight - 0.01 * torch.sign(direction) * torch.sqrt(direction.abs() / scale) - 0.001 * weight)
-            )
-        for weight, value in new:
-            aten.copy_.default(weight, value)
-            if twice:
-                aten.copy_.default(weights[0], value)
-        return loss
-
-    return run
+    seen = [x]
+    for weight in weights:
+        seen.append(torch.tanh(seen[-1] @ weight))
+    loss = (seen[-1] * seen[-1]).sum()
+    gradient = seen[-1] * 2
+    new = []
+    for weight, y, before in reversed(list(zip(weights, seen[1:], seen, strict=False))):
+        gradient = gradient * (1 - y * y)
+        direction = before.t() @ gradient
+        gradient = gradient @ weight.t()
+        scale = direction.abs().mean() + 1e-3
+        new.append(
+            (weight, weight - 0.01 * torch.sign(direction) * torch.sqrt(direction.abs() / scale) - 0.001 * weight)
+        )
+    for weight, value in new:
+        aten.copy_.default(weight, value)
+    return loss
 
 
 def behind_its_value(module: fx.GraphModule) -> fx.GraphModule:
@@ -194,7 +188,7 @@ def behind_its_value(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def outlined_step(layers: int) -> fx.GraphModule:
-    module, given = traced(step(layers), *inputs(layers)), inputs(layers)
+    module, given = traced(step, *inputs(layers)), inputs(layers)
     expected = results(module, given)
     after(behind_its_value(module), "outline", outline=True)
     assert_bit_equal(results(module, given), expected)
@@ -216,7 +210,7 @@ def test_a_function_writes_what_its_layer_updates() -> None:
 
 @pytest.mark.parametrize("layers", [4, 8])
 def test_live_bytes_do_not_grow(layers: int) -> None:
-    plain = behind_its_value(traced(step(layers), *inputs(layers)))
+    plain = behind_its_value(traced(step, *inputs(layers)))
     assert liveness(outlined_step(layers).graph).peak <= liveness(plain.graph).peak
 
 
@@ -229,9 +223,7 @@ def test_a_tensor_that_is_changed_and_read_under_a_second_name_is_left() -> None
             aten.copy_.default(one, one + 1) if one is not two else aten.copy_.default(v, two + 1)
         return total
 
-    module = traced(tied, *inputs(2))
-    for anchor in module.graph.find_nodes(op="call_function", target=ANCHOR):
-        anchor.args[1].append(anchor)
+    module = behind_its_value(traced(tied, *inputs(2)))
     given = inputs(2)
     expected = results(module, given)
     after(module, "outline", outline=True)
