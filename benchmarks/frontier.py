@@ -94,7 +94,7 @@ class Trainer:
     def __init__(self, setting: Setting, corpus: Corpus) -> None:
         self.setting, self.corpus = setting, corpus
         self.model = make_model(config_of(setting, 0))
-        self._loss = torch.compile(lambda inputs, targets: self.model(inputs, targets))
+        self._loss = torch.compile(_loss_of(self.model, setting))
 
     def run(self, spec: RunSpec) -> Result:
         """Train, evaluate, and say what came of it."""
@@ -108,10 +108,10 @@ class Trainer:
             self.model.load_state_dict(model.state_dict())
             self.model.zero_grad()
             model = self.model
-        loss = (lambda inputs, targets: model(inputs, targets)) if quantised else self._loss
+        loss = _loss_of(model, setting) if quantised else self._loss
         optimizer = make_optimizer(model, spec)
         scheduler = LambdaLR(optimizer, config.learning_rate_factor)
-        whole = _whole_step(model, optimizer) if quantised and setting.accumulate == 1 else None
+        whole = _whole_step(loss, optimizer) if quantised and setting.accumulate == 1 else None
         for step in range(setting.steps):
             for inputs, targets in self._batches(spec.seed, step):
                 if whole is not None:
@@ -149,12 +149,25 @@ class Trainer:
         yield from zip(inputs.split(setting.batch), targets.split(setting.batch), strict=True)
 
 
-def _whole_step(model: nn.Module, optimizer: Optimizer) -> Callable[[Tensor, Tensor], Tensor]:
+def _loss_of(model: nn.Module, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
+    """The forward pass, in the setting's dtype."""
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast):
+            found: Tensor = model(inputs, targets)
+        return found
+
+    return loss
+
+
+def _whole_step(
+    forward: Callable[[Tensor, Tensor], Tensor], optimizer: Optimizer
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A step of ours as users compile it."""
     torch._dynamo.reset()
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = model(inputs, targets)
+        loss = forward(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -40,6 +40,7 @@ class Setting:
         gap: steps from one subspace to the next.
         seeds: how many the best rates are run with.
         final_tokens: held-out bytes of the last evaluation.
+        autocast: whether products of forward and backward run in bfloat16, weights and optimizers in float32.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Setting:
     batch: int = 16
     seq: int = 128
     final_tokens: int = 262_144
+    autocast: bool = False
 
     @property
     def tokens(self) -> int:
@@ -65,7 +67,7 @@ SETTINGS = {
         Setting("tiny-32k", "tiny", steps=100, accumulate=16, gap=10, seeds=3),
         Setting("35m-2k", "35m", steps=500, accumulate=1, gap=50, seeds=2),
         Setting("35m-32k", "35m", steps=60, accumulate=16, gap=10, seeds=2),
-        Setting("60m-8k", "60m", steps=250, accumulate=1, gap=50, seeds=1, batch=64),
+        Setting("60m-8k", "60m", steps=250, accumulate=1, gap=50, seeds=1, batch=64, autocast=True),
     )
 }
 
