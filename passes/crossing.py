@@ -42,6 +42,8 @@ def _is_viewable(node: fx.Node) -> bool:
     if not is_tensor(source) or not isinstance(value(node), Tensor):
         return False
     given = value(source)
+    if all(isinstance(size, int) for size in given.shape) and given.is_contiguous():
+        return True
     meta = torch.empty_strided(
         [hint(size) for size in given.shape], [hint(step) for step in given.stride()], device="meta"
     )

@@ -49,6 +49,7 @@ from qgalore_compile.passes.nodes import (
     arguments,
     aten,
     behind,
+    is_anchor,
     is_gemm,
     is_scalar,
     latest_version,
@@ -252,16 +253,15 @@ def _at_full_rank(graph: fx.Graph, context: Context, owned: set[fx.Node]) -> dic
 
 def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]) -> set[fx.Node]:
     """Fuse the update of a parameter that is not projected, with its states: what the kernel writes."""
-    writing = {target: anchor for anchor in anchors(graph) for target, _ in [written(anchor)]
-               if anchor not in owned and shape(target)}  # fmt: skip
-    mine = {parameter: writing[parameter]}
+    mine: dict[fx.Node, fx.Node] = {}
     pending = [parameter]
     while pending:
-        for state in _states(written(mine[pending.pop()])[1]):
-            if state in writing and state not in mine:
-                mine[state] = writing[state]
-                pending.append(state)
-    region, read = _exclusive(graph, set(mine.values())), list[fx.Node]()
+        state = pending.pop()
+        anchor = _writer(state, owned) if state not in mine and shape(state) else None
+        if anchor is not None:
+            mine[state] = anchor
+            pending += _states(written(anchor)[1])
+    region, read = _exclusive(set(mine.values())), list[fx.Node]()
     if any(node.target is ENCODE for node in region) and not any(node.target is DECODE for node in region):
         region, read = _with_decoding(graph, mine, region)
     refused: RefusedError | None = None
@@ -306,6 +306,12 @@ _LOCAL = {
 }
 
 
+def _writer(state: fx.Node, owned: set[fx.Node]) -> fx.Node | None:
+    """The anchor that writes an input, where no layer's update has it."""
+    writing = [user for user in state.users if is_anchor(user) and written(user)[0] is state and user not in owned]
+    return max(writing, default=None)
+
+
 def _states(stored: fx.Node) -> list[fx.Node]:
     """Inputs that a new value follows from through pointwise operations, formats and views alone."""
     return [node for node in behind([stored], _is_local) if node.op == "placeholder"]
@@ -317,15 +323,18 @@ def _is_local(node: fx.Node) -> bool:
     return bool(shape(node)) and (node.op == "placeholder" or node.target in POINTWISE or node.target in VIEWS)
 
 
-def _exclusive(graph: fx.Graph, ends: set[fx.Node]) -> list[fx.Node]:
+def _exclusive(ends: set[fx.Node]) -> list[fx.Node]:
     """Nodes that nobody reads but `ends` and such nodes, in the order of the graph."""
     found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op != "call_function" or not node.users or is_gemm(node) or node.is_impure():
-            continue
-        if all(user in found or user in ends for user in node.users) and node not in ends:
-            found.add(node)
-    return [node for node in graph.nodes if node in found]
+    pending = list(ends)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node.op != "call_function" or node in found or node in ends or is_gemm(node) or node.is_impure():
+                continue
+            if all(user in found or user in ends for user in node.users):
+                found.add(node)
+                pending.append(node)
+    return sorted(found)
 
 
 def _with_decoding(

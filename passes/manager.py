@@ -202,7 +202,11 @@ def _origins(graph: fx.Graph) -> dict[str, int | str]:
 
 def _operators(graph: fx.Graph) -> Counter[str]:
     """Nodes by operator; placeholders and the output by their kind."""
-    return Counter(str(node.target) if node.op == "call_function" else node.op for node in graph.nodes)
+    found = Counter(node.target if node.op == "call_function" else node.op for node in graph.nodes)
+    named: Counter[str] = Counter()
+    for target, count in found.items():
+        named[str(target)] += count
+    return named
 
 
 @lru_cache(maxsize=1)

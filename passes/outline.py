@@ -16,7 +16,8 @@ take each other's results in the same way become one function.  Its arguments ar
 differs between layers otherwise, the number of a parameter from which random bits follow, becomes a tensor.
 
 A function changes tensors as the graph does, by ``copy_`` into its arguments: what is updated inside is neither
-returned nor copied.  What crosses is chosen by :mod:`qgalore_compile.passes.crossing`.
+returned nor copied, and who reads it behind a call reads the argument.  What crosses is chosen by
+:mod:`qgalore_compile.passes.crossing`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     anchors,
     aten,
+    first_version,
     is_anchor,
     is_tensor,
     looks,
@@ -56,7 +58,7 @@ def outline(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         return
     equal = equal_sections(graph)
     _hand_over(graph, [section for sections in equal for section in sections])
-    calls_of = _Calls(graph)
+    calls_of = _Calls(graph, {node for sections in equal for section in sections for node in section.nodes})
     calls: Counter[str] = Counter()
     for sections in equal:
         for alike in _alike(sections, record):
@@ -153,9 +155,28 @@ def _problem(section: Section) -> str | None:
     for node in section.read():
         if not is_tensor(node):
             return f"{node.name}, which others read, is no tensor"
-        if is_view(node) or node in changed or previous_version(node) is not None:
+        if previous_version(node) is not None:
+            if _is_read_old(node, inside):
+                return f"{node.name}, which others read, is a changed tensor that is read as it was, too"
+        elif is_view(node) or node in changed:
             return f"{node.name}, which others read, lies in the memory of another tensor"
     return None
+
+
+def _is_read_old(version: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a tensor that a section changes cannot stand for what it then holds: it is neither an input nor of the
+    section's own, the section changes it again, or behind the section somebody reads what was there before."""
+    first = first_version(version)
+    if not (first.op == "placeholder" or first in inside) or any(previous_version(each) is version for each in inside):
+        return True
+    last = max(inside)
+    held = previous_version(version)
+    while held is not None:
+        newer = (user for user in held.users if user not in inside and last < user)
+        if any(not (is_anchor(user) and written(user)[0] is held) for user in newer):
+            return True
+        held = previous_version(held)
+    return False
 
 
 def _signature(section: Section) -> str:
@@ -179,12 +200,19 @@ class _Function:
     Attributes:
         sections: that it stands for.
         taken: its arguments.
-        outputs: places, in a section, of what it returns.
+        outputs: places, in a section, of what others read.
+        changed: of those, what is an argument that the function has changed, and which.
     """
 
     sections: list[Section]
     taken: list[Taken]
     outputs: list[int]
+    changed: dict[int, Taken]
+
+    @property
+    def returned(self) -> list[int]:
+        """Places of what is returned."""
+        return [index for index in self.outputs if index not in self.changed]
 
     @classmethod
     def of(cls, sections: list[Section], record: PassRecord) -> _Function | None:
@@ -194,7 +222,11 @@ class _Function:
             bad = _conflict(sections, taken)
             if bad is None:
                 places = [{each.nodes.index(node) for node in each.read()} for each in sections]
-                return cls(sections, taken, sorted(set().union(*places)))
+                outputs = sorted(set().union(*places))
+                first = [_before(sections[0], index) for index in outputs]
+                changed = {index: each for index, node in zip(outputs, first, strict=True)
+                           for each in taken if each[0] is node}  # fmt: skip
+                return cls(sections, taken, outputs, changed)
             record.skip(bad.nodes[0], "takes a tensor that it changes under a second name")
             sections = [each for each in sections if each is not bad]
         return None
@@ -213,11 +245,24 @@ class _Function:
             taken = list(zip(*map(taken_by, nodes), strict=True))
             stands = [arguments[each] if each in arguments else made[each[0]] for each in taken]
             made[nodes[0]] = _as_inside(body, nodes[0], stands)
+        for index, target in self.changed.items():
+            holds = made[first.nodes[index]]
+            if not any(is_anchor(user) for user in holds.users):
+                make(body, ANCHOR, arguments[target], holds)
         anchors_inside = body.find_nodes(op="call_function", target=ANCHOR)
         targets = {anchor.args[0] for anchor in anchors_inside}
-        changed = [index for index, each in enumerate(self.taken) if arguments[each] in targets]
-        returned = [made[first.nodes[index]] for index in self.outputs]
-        return add_function(graph, body, returned, changed)
+        written_to = [index for index, each in enumerate(self.taken) if arguments[each] in targets]
+        returned = [made[first.nodes[index]] for index in self.returned]
+        return add_function(graph, body, returned, written_to)
+
+
+def _before(section: Section, index: int) -> fx.Node | None:
+    """What of another section a node of this one is a changed version of; None where it is none."""
+    node: fx.Node | None = section.nodes[index]
+    inside = set(section.nodes)
+    while node in inside:
+        node = previous_version(node)
+    return node
 
 
 def _as_inside(body: fx.Graph, node: fx.Node, stands: list[fx.Node]) -> fx.Node:
@@ -268,11 +313,12 @@ class _Calls:
     """Puts calls in the place of sections.
 
     Attributes:
+        kept: nodes of sections.
         replaced: by a node of a section that is gone, the result of a call that stands for it.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, kept: set[fx.Node]) -> None:
+        self.graph, self.kept = graph, kept
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.numbers: dict[int, fx.Node] = {}
         self.count: fx.Node | None = None
@@ -284,12 +330,19 @@ class _Calls:
         arguments = [self._number(each.value) if isinstance(each, Number) else self.replaced.get(each, each)
                      for each in given]  # fmt: skip
         with self.graph.inserting_before(nodes[0]):
-            _, results = call_function(self.graph, name, arguments, [nodes[index] for index in function.outputs])
-        for index, result in zip(function.outputs, results, strict=True):
+            _, results = call_function(self.graph, name, arguments, [nodes[index] for index in function.returned])
+        stands = dict(zip(function.returned, results, strict=True))
+        stands |= {index: arguments[function.taken.index(each)] for index, each in function.changed.items()}
+        for index, result in stands.items():
             nodes[index].replace_all_uses_with(result)
             self.replaced[nodes[index]] = result
         for node in reversed(nodes):
             self.graph.erase_node(node)
+        changed = dict.fromkeys(each for each in given if isinstance(each, fx.Node))
+        for anchor in [user for each in changed for user in each.users if is_anchor(user)]:
+            # what was to be written there has been; a section that is yet to be replaced takes its anchors along
+            if anchor.args[0] is anchor.args[1] and anchor not in self.kept:
+                self.graph.erase_node(anchor)
 
     def _number(self, number: int) -> fx.Node:
         """A parameter's number as a 0-d tensor on the CPU: a part of one that counts from 0."""

@@ -7,6 +7,7 @@ what follows from inputs alone sinks to where it is read, and what several secti
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,7 +23,9 @@ from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRITON,
     anchors,
+    aten,
     behind,
+    first_version,
     is_tensor,
     looks,
     previous_version,
@@ -50,9 +53,11 @@ class Section:
 def equal_sections(graph: fx.Graph) -> list[list[Section]]:
     """Equal sections of the graph."""
     _sink(graph)
-    found = _repeated(graph)
+    _close_up(graph)
+    spelled: dict[fx.Node, Any] = {}
+    found = _repeated(graph, spelled)
     if _hoist(graph, found):
-        found = _repeated(graph)
+        found = _repeated(graph, spelled)
     return found
 
 
@@ -62,7 +67,9 @@ def _sink(graph: fx.Graph) -> None:
     changed = {written(anchor)[0] for anchor in anchors(graph)}
     settled = {node for node in graph.find_nodes(op="placeholder") if node not in changed}
     for node in graph.nodes:
-        cheap = node.op == "call_function" and (is_view(node) or is_pointwise(node))
+        cheap = node.op == "call_function" and (
+            is_view(node) or is_pointwise(node) or node.target is aten.empty.memory_format
+        )
         if cheap and settled.issuperset(node.all_input_nodes):
             settled.add(node)
     for node in reversed(list(graph.nodes)):
@@ -70,10 +77,25 @@ def _sink(graph: fx.Graph) -> None:
             min(node.users).prepend(node)
 
 
-def _repeated(graph: fx.Graph) -> list[list[Section]]:
+def _close_up(graph: fx.Graph) -> None:
+    """Move the results of a call directly behind it, and what writes them into inputs: no section ends in between."""
+    for call in list(graph.nodes):
+        if call.op == "call_function" and isinstance(value(call), (tuple, list)):
+            for result in sorted((user for user in call.users if user.target is operator.getitem), reverse=True):
+                call.append(result)
+    for anchor in anchors(graph):
+        target, source = written(anchor)
+        if previous_version(source) is target and all(user <= source for user in target.users if user is not anchor):
+            source.append(anchor)
+
+
+def _repeated(graph: fx.Graph, spelled: dict[fx.Node, Any]) -> list[list[Section]]:
     nodes = [node for node in graph.nodes if node.op in ("call_function", "get_attr")]
     known: dict[Any, int] = {}
-    numbers = [known.setdefault(does(node), len(known)) for node in nodes]
+    for node in nodes:
+        if node not in spelled:
+            spelled[node] = does(node)
+    numbers = [known.setdefault(spelled[node], len(known)) for node in nodes]
     found = repeats(numbers, SHORTEST, _Costs(nodes))
     return [[Section(nodes[start : start + each.length]) for start in each.starts] for each in found]
 
@@ -101,10 +123,10 @@ class _Costs:
 
 
 def _cost(node: fx.Node) -> float:
-    """Bytes of a tensor, little for a view, and much for what cannot be handed over."""
-    if not is_tensor(node) or previous_version(node) is not None:
+    """Bytes of a tensor, little for a view or an input that is changed, and much for what cannot be handed over."""
+    if not is_tensor(node):
         return 2.0**60
-    return 1.0 if is_view(node) else float(size_in_bytes(value(node)))
+    return 1.0 if is_view(node) or first_version(node).op == "placeholder" else float(size_in_bytes(value(node)))
 
 
 def _hoist(graph: fx.Graph, found: list[list[Section]]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from qgalore_compile import rng
 from qgalore_compile.passes import PassRecord
 from qgalore_compile.passes.liveness import liveness
+from qgalore_compile.passes.mutation import FUNCTIONALIZED, functional_arguments
 from qgalore_compile.passes.nodes import ANCHOR, INVOKE
 from qgalore_compile.passes.sections import SHORTEST
 
@@ -228,6 +229,57 @@ def test_a_tensor_that_is_changed_and_read_under_a_second_name_is_left() -> None
     expected = results(module, given)
     after(module, "outline", outline=True)
     assert_bit_equal(results(module, given), expected)
+
+
+library = torch.library.Library("outline_test", "FRAGMENT")
+library.define("bump_(Tensor(a!) state, Tensor x) -> ()")
+
+
+def bump_(state: Tensor, x: Tensor) -> None:
+    state.add_(x)
+
+
+library.impl("bump_", bump_, "CompositeExplicitAutograd")
+
+
+def with_states(old: bool = False) -> Callable[..., Tensor]:
+    """Layers each of which changes a state of its own in place, and what is read of the states in the end: what they
+    then hold or, where ``old``, also what they held."""
+
+    def forward(x: Tensor, *tensors: Tensor) -> Tensor:
+        states, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        changed = []
+        for state, weight in zip(states, weights, strict=True):
+            x = layer(x, weight)
+            given = functional_arguments({"state": state}, {"x": x})
+            changed.append(FUNCTIONALIZED(torch.ops.outline_test.bump_.default, **given)[1])
+        total = x
+        for state, new in zip(states, changed, strict=True):
+            total = total + (new - state if old else new)
+            aten.copy_.default(state, new)
+        return total
+
+    return forward
+
+
+def states_and_weights(layers: int) -> list[Tensor]:
+    x, *weights = inputs(layers)
+    return [x, *(torch.randn(T, N) for _ in range(layers)), *weights]
+
+
+def test_a_state_that_a_function_changes_is_read_behind_its_call() -> None:
+    module, _ = outlined(with_states(), states_and_weights(4))
+    assert calls(module) == [4]
+    (body,) = [body for _, body in module.named_children()]
+    assert len(body.meta["qgalore_changes"]) == 1
+    assert not module.graph.find_nodes(op="call_function", target=FUNCTIONALIZED)
+    assert not module.graph.find_nodes(op="call_function", target=ANCHOR)  # what they wrote, the functions have written
+
+
+def test_a_state_that_is_read_as_it_was_is_not_changed_by_a_function() -> None:
+    module, record = outlined(with_states(old=True), states_and_weights(4))
+    assert len(module.graph.find_nodes(op="call_function", target=FUNCTIONALIZED)) == 4
+    assert any("is read as it was" in reason for _, reason in record.skipped)
 
 
 # -- what else differs between layers ----------------------------------------------------------------------------------
