@@ -56,7 +56,7 @@ from gpu_measure import (
 from rich.console import Console
 from rich.table import Table
 from torch._inductor.utils import clear_caches
-from train_step import SIDES, Settings, Step, build, compile_step, rounds_of, set_due, timed
+from train_step import ALL, SIDES, Settings, Step, build, compile_step, rounds_of, set_due, timed
 from update_step import SHAPES, sides_of
 
 from qgalore_compile.kernels.triton.kernels import Kernel
@@ -169,7 +169,7 @@ def _write_back(
 def measure_steps(bench: Bench, settings: Settings, measured: dict[str, Ceiling]) -> None:
     """Each side alone, then all of them by round."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in SIDES:
+        for name in ALL.split(","):
             try:
                 with caches_in(Path(folder, name)):
                     _alone(bench, settings, name, measured)
@@ -264,7 +264,7 @@ def _kernels(
 def _interleaved(bench: Bench, settings: Settings, folder: Path) -> None:
     """Wall-clock time of a step, up to its loss, of all sides by round."""
     steps: dict[str, Step] = {}
-    for name in SIDES:
+    for name in ALL.split(","):
         plain, schedules = build(SIDES[name], settings)
         steps[name] = compile_step(plain, SIDES[name])
         set_due(schedules, False)

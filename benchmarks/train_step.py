@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/train_step.py --preset 60m --rounds 21
 
-Three sides, with weights and activations in bfloat16:
+Sides, with weights and activations in bfloat16:
 
 - "adamw": plain Llama, torch's own AdamW (moments in bfloat16, as `torch.optim.AdamW` would keep them), Inductor;
 - "inductor": INT8 weights and `QGaLoreAdamW` with its defaults at the preset's rank, Inductor;
-- "qgalore": the same, backend "qgalore".
+- "qgalore": the same, backend "qgalore";
+- "outline": the same with the option `outline`, by which a layer is compiled once.
 
 All run in one process, interleaved: a round is one step of each, on the same tokens, and ratios are taken within a
 round.  Steady means that nothing is compiled and no subspace is refreshed.  Each side compiles from an empty cache, in
@@ -68,14 +69,16 @@ class Side(NamedTuple):
     title: str
     quantised: bool
     backend: str
+    outline: bool = False
 
 
 SIDES = {
     "adamw": Side("AdamW, inductor", False, "inductor"),
     "inductor": Side("QGaLoreAdamW, inductor", True, "inductor"),
     "qgalore": Side("QGaLoreAdamW, qgalore", True, "qgalore"),
+    "outline": Side("QGaLoreAdamW, qgalore, outlined", True, "qgalore", outline=True),
 }
-ALL = ",".join(SIDES)
+ALL = "adamw,inductor,qgalore"
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,9 @@ def _build_qgalore(model: nn.Module, settings: Settings) -> tuple[Step, list[Ten
 def compile_step(step: Step, side: Side) -> Step:
     # Backend "qgalore" brings it along; Inductor does not, and Dynamo would break the graph at backward().
     torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(step, backend=side.backend, fullgraph=True)
+    return torch.compile(
+        step, backend=side.backend, fullgraph=True, options={"outline": True} if side.outline else None
+    )
 
 
 def set_due(schedules: list[Tensor], due: bool) -> None:

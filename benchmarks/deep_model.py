@@ -1,0 +1,136 @@
+"""The first step of a deep model: seconds, and what the process then holds, beside AdamW under a compiled model.
+
+    .venv/bin/python benchmarks/deep_model.py                                  # 30 layers, as SmolLM2-135M has them
+    .venv/bin/python benchmarks/deep_model.py --layers 4 --sides outline,adamw
+
+The model is transformers' Llama in bfloat16 with SmolLM2-135M's sizes (30 layers of width 576, tied head, vocabulary
+49,152) and random weights, which cost what trained ones do.  A step sees 2 × 128 tokens.  Sides:
+
+- "adamw": the model compiled by Inductor, ``torch.optim.AdamW(fused=True)`` outside, as people run it;
+- "qgalore", "outline": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step, without and with the option.
+
+Each side is a process of its own with an empty cache.  Resident memory is the operating system's, behind the fourth
+step.  Writes `results/deep-model.json`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import RESULTS, machine, write_result
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import qgalore_compile as qg
+
+BATCH, SEQ = 2, 128
+STEPS = 9
+SIDES = ("adamw", "qgalore", "outline")
+
+
+def make_model(layers: int) -> Any:
+    """A Llama of SmolLM2-135M's sizes, random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def make_step(side: str, layers: int) -> Callable[[Tensor], Tensor]:
+    """A side's step."""
+    model = make_model(layers)
+    if side == "adamw":
+        compiled = torch.compile(model)
+        adamw = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+
+        def plain(tokens: Tensor) -> Tensor:
+            loss: Tensor = compiled(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            adamw.step()
+            adamw.zero_grad()
+            return loss.detach()
+
+        return plain
+    qg.quantize_(model)
+    opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
+
+    def step(tokens: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach()
+
+    options = {"outline": True} if side == "outline" else {}
+    return torch.compile(step, backend="qgalore", fullgraph=True, options=options)
+
+
+def resident() -> float:
+    """MiB of this process in memory."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(side: str, layers: int) -> dict[str, Any]:
+    """In this process."""
+    step = make_step(side, layers)
+    seconds = []
+    held = 0.0
+    for index in range(STEPS):
+        tokens = torch.randint(49_152, (BATCH, SEQ), generator=torch.Generator().manual_seed(index))
+        started = time.perf_counter()
+        loss = float(step(tokens))
+        seconds.append(time.perf_counter() - started)
+        if index == 3:
+            gc.collect()
+            held = resident()
+    return {"first_s": seconds[0], "second_s": seconds[1], "steady_s": seconds[3:], "resident_mib": held, "loss": loss}
+
+
+def main(
+    layers: int = 30,
+    sides: Annotated[str, typer.Option(help="By comma.")] = ",".join(SIDES),
+    one: Annotated[str, typer.Option(help="Measure this side here, and print it.")] = "",
+) -> None:
+    if one:
+        print(json.dumps(measure(one, layers)))
+        return
+    found: dict[str, Any] = {}
+    table = Table("side", "first step, s", "steady step, s", "resident, MiB")
+    for side in sides.split(","):
+        with TemporaryDirectory() as cache:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            command = [sys.executable, __file__, "--layers", str(layers), "--one", side]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        row = found[side] = json.loads(done.stdout.splitlines()[-1])
+        print(side, row, flush=True)
+        table.add_row(side, f"{row['first_s']:.1f}", f"{median(row['steady_s']):.3f}", f"{row['resident_mib']:.0f}")
+    Console().print(table)
+    write_result(RESULTS / "deep-model.json", {"machine": machine(), "layers": layers, "sides": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)
