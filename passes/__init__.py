@@ -3,6 +3,7 @@
 ====================  ========  =====================================================================================
 file                  tier      what it does
 ====================  ========  =====================================================================================
+decompose.py          exact     puts the operations of an update in the place of the operators it was traced as
 unpad.py              rounding  takes Inductor's padding off products that other passes look for
 update.py             exact     analysis: finds every layer's update, or says why there is none
 late_gradient.py      rounding  gives a write-back that reads the gradient its factors, to be multiplied tile by tile
@@ -49,6 +50,7 @@ A pass stands behind every other one that leaves what it needs; the manager refu
 =================  ==================================================================================================
 word               what it says of the graph
 =================  ==================================================================================================
+operations         operators that stand for several operations are these
 plain products     the products that passes look for have no padding
 updates            the context has the layers
 late gradients     a write-back that will take its gradient from the factors reads a product of its own
@@ -71,6 +73,7 @@ from __future__ import annotations
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
 from qgalore_compile.passes.decode_first import decode_first
+from qgalore_compile.passes.decompose import decompose
 from qgalore_compile.passes.embedding_gradient import embedding_gradient
 from qgalore_compile.passes.fuse import fuse
 from qgalore_compile.passes.fuse_products import fuse_products
@@ -90,8 +93,9 @@ __all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
 
 PASSES: tuple[Pass, ...] = (
     #    name                  tier        run                 needs → leaves
+    Pass("decompose", "exact", decompose, (), ("operations",)),
     Pass("unpad", "rounding", unpad, (), ("plain products",)),
-    Pass("update", "exact", update, ("plain products",), ("updates",)),
+    Pass("update", "exact", update, ("operations", "plain products"), ("updates",)),
     Pass("late_gradient", "rounding", late_gradient, ("updates",), ("late gradients",)),
     Pass("refresh", "rounding", refresh, ("updates", "late gradients"), ("refresh operands",)),
     Pass("reassociate", "rounding", reassociate, ("updates", "refresh operands"), ("projections",)),

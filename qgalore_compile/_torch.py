@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx._utils import lazy_format_graph_code
 from torch.optim.optimizer import _global_optimizer_post_hooks as global_step_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_step_pre_hooks
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -61,17 +62,20 @@ if TYPE_CHECKING:
     from torch._dynamo.variables.tensor import TensorVariable
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
     from torch._inductor import list_mode_options
-    from torch._inductor.codecache import CppCodeCache, PyCodeCache
+    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache, PyCodeCache
     from torch._inductor.compile_fx import _recursive_post_grad_passes as recursive_post_grad_passes
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.exc import InvalidCxxCompiler
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops, view_to_reshape
     from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
     from torch._inductor.fx_utils import FakeTensorUpdater
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
 
 LATE = {
     "OptimizerVariable": "torch._dynamo.variables.optimizer:OptimizerVariable",
@@ -110,6 +114,7 @@ LATE = {
     "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",
     "list_mode_options": "torch._inductor:list_mode_options",
     "CppCodeCache": "torch._inductor.codecache:CppCodeCache",
+    "CppPythonBindingsCodeCache": "torch._inductor.codecache:CppPythonBindingsCodeCache",
     "PyCodeCache": "torch._inductor.codecache:PyCodeCache",
     "recursive_post_grad_passes": "torch._inductor.compile_fx:_recursive_post_grad_passes",
     "compile_fx": "torch._inductor.compile_fx:compile_fx",
@@ -118,6 +123,10 @@ LATE = {
     "get_custom_graph_passes": "torch._inductor.custom_graph_pass:get_custom_graph_passes",
     "get_hash_for_files": "torch._inductor.custom_graph_pass:get_hash_for_files",
     "InvalidCxxCompiler": "torch._inductor.exc:InvalidCxxCompiler",
+    "constant_fold_uniform_value": "torch._inductor.fx_passes.joint_graph:constant_fold_uniform_value",
+    "remove_noop_ops": "torch._inductor.fx_passes.post_grad:remove_noop_ops",
+    "select_decomp_table": "torch._inductor.decomposition:select_decomp_table",
+    "make_fx": "torch.fx.experimental.proxy_tensor:make_fx",
     "view_to_reshape": "torch._inductor.fx_passes.post_grad:view_to_reshape",
     "reinplace_inplaceable_ops": "torch._inductor.fx_passes.reinplace:reinplace_inplaceable_ops",
     "FakeTensorUpdater": "torch._inductor.fx_utils:FakeTensorUpdater",

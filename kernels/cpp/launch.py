@@ -6,12 +6,20 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, cached_property
+from threading import Thread
 from typing import Any
 
 from torch import Tensor
 
-from qgalore_compile._torch import CppCodeCache, InvalidCxxCompiler, ShortenTraceback, get_cpp_compiler
+from qgalore_compile._torch import (
+    CppCodeCache,
+    CppPythonBindingsCodeCache,
+    InvalidCxxCompiler,
+    ShortenTraceback,
+    get_cpp_compiler,
+)
 from qgalore_compile._torch import inductor_config as config
 from qgalore_compile.kernels.cpp.printer import print_cpp
 from qgalore_compile.kernels.ir.memory import MEMORY
@@ -51,6 +59,22 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, OSError) as error:  # OSError: found, but not to be executed
         raise NoCompilerError from error
+
+
+_EMPTY = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(const float* x) {}\n'
+
+
+@cache
+def prepare() -> None:
+    """Begin on a thread of its own, once a process, what the first kernel of Inductor's would wait for: to learn which
+    vector instructions there are, by a compilation for each, and to compile its header ahead.  Both take 13 s of one
+    core, while the step is traced on another."""
+    Thread(target=_prepare, name="qgalore-prepare", daemon=True).start()
+
+
+def _prepare() -> None:
+    with suppress(Exception):  # whoever needs it meets the error, and can tell it
+        CppPythonBindingsCodeCache.load_pybinding(["const float*"], _EMPTY, needs_vec_isa=True)
 
 
 @cache

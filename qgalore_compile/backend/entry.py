@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
+from qgalore_compile import composites
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
@@ -187,6 +188,7 @@ def qgalore(
     compiles = not compile_fx_arguments
     if compiles and _on_cpu(example_inputs):
         cpu.check_compiler()
+        cpu.prepare()
     names, parameters = compilation.input_names(gm), compilation.parameters(gm, example_inputs)
     manager = chosen.passes(names, parameters, compiles=compiles)
     patches["post_grad_custom_post_pass"] = [
@@ -200,7 +202,8 @@ def qgalore(
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+    with composites.kept(composites.stay() and tracing.differentiates(gm)):
+        compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)

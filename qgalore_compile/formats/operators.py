@@ -1,7 +1,8 @@
 """``encode`` and ``decode`` as operators: one node each in a traced program, whatever the format.
 
 A quantised operand of a compiled step is then a ``decode`` of inputs, and a write-back an ``encode``; both carry the
-format's text, by which kernels are generated for them.  Formats that are ``inline`` are traced through instead.
+format's text, by which kernels are generated for them.  Formats that are ``inline`` are plain PyTorch in a graph: there
+``decode`` is a composite operator (``composites.py``), and ``encode`` is traced through.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
+from qgalore_compile.composites import COMPOSITES, Composite, stay
 from qgalore_compile.formats.base import Format, dtype_of
 
 
@@ -38,6 +40,9 @@ _decode_op = define(
 )
 
 
+COMPOSITES[_decode_op] = Composite(_decode, lambda stored, shape, format, dtype: Format.parse(format).inline)
+
+
 def encode(x: Tensor, format: Format, noise: Tensor | None = None) -> list[Tensor]:
     """:meth:`Format.encode`, as one node where it is traced."""
     return format.encode(x, noise) if format.inline else list(_encode_op(x, noise, format.text))
@@ -47,6 +52,6 @@ def decode(
     stored: Sequence[Tensor], shape: Sequence[int], format: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """:meth:`Format.decode`, as one node where it is traced."""
-    if format.inline:
+    if format.inline and not stay():
         return format.decode(stored, shape, dtype)
     return _decode_op(list(stored), list(shape), format.text, dtype)  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qgalore_compile.composites import composite, stay
 from qgalore_compile.formats import rounding
 from qgalore_compile.optim import checkpoint, checks, groups, hooks, layout, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
@@ -40,7 +41,8 @@ from qgalore_compile.subspace.projection import Side, other_side, project, proje
 from qgalore_compile.subspace.refresh import refresh_
 from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
 from qgalore_compile.subspace.timing import seconds_of
-from qgalore_compile.weights import QuantizedWeight, write_back_
+from qgalore_compile.weights import QuantizedWeight
+from qgalore_compile.weights.operations import descend_
 
 
 class _Pending(NamedTuple):
@@ -286,7 +288,7 @@ class QGaLoreAdamW(Optimizer):
 
     def _update_all(self, pending: list[_Pending]) -> None:
         """Phase two: clip, decide what may be written, update."""
-        each = [torch.linalg.vector_norm(item.low, dtype=torch.float32) for item in pending]
+        each = [_norm_op(item.low) if stay() else _norm(item.low) for item in pending]
         norms = torch.stack(each)
         # of the norm, not of the elements: where a square overflows, the second moment would
         finite = torch.isfinite(norms)
@@ -302,6 +304,14 @@ class QGaLoreAdamW(Optimizer):
         for item, own in zip(pending, each, strict=True):
             # of its own norm, not of the stacked ones: a compiled update need then not wait for the others
             _update(item, clip, torch.isfinite(own) if self.nonfinite == "skip_parameter" else all_finite)
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    return norm
+
+
+_norm_op = composite("norm(Tensor x) -> Tensor", lambda x: x.new_empty((), dtype=torch.float32))(_norm)
 
 
 def _refuse_to_trace_nothing() -> None:
@@ -338,17 +348,12 @@ def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
     moments = RuleState(group, p.shape, state, formats, noise, step, ok, low.dtype, across)
     rule = group.rule
     update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip, moments)
-    weight = p.dequantize(torch.float32) if isinstance(p, QuantizedWeight) else p.to(torch.float32)
-    weight = weight - group["lr"] * update
-    if torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0:  # a graph is of every number
-        weight = weight - group["lr"] * group.numbers.weight_decay * weight
+    # a graph is of every number
+    decays = torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0
     noise = None
     if group["rounding"] == "stochastic" and (isinstance(p, QuantizedWeight) or p.dtype in rounding.DTYPES):
         noise = _draws(p, group, step, position)
-    if isinstance(p, QuantizedWeight):
-        write_back_(p, weight, noise, ok)
-    else:
-        p.copy_(torch.where(ok, rounding.round_to(weight, p.dtype, noise), p))
+    descend_(p, update, group["lr"], group.numbers.weight_decay if decays else None, noise, ok)
     state["step"].copy_(torch.where(ok, step, state["step"]))
 
 
