@@ -18,22 +18,20 @@ from torch import Tensor, fx
 
 from qgalore_compile._torch import OpOverload
 from qgalore_compile.passes.liveness import size_in_bytes
-from qgalore_compile.passes.nodes import REDUCTIONS, VIEWS, aten, hint, is_tensor, prims, value
+from qgalore_compile.passes.nodes import PARTS, REDUCTIONS, VIEWS, aten, hint, is_tensor, prims, value
 from qgalore_compile.passes.placement import base
 
 _POINTWISE = frozenset({prims.convert_element_type.default, prims.iota.default, aten.full.default})
-_PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
-"""Views that are several."""
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node's tensors lie in its input's memory."""
     if node.target is operator.getitem:
         source = node.args[0]
-        return isinstance(source, fx.Node) and source.target in _PARTS
+        return isinstance(source, fx.Node) and source.target in PARTS
     if node.target is aten.reshape.default:
         return _is_viewable(node)
-    return node.target in VIEWS or node.target in _PARTS
+    return node.target in VIEWS or node.target in PARTS
 
 
 def _is_viewable(node: fx.Node) -> bool:

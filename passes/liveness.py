@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import OpOverload
-from qgalore_compile.passes.nodes import ANCHOR, INVOKE, VIEWS, arguments, aten, hint, previous_version, prims, value
+from qgalore_compile.passes.nodes import (
+    ANCHOR,
+    INVOKE,
+    PARTS,
+    VIEWS,
+    arguments,
+    aten,
+    hint,
+    previous_version,
+    prims,
+    value,
+)
 
 _POINTWISE = frozenset({prims.convert_element_type.default, aten.expand.default, aten.cat.default, prims.iota.default})
 REDUCTIONS = frozenset(
@@ -96,7 +108,8 @@ def readers(node: fx.Node) -> set[fx.Node]:
         for user in pending.pop().users:
             if user not in found:
                 found.add(user)
-                if user.target in VIEWS:
+                source: Any = user.args[0] if user.target is operator.getitem else user
+                if source.target in PARTS or user.target in VIEWS:
                     pending.append(user)
     return found
 

@@ -52,6 +52,9 @@ VIEWS = TRANSPOSES | {
 }
 """Operators whose result shares its input's memory; ``reshape`` may copy, where the input is not contiguous."""
 
+PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
+"""Operators whose results do, several."""
+
 TRITON = triton_kernel_wrapper_functional
 """A call of a Triton kernel in the same form: a dictionary of new versions by the names of ``tensors_to_clone``."""
 

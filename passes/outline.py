@@ -33,6 +33,7 @@ from qgalore_compile._ops import NUMBERED
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.crossing import crossing, is_view
 from qgalore_compile.passes.functions import add_function, call_function
+from qgalore_compile.passes.liveness import readers
 from qgalore_compile.passes.nodes import (
     ANCHOR,
     FUNCTIONALIZED,
@@ -172,7 +173,7 @@ def _is_read_old(version: fx.Node, inside: set[fx.Node]) -> bool:
     last = max(inside)
     held = previous_version(version)
     while held is not None:
-        newer = (user for user in held.users if user not in inside and last < user)
+        newer = (user for user in readers(held) if user not in inside and last < user)
         if any(not (is_anchor(user) and written(user)[0] is held) for user in newer):
             return True
         held = previous_version(held)

@@ -18,7 +18,7 @@ from torch import fx
 from qgalore_compile._ops import NUMBERED
 from qgalore_compile._torch import kernel_side_table
 from qgalore_compile.passes.crossing import is_pointwise, is_view
-from qgalore_compile.passes.liveness import size_in_bytes
+from qgalore_compile.passes.liveness import readers, size_in_bytes
 from qgalore_compile.passes.nodes import (
     FUNCTIONALIZED,
     TRITON,
@@ -85,7 +85,7 @@ def _close_up(graph: fx.Graph) -> None:
                 call.append(result)
     for anchor in anchors(graph):
         target, source = written(anchor)
-        if previous_version(source) is target and all(user <= source for user in target.users if user is not anchor):
+        if previous_version(source) is target and max(readers(target) - {anchor}, default=source) <= source:
             source.append(anchor)
 
 
@@ -114,8 +114,8 @@ class _Costs:
     def __call__(self, period: int) -> list[float]:
         """By place: the cost of a cut before it."""
         change = [0.0] * (len(self.uses) + 2)
-        for at, readers, cost in self.uses:
-            near = [reader for reader in readers if reader - at < period]
+        for at, places, cost in self.uses:
+            near = [each for each in places if each - at < period]
             if near:
                 change[at + 1] += cost
                 change[near[-1] + 1] -= cost
