@@ -40,7 +40,7 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     [
         (
             {"disable": ["nosuch"]},
-            "no pass is called 'nosuch'; passes: unpad, update, late_gradient, refresh, reassociate",
+            "no pass is called 'nosuch'; passes: decompose, unpad, update, late_gradient, refresh, reassociate",
         ),
         ({"exact": 1}, "'exact' must be True or"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),

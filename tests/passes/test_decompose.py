@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from graphs import after, assert_bit_equal, results, traced
-from support import tokens, toy, training_step
+from support import assert_same_step, compiled, decoded, tokens, toy, training_step
 from torch import Tensor, fx
 
 from qgalore_compile import composites, formats
 from qgalore_compile.backend import dry_run
-from qgalore_compile.backend.entry import qgalore
+from qgalore_compile.backend.entry import Options, qgalore
 from qgalore_compile.backend.tracing import step_backend
 from qgalore_compile.formats.operators import decode
 from qgalore_compile.passes.kernel_calls import kernel_calls
@@ -150,3 +150,16 @@ def test_a_step_becomes_the_graph_that_it_would_have_been(settings: dict[str, An
     assert programs
     assert kept_programs == programs
     assert kept_operators == operators
+
+
+def test_without_the_pass_operators_run_as_they_are() -> None:
+    """No kernel is generated then, and ``strict`` says so; results are right."""
+    model, opt = toy()
+    expected_model, expected = toy()
+    step, backend = compiled(training_step(model, opt), disable="decompose")
+    step(tokens())
+    training_step(expected_model, expected)(tokens())
+    assert composite_calls(backend.graphs[0].graph)
+    assert_same_step(decoded(*toy()), decoded(model, opt), decoded(expected_model, expected), tolerance=1e-3)
+    with pytest.raises(ValueError, match="takes out the pass 'decompose'"):
+        Options.parse({"strict": True, "disable": "decompose"})
