@@ -53,8 +53,9 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _key(node: fx.Node) -> str:
-    """What a trace depends on."""
-    described = fx.map_arg(arguments(node), lambda each: looks(value(each)))
+    """What a trace depends on, and which of its arguments are one."""
+    place = {source: index for index, source in enumerate(node.all_input_nodes)}
+    described = fx.map_arg(arguments(node), lambda each: f"{place[each]}: {looks(value(each))}")
     return f"{node.target}{described}"
 
 

@@ -88,6 +88,22 @@ def test_alike_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [tuple(shape) for shape in seen] == [(6, 16), (4, 16)]
 
 
+def test_a_tensor_that_is_two_arguments_of_one_call_is_not_of_the_next() -> None:
+    def two(*given: Tensor) -> list[Tensor]:
+        *weight, update, lr, noise, ok = given[:7]
+        form = formats.Format.parse("int8/8")
+        return [
+            *descended(weight, update, lr, lr, noise, ok, form),
+            *descended(weight, update, lr, given[7], noise, ok, form),
+        ]
+
+    given = [*step_inputs(), torch.tensor(0.5)]
+    module = kept(*given, function=two)
+    expected = results(module, given)
+    assert len(after(module, "decompose").records[-1].matches) == 2
+    assert_bit_equal(results(module, given), expected)
+
+
 def test_copies_are_tensors_of_their_own_and_views_views() -> None:
     def two(*given: Tensor) -> list[Tensor]:
         return [*one(*given), *one(*given[:4], given[4] * 2, *given[5:])]
