@@ -78,6 +78,11 @@ call has its own ``recompile_limit``, and only its own entries are searched."""
 
 _now = threading.local()
 
+_collecting = threading.Lock()
+_rare: list[tuple[int, int, int]] = []
+"""For each frame of ours that is being traced, in whatever thread, the thresholds of garbage collection before the
+first of them."""
+
 
 def step_backend(backend: Callable[..., Any], composite: bool = True) -> Callable[..., Any]:
     """Mark a backend of one's own that hands its graphs to ``qgalore``, so that Dynamo
@@ -186,13 +191,23 @@ def _rare_collections(ours: bool) -> Iterator[None]:
     Graphs of hundreds of thousands of nodes are built, most of which stay until the end: eight layers of `60m` are
     traced and rewritten in 29.5 s so, and in 37.1 s with Python's own thresholds.
     """
-    before = gc.get_threshold()
-    if ours and before[0] > 0:
-        gc.set_threshold(max(before[0], 100_000), max(before[1], 20), 1_000_000)
+    if not ours or gc.get_threshold()[0] == 0:
+        yield
+        return
+    with _collecting:  # thresholds are the process's: the last thread that leaves puts back what the first one found
+        if not _rare:
+            _rare.append(gc.get_threshold())
+            first, second, _ = _rare[0]
+            gc.set_threshold(max(first, 100_000), max(second, 20), 1_000_000)
+        else:
+            _rare.append(_rare[0])
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        with _collecting:
+            before = _rare.pop()
+            if not _rare:
+                gc.set_threshold(*before)
 
 
 # -- the wrappers -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 from tracing_support import Traced, assert_as_eager, batch, broken, loss_of, parts, trained, zero_first
 
 import qgalore_compile as qg
+from qgalore_compile.backend import tracing
 from qgalore_compile.backend.tracing import is_ours, step_backend
 
 # Dynamo looks at .grad of what is no leaf, and hides the warning by a filter that "error" comes before.
@@ -187,3 +189,15 @@ def test_a_backend_of_ones_own_is_traced_as_ours_where_it_says_so() -> None:
     counters.clear()
     trained(zero_first, backend=backend)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_thresholds_of_garbage_collection_come_back_though_threads_leave_in_another_order() -> None:
+    before = gc.get_threshold()
+    one, other = tracing._rare_collections(True), tracing._rare_collections(True)
+    one.__enter__()
+    assert gc.get_threshold()[0] > before[0]
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert gc.get_threshold()[0] > before[0]
+    other.__exit__(None, None, None)
+    assert gc.get_threshold() == before
