@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qgalore_compile._torch import OpOverload
+from qgalore_compile._torch import OpOverload, after_inplace_or_view
 
 _library = torch.library.Library("qgalore", "FRAGMENT")
 
@@ -35,6 +35,31 @@ def define(
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"qgalore::{name}", fake, lib=_library)
+    return _overload(name)
+
+
+def count_writes(op: OpOverload[..., Any]) -> None:
+    """Let autograd know what an operator writes, as it does of PyTorch's own: the version counters of those arguments
+    rise, in tracing too."""
+    written = [index for index, each in enumerate(op._schema.arguments) if each.alias_info is not None]
+
+    def counting(keys: Any, *args: Any) -> Any:
+        for index in written:
+            torch.autograd.graph.increment_version(args[index])
+        return op.redispatch(keys & after_inplace_or_view, *args)
+
+    _library.impl(op.name().removeprefix("qgalore::"), counting, "ADInplaceOrView", with_keyset=True)
+
+
+def define_traced(schema: str, function: Callable[..., Any]) -> OpOverload[..., Any]:
+    """Register an operator that is traced through wherever it is traced below Dynamo; see :func:`define`."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeImplicitAutograd")
+    return _overload(name)
+
+
+def _overload(name: str) -> OpOverload[..., Any]:
     name, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.qgalore, name), overload or "default")  # type: ignore[no-any-return]
 

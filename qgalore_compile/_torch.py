@@ -9,6 +9,7 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from torch._C import _after_ADInplaceOrView_keyset as after_inplace_or_view
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
 from torch._C import _has_storage as has_storage
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
@@ -23,6 +24,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._utils import lazy_format_graph_code
 from torch.optim.optimizer import _global_optimizer_post_hooks as global_step_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_step_pre_hooks

@@ -1,36 +1,35 @@
 """Composite operators: functions of plain tensor operations that are one node each while our backend traces a step.
 
-Dynamo and AOTAutograd walk over every node several times, 5 to 10 ms a node in all, and a step updates every weight by
-the same hundred operations.  So those of an update are a few operators while a step of ours is traced, and the pass
-``decompose`` puts each operator's operations in its place, traced once for all calls that are alike.
-
-Anywhere else, eagerly and in graphs of other backends, the function itself runs and is traced through.  The operator is
-implemented by the same function, so a graph in which it stays means the same.
+Dynamo and AOTAutograd walk over every node several times, 3 to 10 ms a node in all, and a step updates every weight by
+the same hundred operations.  So what is decoded is one operator while a step of ours is traced, and so is each phase of
+a parameter's update (``optim/operators.py``).  The pass ``decompose`` puts the operations in their place, traced once
+for all calls that are alike.  Anywhere else, eagerly and in graphs of other backends, the function itself runs and is
+traced through.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-from torch import Tensor
-
-from qgalore_compile._ops import define
-from qgalore_compile._torch import OpOverload, tree_map_only
 
 
 class Composite(NamedTuple):
     """What an operator stands for.
 
     Attributes:
-        function: of the same arguments, without a look at values, in place nowhere.
+        function: of the same arguments, without a look at values.
         applies: whether a call with these arguments stands for it; others stay operators.
+        writes: whether the function changes tensors that it is given, of which the operator's schema says nothing.
+        number: the argument that is a parameter's number, on which nothing of the function depends but random
+            numbers; None where there is none.
     """
 
     function: Callable[..., Any]
     applies: Callable[..., bool] = lambda *args: True
+    writes: bool = False
+    number: int | None = None
 
 
 COMPOSITES: dict[Any, Composite] = {}
@@ -56,27 +55,3 @@ def stay() -> bool:
 
 # Called while Dynamo traces, not put into the graph: see optim/adamw.py's _refuse_to_trace_nothing
 stay._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def composite(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], OpOverload[..., Any]]:
-    """Make a function an operator, for :func:`stay` to choose, and return that.
-
-    Args:
-        schema: of ``torch.ops.qgalore.<name>``, in PyTorch's notation; nothing is mutated.
-        fake: returns empty tensors of the results' metadata, contiguous.
-    """
-
-    def register(function: Callable[..., Any]) -> OpOverload[..., Any]:
-        def implementation(*args: Any) -> Any:
-            return tree_map_only(Tensor, Tensor.contiguous, function(*args))
-
-        operator = define(schema, implementation, fake)
-        COMPOSITES[operator] = Composite(function)
-        return operator
-
-    return register
-
-
-def empties(like: Sequence[Tensor]) -> list[Tensor]:
-    """For ``fake``: new contiguous tensors of these shapes and dtypes."""
-    return [each.new_empty(each.shape) for each in like]

@@ -6,10 +6,9 @@ import threading
 
 import pytest
 import torch
-from torch import Tensor
 
-from qgalore_compile import composites, formats
-from qgalore_compile.composites import COMPOSITES, kept, stay
+from qgalore_compile import formats
+from qgalore_compile.composites import kept, stay
 from qgalore_compile.formats.operators import decode
 
 
@@ -40,18 +39,3 @@ def test_an_operator_returns_what_its_function_does(text: str) -> None:
     with kept(True):
         found = decode(stored, (4, 24), form)
     assert torch.equal(found, expected)
-
-
-def test_what_an_operator_returns_is_contiguous() -> None:
-    """Its fake says so, and code is generated for that."""
-    transposed = composites.composite("transposed_for_a_test(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[::-1]))
-
-    def function(x: Tensor) -> Tensor:
-        return x.t()
-
-    operator = transposed(function)
-    try:
-        assert operator(torch.ones(2, 3)).is_contiguous()
-        assert not function(torch.ones(2, 3)).is_contiguous()
-    finally:
-        del COMPOSITES[operator]

@@ -6,6 +6,7 @@ file                  what it does
 entry.py              ``torch.compile(backend="qgalore")``: options, passes, hand-over to Inductor
 tracing.py            what Dynamo does differently for our steps, and for nobody else's
 frames.py             which frames of a step are not one graph, and why
+unseen.py             writes of an optimizer's operators that AOTAutograd need not see
 spent.py              outputs that can be differentiated no more
 asked.py              what the optimizers in a graph ask for
 strict.py             what is not as asked, a sentence each

@@ -23,7 +23,7 @@ from qgalore_compile._torch import (
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.backend import compilation, spent, strict, tracing
+from qgalore_compile.backend import compilation, spent, strict, tracing, unseen
 from qgalore_compile.backend.strict import UnfusedError as UnfusedError
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes import PASSES, PassManager
@@ -197,19 +197,21 @@ def qgalore(
     ]
     record = compilation.begin(gm, into)
     spent.detach(gm)
+    kept = composites.stay() and "decompose" not in chosen.disable
+    unseen_writes = unseen.hide(gm, keep=kept)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
     # Two graphs of Dynamo's can be one of Inductor's (detach() elsewhere), whose code has one record: not shared. Where
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    with composites.kept(composites.stay() and tracing.differentiates(gm)):
+    with composites.kept(kept and tracing.differentiates(gm)):
         compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)
     if chosen.strict:
         _refuse_unfused(record)
-    return cast("Callable[..., Any]", compiled)
+    return unseen.bumping(cast("Callable[..., Any]", compiled), unseen_writes)
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from qgalore_compile.backend.compilation import Compilation
 from qgalore_compile.backend.frames import Broken
 from qgalore_compile.backend.records import Record, note_of
 
-NEEDED = ("decompose", "update", "fuse")
+NEEDED = ("update", "fuse")
 """Passes without which nothing can be fused, or nothing is known of what is."""
 
 

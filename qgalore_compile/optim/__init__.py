@@ -4,6 +4,8 @@
 file                  what it does
 ====================  =================================================================================================
 adamw.py              ``QGaLoreAdamW``: the specification, to be read in one sitting
+one_parameter.py      what a step does with one parameter: the specification's other half
+operators.py          the same as an operator a phase, while our backend traces a step
 settings.py           every group key in one table: default, bounds, choices, help
 checks.py             what a group may hold
 layout.py             how a state is laid out: formats, names, what is in it before the first step

@@ -1,4 +1,5 @@
-"""``QGaLoreAdamW`` in plain PyTorch: the specification.  Every fused path is tested against this file.
+"""``QGaLoreAdamW`` in plain PyTorch: the specification, with ``one_parameter.py``.  Every fused path is tested against
+these two files.
 
 One step for a projected weight W (m, n) with gradient G, projector P and rank r:
 
@@ -23,38 +24,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qgalore_compile.composites import composite, stay
-from qgalore_compile.formats import rounding
-from qgalore_compile.optim import checkpoint, checks, groups, hooks, layout, settings
+from qgalore_compile.optim import checkpoint, checks, groups, hooks, layout, operators, settings
 from qgalore_compile.optim.hyper_parameters import Group, MaxGradNorm, adopted, trace_groups
+from qgalore_compile.optim.one_parameter import Parameter, Projected
 from qgalore_compile.optim.placement import check_placement
-from qgalore_compile.optim.rules import RuleState, Written
 from qgalore_compile.optim.settings import KEYS
-from qgalore_compile.rng import MOMENT_STREAM, PROJECTOR_STREAM, random_bits
-from qgalore_compile.subspace.projection import Side, other_side, project, project_back, side_of
-from qgalore_compile.subspace.refresh import refresh_
+from qgalore_compile.subspace.projection import side_of
 from qgalore_compile.subspace.scheduler import Schedule, ScheduleRecord, record_of
 from qgalore_compile.subspace.timing import seconds_of
-from qgalore_compile.weights import QuantizedWeight
-from qgalore_compile.weights.operations import descend_
-
-
-class _Pending(NamedTuple):
-    """A parameter between the two phases: ``low`` is R, or G as it came where it is not projected; ``across`` the
-    sketch of the other side, of rules that want one."""
-
-    parameter: Tensor
-    group: Group
-    state: dict[str, Tensor]
-    position: int
-    low: Tensor
-    across: Tensor | None = None
 
 
 class QGaLoreAdamW(Optimizer):
@@ -246,50 +229,24 @@ class QGaLoreAdamW(Optimizer):
             cls._step_depth += 1
             cls.step = hooks.hooked(cls.step, cls._step_depth)  # type: ignore[method-assign]
 
-    def _project_all(self) -> list[_Pending]:
+    def _project_all(self) -> list[tuple[Parameter, Projected]]:
         """Phase one: every gradient, as small as it gets."""
         for index, group in enumerate(self.param_groups):
             groups.check_gradients(group, index)
-        pending = []
+        found = []
         position = -1
         for group in self.param_groups:
+            told = operators.text_of(group)
             for p in group["params"]:
                 position += 1
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                low = self._project(p, group, state, position) if "rank" in group else p.grad
-                across = None
-                if group.rule is not None and group.rule.sketches:
-                    side = other_side(side_of(p.shape))
-                    across = project(p.grad, _drawn(p, group, state, position, side), side)
-                pending.append(_Pending(p, group, state, position, low, across))
-        return pending
+                if p.grad is not None:
+                    parameter = Parameter(p, p.grad, group, self.state[p], position, told)
+                    found.append((parameter, operators.project_(parameter)))
+        return found
 
-    def _project(self, p: Tensor, group: Group, state: dict[str, Tensor], position: int) -> Tensor:
-        """R in the gradient's dtype, after the refresh if one is due: the GEMM runs in that dtype, and all R of a step
-        wait for the last one's norm (6 GiB in float32 at 7B)."""
-        assert p.grad is not None
-        assert group.rule is not None
-        if not layout.projects(group):
-            return p.grad
-        if group.rule.drawn:
-            side = side_of(p.shape)
-            return project(p.grad, _drawn(p, group, state, position, side), side)
-        projector = layout.projector(p, group, state, p.grad.dtype)
-        low = project(p.grad, projector, side_of(p.shape))
-        refresh_(
-            low, layout.parts_in(state, group.formats), state["schedule"], [p.grad],
-            shape=p.shape, rank=layout.rank_of(group, p), form=group.formats.projector,
-            method=group["refresh"], power_iterations=group["power_iterations"], rule=group.numbers.rule,
-            seed=group["seed"], param=position, moments=groups.moments_that_follow(group, state, group.numbers.betas),
-        )  # fmt: skip
-        return low
-
-    def _update_all(self, pending: list[_Pending]) -> None:
+    def _update_all(self, pending: list[tuple[Parameter, Projected]]) -> None:
         """Phase two: clip, decide what may be written, update."""
-        each = [_norm_op(item.low) if stay() else _norm(item.low) for item in pending]
-        norms = torch.stack(each)
+        norms = torch.stack([projected.norm for _, projected in pending])
         # of the norm, not of the elements: where a square overflows, the second moment would
         finite = torch.isfinite(norms)
         all_finite = finite.all()
@@ -301,17 +258,10 @@ class QGaLoreAdamW(Optimizer):
         clip = None
         if self._limit is not None:
             clip = (self._limit * (norm + 1e-6).reciprocal()).clamp(max=1.0)
-        for item, own in zip(pending, each, strict=True):
+        for parameter, projected in pending:
             # of its own norm, not of the stacked ones: a compiled update need then not wait for the others
-            _update(item, clip, torch.isfinite(own) if self.nonfinite == "skip_parameter" else all_finite)
-
-
-def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-    return norm
-
-
-_norm_op = composite("norm(Tensor x) -> Tensor", lambda x: x.new_empty((), dtype=torch.float32))(_norm)
+            ok = torch.isfinite(projected.norm) if self.nonfinite == "skip_parameter" else all_finite
+            operators.update_(parameter, projected, clip, ok)
 
 
 def _refuse_to_trace_nothing() -> None:
@@ -327,83 +277,3 @@ def _refuse_to_trace_nothing() -> None:
 # Called while Dynamo traces, not put into the graph: what torch._dynamo.assume_constant_result does, which would load
 # Dynamo with the optimizer.
 _refuse_to_trace_nothing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _update(item: _Pending, clip: Tensor | None, ok: Tensor) -> None:
-    """Steps 4 to 6 for one parameter; where ``ok`` is False every store writes what was there."""
-    p, group, state, position, low, across = item
-    grad = low.to(torch.float32)
-    across = None if across is None else across.to(torch.float32)
-    if clip is not None:
-        grad = grad * clip
-        across = None if across is None else across * clip
-    step = state["step"] + 1
-    formats = group.formats.moments_of(group, p)
-    noise = None
-    if formats.rounds and group["rounding"] == "stochastic":
-        # along the flattened tensor, as moments are; a stream beside the weight's
-        noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
-            grad.shape
-        )
-    moments = RuleState(group, p.shape, state, formats, noise, step, ok, low.dtype, across)
-    rule = group.rule
-    update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), item, clip, moments)
-    # a graph is of every number
-    decays = torch.compiler.is_dynamo_compiling() or group["weight_decay"] != 0
-    noise = None
-    if group["rounding"] == "stochastic" and (isinstance(p, QuantizedWeight) or p.dtype in rounding.DTYPES):
-        noise = _draws(p, group, step, position)
-    descend_(p, update, group["lr"], group.numbers.weight_decay if decays else None, noise, ok)
-    state["step"].copy_(torch.where(ok, step, state["step"]))
-
-
-def _whole(written: Written, item: _Pending, clip: Tensor | None, moments: RuleState) -> Tensor:
-    """U: what a rule says is to be written, in the weight's shape.  The GEMM runs in the gradient's dtype again."""
-    p, group, state, position, *_ = item
-    assert p.grad is not None
-    assert group.rule is not None
-    update: Tensor | None = None
-    if written.low is not None:
-        back = written.low
-        if layout.projects(group):
-            projector = layout.projector(p, group, state, p.grad.dtype)
-            back = project_back(back.to(p.grad.dtype), projector, side_of(p.shape))
-        update = group.numbers.scale * back.to(torch.float32)
-    if written.scales is not None:
-        gradient = p.grad.to(torch.float32)
-        if group.rule.whole:
-            gradient = gradient if clip is None else gradient * clip
-            form, noise = group.formats.momenta[layout.width_of(p)], None
-            if group["rounding"] == "stochastic" and form.rounds:
-                noise = random_bits(p.shape, seed=group["seed"], step=moments.step, param=position | MOMENT_STREAM)
-            scaled = moments.whole(gradient, form, layout.momentum_names(form), noise) * written.scales
-        else:
-            scaled = gradient * (written.scales if clip is None else written.scales * clip)
-        update = scaled if update is None else update + scaled
-    if update is None:
-        raise ValueError(f"rule {group['rule']!r} writes nothing: its step must give low, scales, or both")
-    return update
-
-
-def _drawn(p: Tensor, group: Group, state: dict[str, Tensor], position: int, side: Side) -> Tensor:
-    """A projector for a side, of entries ±1/√r: a sign for each bit that is drawn, others every ``update_proj_gap``
-    steps, or in every step for sketches, where what is off in one should not be so in the next."""
-    assert p.grad is not None
-    assert group.rule is not None
-    m, n = p.shape
-    rank = layout.rank_of(group, p)
-    rows, columns = (rank, n) if side == "right" else (m, rank)
-    turn = state["step"] if group.rule.sketches else state["step"] // group["update_proj_gap"]
-    stream = PROJECTOR_STREAM if side == side_of(p.shape) else PROJECTOR_STREAM | MOMENT_STREAM
-    words = random_bits((rows, -(-columns // 16)), seed=group["seed"], step=turn, param=position | stream)
-    places = torch.arange(16, dtype=torch.int32, device=p.device)
-    bits = ((words.unsqueeze(-1) >> places) & 1).view(rows, -1)[:, :columns]
-    signs: Tensor = 1 - 2 * bits
-    return signs.to(p.grad.dtype).div(rank**0.5)
-
-
-def _draws(p: Tensor, group: dict[str, Any], step: Tensor, position: int) -> Tensor:
-    """16 random bits for each element of a weight.  Those of a weight that is updated at full rank lie along the
-    flattened tensor, as its moments do: of rows as short as a convolution's most draws would be left over."""
-    shape = p.shape if "rank" in group or isinstance(p, QuantizedWeight) else (p.numel(),)
-    return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)

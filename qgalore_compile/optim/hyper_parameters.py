@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.optim import checks, groups, settings
-from qgalore_compile.optim.layout import GroupFormats, rank_of, texts
+from qgalore_compile.optim.layout import GroupFormats, rank_of, texts, width_of
 from qgalore_compile.optim.rules.base import Rule as UpdateRule
-from qgalore_compile.optim.rules.registry import rule_of
+from qgalore_compile.optim.rules.registry import is_own, rule_of
 from qgalore_compile.subspace.moments import least_root
 from qgalore_compile.subspace.scheduler import Rule
 
@@ -92,6 +92,8 @@ class Group(dict[str, Any]):
     formats: GroupFormats
     rule: UpdateRule | None
     """None in a group that is not projected."""
+    is_known: bool
+    """Whether the rule is one of this package's, whose code is known by its name."""
 
     def __init__(self, checked: Mapping[str, Any]) -> None:
         super().__init__(texts(dict(checked)))
@@ -111,8 +113,9 @@ class Group(dict[str, Any]):
         """What a step reads in place of the keys."""
         self.numbers = Numbers.zeros()
         self.numbers.write_(self)
-        self.formats = GroupFormats.of(self)
+        self.formats = GroupFormats.of(self, set(map(width_of, self["params"])))
         self.rule = rule_of(self["rule"]) if "rank" in self else None
+        self.is_known = self.rule is None or is_own(self.rule)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return Group.restored, (dict(self),)

@@ -20,7 +20,7 @@ the whole, a scale is ``projector_scale``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +59,13 @@ class GroupFormats(NamedTuple):
     dtypes: dict[str, torch.dtype]
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> GroupFormats:
-        """The formats of a checked group."""
+    def of(cls, group: Mapping[str, Any], widths: Collection[int]) -> GroupFormats:
+        """The formats of a checked group whose parameters have these :func:`width_of`."""
         form = Format.parse(projector_text(group))
         count = rule_of(group["rule"]).moments if "rank" in group else 2
         moments = MomentFormats.parse(group["moments"], count)
         whole = "rank" in group and rule_of(group["rule"]).whole
-        widths = {width_of(parameter) for parameter in group["params"]} if whole else set()
-        momenta = {width: momentum_format(group["momentum_format"], width) for width in sorted(widths)}
+        momenta = {width: momentum_format(group["momentum_format"], width) for width in sorted(widths) if whole}
         for each in (form, moments.first, moments.second, *momenta.values()):
             _ = each.text  # Dynamo reads what is there
         names = ("projector", *(f"projector_{part.name}" for part in form.parts[1:]))

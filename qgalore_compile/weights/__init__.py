@@ -5,7 +5,6 @@ file                  what it does
 ====================  =================================================================================================
 tensor.py             ``QuantizedWeight``, in any format; ``Int8Weight``, Q-GaLore's own
 operations.py         what operations do with one: keep the storage, or write it; an optimizer's write-back
-descent.py            a step of descent, from what is stored to what is stored then
 dequantising.py       reading a weight and its views; what would write into a temporary is refused
 assigning.py          what ``copy_`` stores
 collectives.py        torch.distributed on a weight

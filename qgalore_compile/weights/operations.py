@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
-from qgalore_compile.weights import descent
 from qgalore_compile.weights.assigning import requantised
 from qgalore_compile.weights.dequantising import fall_back
 from qgalore_compile.weights.tensor import HANDLERS, QuantizedWeight, float_of, like
@@ -92,20 +91,9 @@ HANDLERS |= {
 
 
 def _write_back(weight: QuantizedWeight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
-    _check_orientation(weight)
-    weight.stored.store_(value, noise, ok)
-
-
-def _descend(
-    weight: QuantizedWeight, update: Tensor, lr: Tensor, decay: Tensor | None, noise: Tensor | None, ok: Tensor
-) -> None:
-    _check_orientation(weight)
-    _assign(weight, descent.descended(weight.parts, update, lr, decay, noise, ok, weight.format))
-
-
-def _check_orientation(weight: QuantizedWeight) -> None:
     if weight.transposed:
         raise ValueError("write back into the weight itself, not into its transpose")
+    weight.stored.store_(value, noise, ok)
 
 
 def _needs_int8(weight: Tensor, *_: Any) -> Any:
@@ -113,20 +101,14 @@ def _needs_int8(weight: Tensor, *_: Any) -> Any:
     raise TypeError(f"a quantised weight such as an Int8Weight is needed here, got {found}")
 
 
-# All are one node to Dynamo; below, the dispatch above turns them into arithmetic and copies on codes, scale and
+# Both are one node to Dynamo; below, the dispatch above turns them into arithmetic and copies on codes, scale and
 # offset, which is what compiler passes see.
 _dequantize_op = define("int8_dequantize(Tensor weight, ScalarType dtype) -> Tensor", _needs_int8, None)
 _write_back_op = define(
     "int8_write_back_(Tensor(a!) weight, Tensor value, Tensor? noise, Tensor ok) -> ()", _needs_int8, None
 )
-_descend_op = define(
-    "int8_descend_(Tensor(a!) weight, Tensor update, Tensor lr, Tensor? decay, Tensor? noise, Tensor ok) -> ()",
-    _needs_int8,
-    None,
-)
 HANDLERS[_dequantize_op] = float_of
 HANDLERS[_write_back_op] = _write_back
-HANDLERS[_descend_op] = _descend
 
 
 def write_back_(weight: QuantizedWeight, value: Tensor, noise: Tensor | None, ok: Tensor) -> None:
@@ -139,23 +121,3 @@ def write_back_(weight: QuantizedWeight, value: Tensor, noise: Tensor | None, ok
         ok: 0-d bool; where False the weight keeps what is stored.
     """
     _write_back_op(weight, value, noise, ok)
-
-
-def descend_(
-    weight: Tensor, update: Tensor, lr: Tensor, decay: Tensor | None, noise: Tensor | None, ok: Tensor
-) -> None:
-    """One step of descent, W - lr U and then lr λ of that less, stored in the weight's own format.
-
-    Args:
-        weight: any floating-point tensor, changed in place; quantised, or not.
-        update: U, float32, of its shape.
-        lr: 0-d, float32.
-        decay: λ likewise; None for none.
-        noise: 16 random bits an element, int32 of its shape, for stochastic rounding; None rounds to nearest.
-        ok: 0-d bool; where False the weight keeps what is stored.
-    """
-    if isinstance(weight, QuantizedWeight):
-        _descend_op(weight, update, lr, decay, noise, ok)
-    else:
-        (fresh,) = descent.descended([weight], update, lr, decay, noise, ok, None)
-        weight.copy_(fresh)

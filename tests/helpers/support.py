@@ -12,7 +12,9 @@ import qgalore_compile as qg
 from qgalore_compile.backend.dry_run import dry, without_cache
 from qgalore_compile.backend.entry import qgalore
 from qgalore_compile.backend.tracing import step_backend
-from qgalore_compile.optim import layout
+from qgalore_compile.optim import layout, one_parameter
+from qgalore_compile.optim.one_parameter import Parameter
+from qgalore_compile.subspace.projection import Side
 
 
 @step_backend
@@ -129,6 +131,12 @@ def _step(
         return total
 
     return step
+
+
+def drawn(opt: qg.QGaLoreAdamW, weight: nn.Parameter, side: Side) -> Tensor:
+    """The projector that a step would draw now for an optimizer's only parameter, which has a gradient."""
+    assert weight.grad is not None
+    return one_parameter._drawn(Parameter(weight, weight.grad, opt.param_groups[0], opt.state[weight], 0), side)
 
 
 def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Tensor]:

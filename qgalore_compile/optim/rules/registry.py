@@ -11,8 +11,15 @@ from qgalore_compile.optim.rules.fira import Fira
 from qgalore_compile.optim.rules.galore import GaLore
 from qgalore_compile.optim.rules.muon import Muon
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (GaLore(), Fira(), Apollo(), Muon(), Factored())}
+_OWN = (GaLore(), Fira(), Apollo(), Muon(), Factored())
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in _OWN}
 """By name; one of a user's own joins when it is first given."""
+
+
+def is_own(rule: Rule) -> bool:
+    """Whether it is one of this package's, not of a user's."""
+    return any(rule is each for each in _OWN)
 
 
 def rule_of(given: Rule | str) -> Rule:

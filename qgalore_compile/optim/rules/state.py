@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qgalore_compile.composites import composite, empties, stay
 from qgalore_compile.formats import Format, decode, encode
 from qgalore_compile.subspace.moments import MomentFormats
 from qgalore_compile.subspace.projection import side_of
@@ -61,14 +60,21 @@ class RuleState:
 
     def adam(self, r: Tensor) -> Tensor:
         """Adam's N (float32); the moments are stored.  N is of the fresh ones, before they are quantised again."""
+        beta1, rest1, log1, beta2, rest2, log2, least_root, eps, *_ = self.group.numbers
         stored = [self._state[name] for name in self._formats.names]
-        any_eps = torch.compiler.is_dynamo_compiling() or self.group["eps"] == 0
-        given = (r, stored, [*self.group.numbers][:_OF_ADAM], self.step, self._ok, self._noise, any_eps)
-        update: Tensor
-        update, *fresh = _adam_op(*given, self._formats.text) if stay() else _adam(*given, self._formats)
-        for tensor, value in zip(stored, fresh, strict=True):
-            tensor.copy_(value)
-        return update
+        exp_avg, exp_avg_sq = self._formats.decode(stored, r.shape)
+        exp_avg = beta1 * exp_avg + rest1 * r
+        exp_avg_sq = beta2 * exp_avg_sq + rest2 * r * r
+        root = exp_avg_sq.sqrt()
+        if self._formats.root:
+            root = torch.maximum(root, least_root * exp_avg.abs())
+        encoded = self._formats.encode(exp_avg, exp_avg_sq, root=root, noise=self._noise)
+        self._store(stored, encoded)
+        update = exp_avg / _bias(log1, self.step)
+        below = root / _bias(log2, self.step).sqrt() + eps
+        if torch.compiler.is_dynamo_compiling() or self.group["eps"] == 0:  # a graph is of every number
+            return torch.where(below == 0, 0.0, update / below)  # 0 / 0 where there never was a gradient
+        return update / below
 
     def momentum(self, r: Tensor) -> Tensor:
         """β₁ m + (1 - β₁) R of the fresh m = β₁ m + (1 - β₁) R, Nesterov's; m stored.  For rules of one moment."""
@@ -118,61 +124,8 @@ class RuleState:
 
     def _store(self, stored: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Write values over what is stored, where ``ok``."""
-        for tensor, value in zip(stored, _where(self._ok, values, stored), strict=True):
-            tensor.copy_(value)
-
-
-_OF_ADAM = 8
-"""Of a group's numbers, those that Adam's formulas read: the first ones."""
-
-
-def _adam(
-    r: Tensor,
-    stored: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    step: Tensor,
-    ok: Tensor,
-    noise: Tensor | None,
-    any_eps: bool,
-    formats: MomentFormats,
-) -> list[Tensor]:
-    """N, and what is to be stored: of the fresh moments where ``ok``."""
-    beta1, rest1, log1, beta2, rest2, log2, least_root, eps = numbers
-    exp_avg, exp_avg_sq = formats.decode(stored, r.shape)
-    exp_avg = beta1 * exp_avg + rest1 * r
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * r * r
-    root = exp_avg_sq.sqrt()
-    if formats.root:
-        root = torch.maximum(root, least_root * exp_avg.abs())
-    encoded = formats.encode(exp_avg, exp_avg_sq, root=root, noise=noise)
-    update = exp_avg / _bias(log1, step)
-    below = root / _bias(log2, step).sqrt() + eps
-    update = update / below
-    if any_eps:
-        update = torch.where(below == 0, 0.0, update)  # 0 / 0 where there never was a gradient
-    return [update, *_where(ok, encoded, stored)]
-
-
-@composite(
-    "adam(Tensor r, Tensor[] stored, Tensor[] numbers, Tensor step, Tensor ok, Tensor? noise, bool any_eps, "
-    "str moments) -> Tensor[]",
-    lambda r, stored, *_: [r.new_empty(r.shape), *empties(stored)],
-)
-def _adam_op(
-    r: Tensor,
-    stored: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    step: Tensor,
-    ok: Tensor,
-    noise: Tensor | None,
-    any_eps: bool,
-    moments: str,
-) -> list[Tensor]:
-    return _adam(r, stored, numbers, step, ok, noise, any_eps, MomentFormats.parse(moments))
-
-
-def _where(ok: Tensor, values: Sequence[Tensor], stored: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.where(ok, value, tensor) for value, tensor in zip(values, stored, strict=True)]
+        for tensor, value in zip(stored, values, strict=True):
+            tensor.copy_(torch.where(self._ok, value, tensor))
 
 
 def _bias(log_beta: Tensor, step: Tensor) -> Tensor:

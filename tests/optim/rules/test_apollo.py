@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import drawn
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.optim import adamw
 from qgalore_compile.subspace.projection import side_of
 
 ALPHA, LR = 0.25, 0.01
@@ -23,7 +23,7 @@ def optimizer(shape: tuple[int, int], rank: int, **keys: Any) -> tuple[qg.QGaLor
 
 def projector(opt: qg.QGaLoreAdamW, weight: nn.Parameter) -> Tensor:
     weight.grad = torch.zeros_like(weight)
-    return adamw._drawn(weight, opt.param_groups[0], opt.state[weight], 0, side_of(weight.shape))
+    return drawn(opt, weight, side_of(weight.shape))
 
 
 def test_nothing_is_stored_of_the_projector_and_no_refresh_is_due() -> None:

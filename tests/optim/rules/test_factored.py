@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support import drawn
 from torch import nn
 
 import qgalore_compile as qg
 from qgalore_compile.formats import Format
-from qgalore_compile.optim import adamw, layout
+from qgalore_compile.optim import layout
 
 SHAPES = ((12, 20), (20, 12), (7, 7), (5, 33))
 BETA1, BETA2, EPS, LR, ALPHA = 0.9, 0.999, 1e-8, 0.01, 0.25
@@ -24,13 +25,12 @@ def optimizer(shape: tuple[int, int], rank: int = 4, **keys: object) -> tuple[qg
 @pytest.mark.parametrize("shape", SHAPES)
 def test_five_steps_are_those_of_the_formula_in_float64(shape: tuple[int, int]) -> None:
     (m, n), (opt, weight) = shape, optimizer(shape)
-    group, state = opt.param_groups[0], opt.state[weight]
     expected, momentum = np.zeros(shape), np.zeros(shape)
     a, b = np.zeros(m), np.zeros(n)
     for t in range(1, 6):
         weight.grad = torch.randn(shape) * torch.rand(m, 1)
         g = weight.grad.double().numpy()
-        p, q = (adamw._drawn(weight, group, state, 0, side).double().numpy() for side in ("right", "left"))
+        p, q = (drawn(opt, weight, side).double().numpy() for side in ("right", "left"))
         opt.step()
         a = BETA2 * a + (1 - BETA2) * np.square(g @ p.T).sum(1) / n
         b = BETA2 * b + (1 - BETA2) * np.square(q.T @ g).sum(0) / m
@@ -59,7 +59,7 @@ def test_both_sketches_are_drawn_anew_in_every_step() -> None:
     seen = []
     for _ in range(2):
         weight.grad = torch.randn(12, 20)
-        seen += [adamw._drawn(weight, opt.param_groups[0], opt.state[weight], 0, side) for side in ("left", "right")]
+        seen += [drawn(opt, weight, side) for side in ("left", "right")]
         opt.step()
     assert [tuple(each.shape) for each in seen] == [(12, 4), (4, 20)] * 2
     assert not torch.equal(seen[0], seen[2])

@@ -1,0 +1,126 @@
+"""Writes of an optimizer's operators that AOTAutograd need not see.
+
+AOTAutograd makes a graph functional: each tensor that is changed costs it three nodes in three walks, and an update
+changes ten.  Where nothing in Dynamo's graph reads what an operator of ``optim/operators.py`` has written but another
+one, the order of both being that of their data, what is written may as well be written at the graph's end: AOTAutograd
+is given operators that say nothing of it, and the pass ``decompose`` puts the writes there, as AOTAutograd would have.
+Everywhere else it is given the operations themselves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qgalore_compile._torch import has_storage, is_traceable_wrapper_subclass, tree_leaves
+from qgalore_compile.optim.operators import PROJECT, UPDATE, Overloads
+
+_OF_SEEN = {each.seen: each for each in (PROJECT, UPDATE)}
+
+
+def hide(gm: fx.GraphModule, *, keep: bool) -> list[int]:
+    """Choose, in place, the overload that AOTAutograd is given of each operator.
+
+    Args:
+        gm: from Dynamo.
+        keep: False to have the operations in any case.
+
+    Returns:
+        Numbers of the inputs that operators write unseen.
+    """
+    calls = [node for node in gm.graph.nodes if node.target in _OF_SEEN]
+    if not calls:
+        return []
+    hidden = keep and not _returns_gradients(gm.graph) and _may_be_unseen(gm.graph, calls)
+    written = {source for call in calls for source in _written(call)} if hidden else set()
+    for call in calls:
+        overloads: Overloads = _OF_SEEN[call.target]
+        call.target = overloads.unseen if hidden else overloads.traced
+    gm.recompile()
+    return [index for index, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in written]
+
+
+def bumping(compiled: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    """Count the writes into those inputs, as AOTAutograd does those that it sees: autograd refuses to use for a
+    gradient what it saved before them."""
+    if not written:
+        return compiled
+
+    def call(*inputs: Any) -> Any:
+        results = compiled(*inputs)
+        torch.autograd.graph.increment_version([inputs[index] for index in written])
+        return results
+
+    return call
+
+
+def _returns_gradients(graph: fx.Graph) -> bool:
+    """Whether something that is returned has a backward of its own, which is another graph then."""
+    return any(isinstance(value, Tensor) and value.requires_grad
+               for node in graph.output_node().all_input_nodes if node.op != "placeholder"
+               for value in tree_leaves(node.meta.get("example_value")))  # fmt: skip
+
+
+def _may_be_unseen(graph: fx.Graph, calls: list[fx.Node]) -> bool:
+    """Whether what calls write is an input of its own, written by one call of each operator, the update's reading what
+    the projection returned, and read behind them by nothing else."""
+    written: dict[int, list[fx.Node]] = defaultdict(list)
+    for call in calls:
+        for source in _written(call):
+            if source.op != "placeholder":
+                return False
+            for storage in _storages(source):
+                written[storage].append(call)
+    if any(not _in_order(each) for each in written.values()):
+        return False
+    inputs: dict[int, int] = defaultdict(int)
+    for node in graph.find_nodes(op="placeholder"):
+        for storage in set(_storages(node)):
+            inputs[storage] += 1
+    if any(inputs[storage] != 1 for storage in written):
+        return False
+    behind: set[int] = set()
+    for node in graph.nodes:
+        if node.target in _OF_SEEN:
+            behind.update(storage for source in _written(node) for storage in _storages(source))
+        elif behind and any(not behind.isdisjoint(_storages(source)) for source in node.all_input_nodes):
+            return False
+    return True
+
+
+def _in_order(calls: list[fx.Node]) -> bool:
+    """Whether calls that write one tensor are an update, or a projection and the update that reads its R."""
+    *before, last = calls
+    if last.target != UPDATE.seen:
+        return not before
+    return not before or (len(before) == 1 and before[0].target == PROJECT.seen and _reads(last, before[0]))
+
+
+def _reads(update: fx.Node, projection: fx.Node) -> bool:
+    low = update.args[4]
+    return isinstance(low, fx.Node) and projection in low.all_input_nodes
+
+
+def _written(call: fx.Node) -> Iterator[fx.Node]:
+    for given, argument in zip(call.args, call.target._schema.arguments, strict=True):  # type: ignore[union-attr]
+        if argument.alias_info is not None:
+            yield from (given if isinstance(given, (list, tuple)) else [given])  # type: ignore[misc]
+
+
+def _storages(node: fx.Node) -> Iterator[int]:
+    """Of the tensors that a node stands for, or that it is part of."""
+    for value in tree_leaves(node.meta.get("example_value")):
+        if isinstance(value, Tensor):
+            yield from _of_tensor(value)
+
+
+def _of_tensor(value: Tensor) -> Iterator[int]:
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _of_tensor(getattr(value, name))
+    elif has_storage(value):
+        yield value.untyped_storage()._cdata
