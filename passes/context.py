@@ -94,7 +94,8 @@ class Context:
     Attributes:
         reassociate: "memory", "cost" or "never" (:mod:`qgalore_compile.passes.reassociate`).
         gemm: "same" or "bf16" (:mod:`qgalore_compile.passes.gemm_dtype`).
-        outline: whether equal layers become calls of one function (:mod:`qgalore_compile.passes.outline`).
+        outline: whether equal layers become calls of one function (:mod:`qgalore_compile.passes.outline`); None for
+            where it saves much.
         name_of: readable names by the name of an input, as far as the caller knows any.
         updates: what :mod:`qgalore_compile.passes.update` found, kept true by :meth:`replace`; None before.
         parameters: names of the inputs that are parameters; None where the caller does not know.
@@ -119,7 +120,7 @@ class Context:
     program: dict[str, Any] = field(default_factory=dict)
     layer_text: dict[str, str] = field(default_factory=dict)
     gemm: str = "same"
-    outline: bool = False
+    outline: bool | None = False
     _facts: Facts | None = None
 
     @property

@@ -81,7 +81,7 @@ class PassManager(CustomGraphPass):
         lint: check the graph after every pass (``graph.lint()``); for tests and debugging.
         reassociate: "memory", "cost" or "never".
         gemm: "same" or "bf16".
-        outline: whether equal layers become calls of one function.
+        outline: whether equal layers become calls of one function; None for where it saves much.
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
@@ -105,7 +105,7 @@ class PassManager(CustomGraphPass):
         lint: bool = False,
         reassociate: str = "memory",
         gemm: str = "same",
-        outline: bool = False,
+        outline: bool | None = False,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
         compiles: bool = False,

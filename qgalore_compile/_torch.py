@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch._inductor.ir as inductor_ir
     import torch._inductor.lowering as inductor_lowering
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
+    from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as tensor_data_pointer  # type: ignore
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizeContext
     from torch._dynamo.exc import ShortenTraceback, Unsupported, UserError, unimplemented
@@ -64,18 +65,20 @@ if TYPE_CHECKING:
     from torch._dynamo.variables.tensor import TensorVariable
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
     from torch._inductor import list_mode_options
-    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache, PyCodeCache
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache, LambdaFuture, PyCodeCache
     from torch._inductor.compile_fx import _recursive_post_grad_passes as recursive_post_grad_passes
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
     from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
     from torch._inductor.fx_passes.post_grad import remove_noop_ops, view_to_reshape
     from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
     from torch._inductor.fx_utils import FakeTensorUpdater
     from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.utils import clear_on_fresh_cache
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -115,6 +118,11 @@ LATE = {
     "kernel_side_table": "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
     "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",
     "list_mode_options": "torch._inductor:list_mode_options",
+    "AsyncCompile": "torch._inductor.async_compile:AsyncCompile",
+    "clear_on_fresh_cache": "torch._inductor.utils:clear_on_fresh_cache",
+    "tensor_data_pointer": "torch._C._dynamo.guards:_torchinductor_pyobject_tensor_data_ptr",
+    "LambdaFuture": "torch._inductor.codecache:LambdaFuture",
+    "CppCompileError": "torch._inductor.exc:CppCompileError",
     "CppCodeCache": "torch._inductor.codecache:CppCodeCache",
     "CppPythonBindingsCodeCache": "torch._inductor.codecache:CppPythonBindingsCodeCache",
     "PyCodeCache": "torch._inductor.codecache:PyCodeCache",

@@ -78,7 +78,7 @@ def _prepare() -> None:
 
 
 @cache
-def _compilers() -> ThreadPoolExecutor:
+def compilers() -> ThreadPoolExecutor:
     """Threads that each wait for a compiler; as many as Inductor would have processes for it."""
     return ThreadPoolExecutor(max(1, config.compile_threads or 1), thread_name_prefix="qgalore-compiler")
 
@@ -97,7 +97,7 @@ class Kernel:
         self.program = program
         check_compiler()
         self._load: Any = CppCodeCache.load_async(
-            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=_compilers().submit
+            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=compilers().submit
         )
         self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
 

@@ -26,6 +26,7 @@ from qgalore_compile._torch import (
 from qgalore_compile.backend import compilation, spent, strict, tracing, unseen
 from qgalore_compile.backend.strict import UnfusedError as UnfusedError
 from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.cpp import units
 from qgalore_compile.passes import PASSES, PassManager
 
 tracing.install()
@@ -94,7 +95,8 @@ class Options:
             it takes fewer operations and bytes, "never" nowhere.
         gemm: "bf16" takes the projections and the products with INT8 weights of a float32 model in bfloat16; "same"
             leaves every product the type that it has.
-        outline: equal layers become calls of one function, so that Inductor compiles a layer once.
+        outline: equal layers become calls of one function, so that Inductor compiles a layer once; None, the default,
+            on a CPU and where that saves much.
     """
 
     strict: bool = False
@@ -102,7 +104,7 @@ class Options:
     exact: bool = False
     reassociate: str = "memory"
     gemm: str = "same"
-    outline: bool = False
+    outline: bool | None = None
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -113,7 +115,7 @@ class Options:
             if name not in known:
                 raise OptionError(f"backend 'qgalore': unknown option {name!r}; known options: {', '.join(known)}")
         for name in ("strict", "exact", "outline"):
-            if not isinstance(options.get(name, False), bool):
+            if not (isinstance(options.get(name, False), bool) or (name == "outline" and options[name] is None)):
                 raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
         for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
             if options.get(name, allowed[0]) not in allowed:
@@ -152,7 +154,7 @@ class Options:
             chosen,
             reassociate=mode,
             gemm=self.gemm,
-            outline=self.outline,
+            outline=False if self.exact and self.outline is None else self.outline,
             input_names=input_names,
             parameters=parameters,
             compiles=compiles,
@@ -204,7 +206,7 @@ def qgalore(
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    with composites.kept(kept and tracing.differentiates(gm)):
+    with composites.kept(kept and tracing.differentiates(gm)), units.together():
         compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()

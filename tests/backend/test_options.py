@@ -43,6 +43,8 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
             "no pass is called 'nosuch'; passes: decompose, unpad, update, late_gradient, refresh, reassociate",
         ),
         ({"exact": 1}, "'exact' must be True or"),
+        ({"outline": "yes"}, "'outline' must be True or False, got 'yes'"),
+        ({"strict": None}, "'strict' must be True or False, got None"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),
         ({"gemm": "fp8"}, "'gemm' must be one of 'same', 'bf16', got 'fp8'"),

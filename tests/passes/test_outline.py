@@ -5,6 +5,7 @@ A layer here is y = x + tanh(x W) · sigmoid(x V), with some padding of its own,
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from graphs import after, assert_bit_equal, results, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from qgalore_compile import rng
+from qgalore_compile.backend.entry import Options
 from qgalore_compile.passes import PassRecord
 from qgalore_compile.passes.liveness import liveness
 from qgalore_compile.passes.mutation import FUNCTIONALIZED, functional_arguments
@@ -87,6 +90,34 @@ def test_equal_layers_are_calls_of_one_function() -> None:
 def test_the_graph_does_not_grow_with_the_layers() -> None:
     sizes = [len(outlined(chain(*[layer] * count), inputs(count))[0].graph.nodes) for count in (4, 8)]
     assert sizes[1] - sizes[0] == 4 * 4  # a weight, the function, the call, its result
+
+
+def layers(count: int) -> fx.GraphModule:
+    return traced(chain(*[layer] * count), *inputs(count))
+
+
+def test_unasked_layers_are_outlined_where_that_saves_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layers(4)
+    nodes = sum(node.op == "call_function" for node in module.graph.nodes) // 4
+    monkeypatch.setattr(sys.modules["qgalore_compile.passes.outline"], "MUCH", 3 * nodes + 1)
+    after(module, "outline", outline=None)
+    assert not calls(module)
+    module = layers(5)
+    after(module, "outline", outline=None)
+    assert calls(module) == [5]
+
+
+def test_unasked_nothing_is_outlined_on_a_gpu_nor_where_bits_are_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["qgalore_compile.passes.outline"], "MUCH", 1)
+    module = layers(4)
+    for node in module.graph.find_nodes(op="placeholder"):
+        meta = torch.empty(node.meta["val"].shape, device="meta")
+        node.meta["val"] = FakeTensor(node.meta["val"].fake_mode, meta, torch.device("cuda"))
+    after(module, "outline", outline=None)
+    assert not calls(module)
+    assert Options.parse({"exact": True}).passes().outline is False
+    assert Options.parse({"exact": True, "outline": True}).passes().outline is True
+    assert Options.parse({}).passes().outline is None
 
 
 def test_layers_of_two_kinds_that_alternate() -> None:
