@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -19,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.optim import Optimizer
 
@@ -93,7 +94,7 @@ def compile_something() -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(100))
 
 
-def training_step(model: nn.Module, opt: Optimizer) -> Callable[..., Tensor]:
+def training_step(model: Callable[..., Tensor], opt: Optimizer) -> Callable[..., Tensor]:
     """Forward, backward, update, clearing of gradients; its arguments are the model's, which returns the loss."""
 
     def step(*batch: Tensor) -> Tensor:
@@ -104,6 +105,15 @@ def training_step(model: nn.Module, opt: Optimizer) -> Callable[..., Tensor]:
         return loss.detach()
 
     return step
+
+
+def last_line(script: str, arguments: Sequence[str], cache: str | Path) -> str:
+    """The last line that a script prints, in a process of its own with that folder as its cache of compiled code."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

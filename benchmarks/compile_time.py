@@ -10,15 +10,11 @@ itself and all that no cache saves: tracing, the passes' analysis where Inductor
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from common import RESULTS, Batch, Layers, Preset, Seq, Sides, machine, write_result
+from common import RESULTS, Batch, Layers, Preset, Seq, Sides, last_line, machine, write_result
 from rich.console import Console
 from rich.table import Table
 from train_step import SIDES, Settings, build, chosen, compile_step, set_due, timed
@@ -30,14 +26,6 @@ def first_call(side: str, settings: Settings) -> float:
     step = compile_step(plain, SIDES[side])
     set_due(schedules, False)
     return timed(step, settings.tokens(0))
-
-
-def in_process(side: str, arguments: list[str], cache: Path) -> float:
-    """:func:`first_call` in a process with that folder as its cache."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    command = [sys.executable, __file__, *arguments, "--one", side]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
 
 
 def main(
@@ -59,7 +47,7 @@ def main(
     for _ in range(rounds):
         for side, pairs in found.items():
             with TemporaryDirectory() as folder:
-                cold, warm = (in_process(side, arguments, Path(folder)) for _ in range(2))
+                cold, warm = (float(last_line(__file__, [*arguments, "--one", side], folder)) for _ in range(2))
             pairs.append({"cold_s": cold, "warm_s": warm, "share": warm / cold})
             print(f"{SIDES[side].title}: {cold:.1f} s, then {warm:.1f} s ({warm / cold:.2f})", flush=True)
     table = Table("side", "empty cache, s", "second process, s", "share")

@@ -1,13 +1,13 @@
 """The first step of a deep model: seconds, and what the process then holds, beside AdamW under a compiled model.
 
     .venv/bin/python benchmarks/deep_model.py                                  # 30 layers, as SmolLM2-135M has them
-    .venv/bin/python benchmarks/deep_model.py --layers 4 --sides outline,adamw
+    .venv/bin/python benchmarks/deep_model.py --layers 4 --sides qgalore,adamw
 
 The model is transformers' Llama in bfloat16 with SmolLM2-135M's sizes (30 layers of width 576, tied head, vocabulary
 49,152) and random weights, which cost what trained ones do.  A step sees 2 × 128 tokens.  Sides:
 
 - "adamw": the model compiled by Inductor, ``torch.optim.AdamW(fused=True)`` outside, as people run it;
-- "qgalore", "outline": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step, without and with the option.
+- "qgalore", "flat": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step; the second without `outline`.
 
 Each side is a process of its own with an empty cache.  Resident memory is the operating system's, behind the fourth
 step.  Writes `results/deep-model.json`.
@@ -17,28 +17,25 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, machine, write_result
+from common import RESULTS, last_line, machine, training_step, write_result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import qgalore_compile as qg
+from qgalore_compile.training.telemetry import resident_bytes
 
 BATCH, SEQ = 2, 128
 STEPS = 9
-SIDES = ("adamw", "qgalore", "outline")
+SIDES = ("adamw", "qgalore", "flat")
 
 
 def make_model(layers: int) -> Any:
@@ -65,33 +62,12 @@ def make_step(side: str, layers: int) -> Callable[[Tensor], Tensor]:
     if side == "adamw":
         compiled = torch.compile(model)
         adamw = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
-
-        def plain(tokens: Tensor) -> Tensor:
-            loss: Tensor = compiled(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            adamw.step()
-            adamw.zero_grad()
-            return loss.detach()
-
-        return plain
+        return training_step(lambda tokens: compiled(input_ids=tokens, labels=tokens).loss, adamw)
     qg.quantize_(model)
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
-
-    def step(tokens: Tensor) -> Tensor:
-        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    options = {"outline": True} if side == "outline" else {}
+    options = {"outline": False} if side == "flat" else {}
+    step = training_step(lambda tokens: model(input_ids=tokens, labels=tokens).loss, opt)
     return torch.compile(step, backend="qgalore", fullgraph=True, options=options)
-
-
-def resident() -> float:
-    """MiB of this process in memory."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure(side: str, layers: int) -> dict[str, Any]:
@@ -106,7 +82,7 @@ def measure(side: str, layers: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         if index == 3:
             gc.collect()
-            held = resident()
+            held = resident_bytes() / 2**20
     return {"first_s": seconds[0], "second_s": seconds[1], "steady_s": seconds[3:], "resident_mib": held, "loss": loss}
 
 
@@ -122,10 +98,7 @@ def main(
     table = Table("side", "first step, s", "steady step, s", "resident, MiB")
     for side in sides.split(","):
         with TemporaryDirectory() as cache:
-            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-            command = [sys.executable, __file__, "--layers", str(layers), "--one", side]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        row = found[side] = json.loads(done.stdout.splitlines()[-1])
+            row = found[side] = json.loads(last_line(__file__, ["--layers", str(layers), "--one", side], cache))
         print(side, row, flush=True)
         table.add_row(side, f"{row['first_s']:.1f}", f"{median(row['steady_s']):.3f}", f"{row['resident_mib']:.0f}")
     Console().print(table)

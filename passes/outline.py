@@ -356,7 +356,7 @@ class _Calls:
             self.replaced[nodes[index]] = result
         for node in reversed(nodes):
             self.graph.erase_node(node)
-        changed = dict.fromkeys(each for each in given if isinstance(each, fx.Node))
+        changed = dict.fromkeys(given[function.taken.index(each)] for each in function.changed.values())
         for anchor in [user for each in changed for user in each.users if is_anchor(user)]:
             # what was to be written there has been; a section that is yet to be replaced takes its anchors along
             if anchor.args[0] is anchor.args[1] and anchor not in self.kept:

@@ -80,8 +80,8 @@ _now = threading.local()
 
 _collecting = threading.Lock()
 _rare: list[tuple[int, int, int]] = []
-"""For each frame of ours that is being traced, in whatever thread, the thresholds of garbage collection before the
-first of them."""
+"""For each frame of ours that is being traced, in whatever thread, the thresholds of garbage collection that it found:
+the first one's are Python's."""
 
 
 def step_backend(backend: Callable[..., Any], composite: bool = True) -> Callable[..., Any]:
@@ -195,17 +195,15 @@ def _rare_collections(ours: bool) -> Iterator[None]:
         yield
         return
     with _collecting:  # thresholds are the process's: the last thread that leaves puts back what the first one found
-        if not _rare:
-            _rare.append(gc.get_threshold())
-            first, second, _ = _rare[0]
-            gc.set_threshold(max(first, 100_000), max(second, 20), 1_000_000)
-        else:
-            _rare.append(_rare[0])
+        _rare.append(gc.get_threshold())
+        first, second, _ = _rare[-1]
+        gc.set_threshold(max(first, 100_000), max(second, 20), 1_000_000)
     try:
         yield
     finally:
         with _collecting:
-            before = _rare.pop()
+            before = _rare[0]
+            _rare.pop()
             if not _rare:
                 gc.set_threshold(*before)
 
