@@ -58,8 +58,8 @@ def _is_together() -> bool:
 
 
 def _install() -> None:
-    """Put a wrapper around Inductor's function, which runs it elsewhere; a second call does nothing."""
-    original = AsyncCompile.cpp_pybinding
+    """Put wrappers around two of Inductor's functions, which run them elsewhere; a second call does nothing."""
+    original, original_wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
     if getattr(original, _MARK, False):
         return
 
@@ -68,10 +68,21 @@ def _install() -> None:
         if not _is_together():
             return original(self, argtypes, source)
         batch = _batches.setdefault(self, _Batch())
-        return LambdaFuture(batch.add(_Kernel(tuple(argtypes), source)))
+        return _Promise(batch.add(_Kernel(tuple(argtypes), source)))
+
+    @wraps(original_wait)
+    def wait(self: Any, scope: dict[str, Any]) -> None:
+        if self in _batches:  # Inductor waits for nothing where it would compile one kernel at a time
+            scope |= {name: each.result() for name, each in scope.items() if isinstance(each, _Promise)}
+        original_wait(self, scope)
 
     setattr(cpp_pybinding, _MARK, True)
+    AsyncCompile.wait = wait  # type: ignore[method-assign]
     AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[assignment]
+
+
+class _Promise(LambdaFuture):
+    """A kernel that is yet to be waited for."""
 
 
 class _Kernel(NamedTuple):

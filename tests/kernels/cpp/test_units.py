@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 
 from qgalore_compile.kernels.cpp import units
@@ -84,6 +85,18 @@ def test_many_are_several_units_and_one_that_comes_late_is_compiled_alone(
         assert begun == [2]
         assert all(each.result() for each in asked(*SOURCES))
     assert begun == [2, 2, 1]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_module_has_kernels_behind_its_wait_however_many_threads_compile(threads: int) -> None:
+    with units.together(), inductor_config.patch(compile_threads=threads):
+        module = AsyncCompile()
+        scope: dict[str, Any] = {"kernel": module.cpp_pybinding(TYPES, SOURCES[0]), "other": 1}
+        module.wait(scope)
+    x = torch.rand(3)
+    torch.testing.assert_close(run(scope["kernel"], x), x + 1)
+    assert scope["other"] == 1
 
 
 @pytest.mark.compiles
