@@ -53,8 +53,8 @@ from qgalore_compile.passes.placement import base
 from qgalore_compile.passes.sections import Number, Section, does, equal_sections, given_to, taken_by
 
 MUCH = 1_000
-"""Nodes that calls must save for layers to be outlined unasked.  Two layers of a LLaMA save 600 and compile no faster;
-eight save 2,800, and the first step takes 44 s in place of 53."""
+"""Nodes that calls must save for layers to be outlined unasked: below, there is little to win.  Eight layers of a LLaMA
+save 2,800, and their first step takes 44 s in place of 53."""
 
 
 def outline(graph: fx.Graph, record: PassRecord, context: Context) -> None:

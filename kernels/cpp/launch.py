@@ -67,8 +67,8 @@ _EMPTY = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(co
 @cache
 def prepare() -> None:
     """Begin on a thread of its own, once a process, what the first kernel of Inductor's would wait for: to learn which
-    vector instructions there are, by a compilation for each, and to compile its header ahead.  Both take 13 s of one
-    core, while the step is traced on another."""
+    vector instructions there are, by a compilation for each, and to compile its header ahead: seconds of one core,
+    while the step is traced on another."""
     Thread(target=_prepare, name="qgalore-prepare", daemon=True).start()
 
 
