@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import has_storage, is_traceable_wrapper_subclass, tree_leaves
+from qgalore_compile.composites import COMPOSITES
+from qgalore_compile.formats.operators import TRACED
 from qgalore_compile.optim.operators import PROJECT, UPDATE, Overloads
 
 _OF_SEEN = {each.seen: each for each in (PROJECT, UPDATE)}
@@ -32,6 +34,8 @@ def hide(gm: fx.GraphModule, *, keep: bool) -> list[int]:
     Returns:
         Numbers of the inputs that operators write unseen.
     """
+    if not keep:
+        _trace_decoding(gm)
     calls = [node for node in gm.graph.nodes if node.target in _OF_SEEN]
     if not calls:
         return []
@@ -44,6 +48,15 @@ def hide(gm: fx.GraphModule, *, keep: bool) -> list[int]:
     return [index for index, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in written]
 
 
+def _trace_decoding(gm: fx.GraphModule) -> None:
+    """Have decoding traced through that phases hold which are traced through themselves."""
+    for op, traced in TRACED.items():
+        for node in gm.graph.find_nodes(op="call_function", target=op):
+            if COMPOSITES[op].applies(*node.args):
+                node.target = traced
+    gm.recompile()
+
+
 def bumping(compiled: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
     """Count the writes into those inputs, as AOTAutograd does those that it sees: autograd refuses to use for a
     gradient what it saved before them."""
@@ -52,7 +65,8 @@ def bumping(compiled: Callable[..., Any], written: list[int]) -> Callable[..., A
 
     def call(*inputs: Any) -> Any:
         results = compiled(*inputs)
-        torch.autograd.graph.increment_version([inputs[index] for index in written])
+        changed = [inputs[index] for index in written]
+        torch.autograd.graph.increment_version([each for each in changed if not each.is_inference()])
         return results
 
     return call

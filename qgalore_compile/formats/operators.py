@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qgalore_compile._ops import define
+from qgalore_compile._ops import define, define_traced
 from qgalore_compile.composites import COMPOSITES, Composite, stay
 from qgalore_compile.formats.base import Format, dtype_of
 
@@ -38,6 +38,12 @@ _encode_op = define("encode(Tensor x, Tensor? noise, str format) -> Tensor[]", _
 _decode_op = define(
     "decode(Tensor[] stored, SymInt[] shape, str format, ScalarType dtype) -> Tensor", _decode, _decode_fake
 )
+TRACED = {
+    _decode_op: define_traced(
+        "decode.traced(Tensor[] stored, SymInt[] shape, str format, ScalarType dtype) -> Tensor", _decode
+    )
+}
+"""Of a composite operator, the overload that is traced through."""
 
 
 COMPOSITES[_decode_op] = Composite(_decode, lambda stored, shape, format, dtype: Format.parse(format).inline)

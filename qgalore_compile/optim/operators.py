@@ -51,11 +51,16 @@ READ = (
 
 def text_of(group: Group) -> str:
     """What an operator is told of a group; "" where the phases are to be traced through: in graphs of other backends,
-    and by a rule of a user's own, whose code would not be part of what a cache finds a graph by."""
-    if not stay() or not group.is_known:
+    by a rule of a user's own, whose code would not be part of what a cache finds a graph by, and under autocast, which
+    changes the products in them and knows no operator."""
+    if not stay() or not group.is_known or any(map(torch.is_autocast_enabled, _devices(group))):
         return ""
     keys = (*READ, "update_proj_gap") if group.rule is not None and group.rule.drawn else READ
     return "\n".join([f"{key}={group[key]!r}" for key in keys if key in group])
+
+
+def _devices(group: Group) -> list[str]:
+    return [p.device.type for p in group["params"][:1]]
 
 
 def project_(parameter: Parameter) -> Projected:

@@ -213,6 +213,29 @@ def test_a_rule_of_a_user_s_own_is_traced_through_and_the_others_are_not(chosen:
     assert chosen[0][0] == {UPDATE.unseen}
 
 
+def under_autocast(model: torch.nn.Module, opt: qg.QGaLoreAdamW) -> Step:
+    def step(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch)
+            loss.backward()
+            opt.step()
+        opt.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def test_under_autocast_the_operations_are_traced_whose_products_it_changes(chosen: Any) -> None:
+    left = []
+    for options in ({}, {"disable": "decompose"}):
+        torch._dynamo.reset()
+        model, opt = toy(int8=False, moments="32bit")
+        torch.compile(under_autocast(model, opt), backend=Interpreted(**options), fullgraph=True)(tokens())
+        left.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *left))
+    assert [given for given, _ in chosen] == [set(), set()]
+
+
 def test_other_backends_see_no_operator(chosen: Any) -> None:
     seen: list[fx.Graph] = []
 
