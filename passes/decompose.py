@@ -67,37 +67,36 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
 
 
 class _Writes:
-    """What operators have written so far."""
+    """What operators have written so far: of each input, what is in it now."""
 
     def __init__(self) -> None:
         self._now: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, fx.Node] = {}
 
     def read_by(self, call: fx.Node) -> None:
-        """Let a call read what earlier ones have written."""
-        for source in call.all_input_nodes:
-            if (now := self._now.get(_stripped(source))) is not None:
-                call.replace_input_with(source, now)
+        """Let a call find what earlier ones have written where it writes itself.  All else that it reads is a value,
+        of before or after; nothing else may stand for what is written (``backend/unseen.py``)."""
+        for place in composites.COMPOSITES[call.target].writes:
+            now = fx.map_arg(call.args[place], lambda each: self._now.get(_stripped(each), each))
+            call.update_arg(place, now)
 
     def write(self, source: fx.Node, fresh: fx.Node) -> None:
         """Over what ``source`` is, itself or as an earlier call has written it."""
         written = self._of.get(source, _stripped(source))
+        assert written.op == "placeholder", f"{source} is written by an operator and is no input"
+        assert self._now.get(written, written) in (source, written), f"two operators write {written} apart"
         self._now[written], self._of[fresh] = fresh, written
 
     def put(self, graph: fx.Graph) -> None:
         """A ``copy_`` for each input that is written, at the graph's end and in the inputs' order, as AOTAutograd has
-        them.  Where operations that it saw have written before, their ``copy_`` takes what the operators wrote."""
+        them."""
         copies = {node.args[0]: node for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
-        input_of = {node.args[1]: node.args[0] for node in copies.values()}
         output = graph.output_node()
         for written, now in self._now.items():
-            target = written if written.op == "placeholder" else input_of[written]
-            if target in copies:
-                copies[target].update_arg(1, now)
-                continue
+            assert written not in copies, f"{written} is written by an operator and by others"
             with graph.inserting_before(output):
-                copies[target] = copy = graph.call_function(aten.copy_.default, (target, now))
-            copy.meta["val"] = value(target)
+                copies[written] = copy = graph.call_function(aten.copy_.default, (written, now))
+            copy.meta["val"] = value(written)
         for node in graph.find_nodes(op="placeholder"):
             if node in copies:
                 output.prepend(copies[node])
@@ -109,39 +108,54 @@ def _stripped(node: fx.Node) -> fx.Node:
     return node
 
 
-def _described(node: fx.Node) -> list[Any]:
-    """A call's arguments, of a parameter's number 0."""
-    given = list(arguments(node))
-    if (number := composites.COMPOSITES[node.target].number) is not None:
-        given[number] = 0
-    return given
+def _sources(call: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The tensors that a call writes, and those that it reads; one that is both is in both."""
+    written: dict[fx.Node, None] = {}
+    read: dict[fx.Node, None] = {}
+    writes = composites.COMPOSITES[call.target].writes
+    for place, given in enumerate(arguments(call)):
+        fx.map_arg(given, (written if place in writes else read).setdefault)
+    return list(written), list(read)
 
 
-def _key(node: fx.Node) -> str:
+def _filled(call: fx.Node, written: dict[fx.Node, Any], read: dict[fx.Node, Any]) -> list[Any]:
+    """A call's arguments, of a parameter's number 0, with these in the place of its tensors."""
+    composite = composites.COMPOSITES[call.target]
+    filled = [fx.map_arg(given, (written if place in composite.writes else read).__getitem__)
+              for place, given in enumerate(arguments(call))]  # fmt: skip
+    if composite.number is not None:
+        filled[composite.number] = 0
+    return filled
+
+
+def _key(call: fx.Node) -> str:
     """What a trace depends on, and which of its arguments are one."""
-    place = {source: index for index, source in enumerate(node.all_input_nodes)}
-    described = fx.map_arg(_described(node), lambda each: f"{place[each]}: {looks(value(each))}")
-    return f"{node.target}{described}"
+    described = [{node: f"{kind}{place}: {looks(value(node))}" for place, node in enumerate(nodes)}
+                 for kind, nodes in zip("wr", _sources(call), strict=True)]  # fmt: skip
+    return f"{call.target}{_filled(call, *described)}"
 
 
 def _trace(node: fx.Node) -> fx.GraphModule:
-    """The operations of a call, its tensors as placeholders in the order of ``all_input_nodes``; returns what the call
-    returns and, of each tensor, what it holds behind it."""
+    """The operations of a call, its tensors as placeholders in the order of :func:`_sources`; returns what the call
+    returns and, of each tensor that it writes, what it holds behind it."""
     composite = composites.COMPOSITES[node.target]
-    sources = node.all_input_nodes
+    written, read = _sources(node)
+    sources = [*written, *read]
     mode: FakeTensorMode = value(sources[0]).fake_mode
 
     def call(tensors: Sequence[Tensor]) -> Any:
-        found = dict(zip(sources, tensors, strict=True))
-        return composite.function(*fx.map_arg(_described(node), found.__getitem__))
+        count = len(written)
+        found = [dict(zip(nodes, given, strict=True))
+                 for nodes, given in ((written, tensors[:count]), (read, tensors[count:]))]  # fmt: skip
+        return composite.function(*_filled(node, *found))
 
     def run(*tensors: Tensor) -> Any:
         if not composite.writes:
-            return tree_map_only(Tensor, Tensor.contiguous, call(tensors)), tensors
+            return tree_map_only(Tensor, Tensor.contiguous, call(tensors)), ()
         with FunctionalTensorMode():
             given = [FunctionalTensor.to_functional(each) for each in tensors]
-            result = tree_map_only(Tensor, Tensor.contiguous, call(given))
-            return tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, (result, given))
+            result = tree_map_only(Tensor, Tensor.contiguous, call(given)), given[: len(written)]
+            return tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, result)
 
     with mode, composites.kept(False), torch.no_grad():
         fakes = [_empty(value(each)) for each in sources]
@@ -177,7 +191,8 @@ def _put(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> dict[fx.Node, fx.Nod
     written into."""
     composite = composites.COMPOSITES[call.target]
     number = None if composite.number is None else arguments(call)[composite.number]
-    sources = iter(call.all_input_nodes)
+    written, read = _sources(call)
+    sources = iter([*written, *read])
     held: dict[fx.Node, fx.Node] = {}
     fresh = _Fresh()
     result: Any = None
@@ -196,7 +211,7 @@ def _put(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> dict[fx.Node, fx.Nod
                 copied.meta = {**node.meta, "val": fresh.of(node.meta["val"])}
                 if "stack_trace" in call.meta:
                     copied.meta["stack_trace"] = call.meta["stack_trace"]
-    written = {source: now for source, now in zip(call.all_input_nodes, behind, strict=True) if now is not source}
+    fresh_of = {source: now for source, now in zip(written, behind, strict=True) if now is not source}
     if isinstance(result, fx.Node):
         call.replace_all_uses_with(result)
     else:
@@ -205,7 +220,7 @@ def _put(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> dict[fx.Node, fx.Nod
             reader.replace_all_uses_with(result[reader.args[1]])
             graph.erase_node(reader)
     graph.erase_node(call)
-    return written
+    return fresh_of
 
 
 def _renumber(node: fx.Node, number: int) -> None:

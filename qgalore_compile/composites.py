@@ -21,14 +21,14 @@ class Composite(NamedTuple):
     Attributes:
         function: of the same arguments, without a look at values.
         applies: whether a call with these arguments stands for it; others stay operators.
-        writes: whether the function changes tensors that it is given, of which the operator's schema says nothing.
+        writes: arguments, by place, whose tensors the function changes, of which the operator's schema says nothing.
         number: the argument that is a parameter's number, on which nothing of the function depends but random
             numbers; None where there is none.
     """
 
     function: Callable[..., Any]
     applies: Callable[..., bool] = lambda *args: True
-    writes: bool = False
+    writes: tuple[int, ...] = ()
     number: int | None = None
 
 

@@ -97,7 +97,8 @@ class _Batch:
 
     def __init__(self) -> None:
         self._kernels: list[_Kernel] = []
-        self._units: list[Callable[[], Any]] | None = None
+        self._units: list[Callable[[], Any] | None] | None = None
+        self._begun = 0
 
     def add(self, kernel: _Kernel) -> Callable[[], Any]:
         """What waits for the kernel and returns it, to be called with a tuple of its arguments."""
@@ -107,16 +108,18 @@ class _Batch:
 
     def _loaded(self, index: int) -> Any:
         if self._units is None:
-            self._units = [_begun(self._kernels[at : at + UNIT]) for at in range(0, len(self._kernels), UNIT)]
+            self._begun = len(self._kernels)
+            self._units = [_begun(self._kernels[at : at + UNIT]) for at in range(0, self._begun, UNIT)]
+        load = self._units[index // UNIT] if index < self._begun else None  # None: asked for behind the first wait
+        if load is not None:
+            try:
+                unit = load()
+                return _imported(unit.path, unit.key, index % UNIT)
+            except CppCompileError as error:
+                self._units[index // UNIT] = None
+                log.warning("kernels are compiled one by one, for the compiler does not take them together: %s", error)
         kernel = self._kernels[index]
-        if index >= UNIT * len(self._units):  # asked for behind the first wait
-            return CppPythonBindingsCodeCache.load_pybinding(kernel.argtypes, kernel.source)
-        try:
-            unit = self._units[index // UNIT]()
-        except CppCompileError as error:
-            log.warning("kernels are compiled one by one, for the compiler does not take them together: %s", error)
-            return CppPythonBindingsCodeCache.load_pybinding(kernel.argtypes, kernel.source)
-        return _imported(unit.path, unit.key, index % UNIT)
+        return CppPythonBindingsCodeCache.load_pybinding(kernel.argtypes, kernel.source)
 
 
 @clear_on_fresh_cache

@@ -96,7 +96,7 @@ class Options:
         gemm: "bf16" takes the projections and the products with INT8 weights of a float32 model in bfloat16; "same"
             leaves every product the type that it has.
         outline: equal layers become calls of one function, so that Inductor compiles a layer once; None, the default,
-            on a CPU and where that saves much.
+            on a CPU, where that saves much and ``exact`` is not asked for.
     """
 
     strict: bool = False
@@ -116,7 +116,8 @@ class Options:
                 raise OptionError(f"backend 'qgalore': unknown option {name!r}; known options: {', '.join(known)}")
         for name in ("strict", "exact", "outline"):
             if not (isinstance(options.get(name, False), bool) or (name == "outline" and options[name] is None)):
-                raise OptionError(f"backend 'qgalore': option {name!r} must be True or False, got {options[name]!r}")
+                values = "True, False or None" if name == "outline" else "True or False"
+                raise OptionError(f"backend 'qgalore': option {name!r} must be {values}, got {options[name]!r}")
         for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
             if options.get(name, allowed[0]) not in allowed:
                 raise OptionError(

@@ -9,7 +9,7 @@ Everywhere else it is given the operations themselves.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,7 +81,7 @@ def _returns_gradients(graph: fx.Graph) -> bool:
 
 def _may_be_unseen(graph: fx.Graph, calls: list[fx.Node]) -> bool:
     """Whether what calls write is an input of its own, written by one call of each operator, the update's reading what
-    the projection returned, and read behind them by nothing else."""
+    the projection returned, and by nothing else, and is read behind them by nothing else."""
     written: dict[int, list[fx.Node]] = defaultdict(list)
     for call in calls:
         for source in _written(call):
@@ -89,7 +89,7 @@ def _may_be_unseen(graph: fx.Graph, calls: list[fx.Node]) -> bool:
                 return False
             for storage in _storages(source):
                 written[storage].append(call)
-    if any(not _in_order(each) for each in written.values()):
+    if any(not _in_order(each) for each in written.values()) or _written_by_others(calls):
         return False
     inputs: dict[int, int] = defaultdict(int)
     for node in graph.find_nodes(op="placeholder"):
@@ -99,11 +99,28 @@ def _may_be_unseen(graph: fx.Graph, calls: list[fx.Node]) -> bool:
         return False
     behind: set[int] = set()
     for node in graph.nodes:
-        if node.target in _OF_SEEN:
-            behind.update(storage for source in _written(node) for storage in _storages(source))
-        elif behind and any(not behind.isdisjoint(_storages(source)) for source in node.all_input_nodes):
+        own = set(_written(node)) if node.target in _OF_SEEN else set()
+        if behind and any(not behind.isdisjoint(_storages(each)) for each in node.all_input_nodes if each not in own):
             return False
+        behind.update(storage for source in own for storage in _storages(source))
     return True
+
+
+def _written_by_others(calls: list[fx.Node]) -> bool:
+    """Whether something else writes what calls do, which Dynamo's fake tensors have counted: two inputs that were made
+    equal would be one value to AOTAutograd, and one could be taken for the other."""
+    count = Counter(source for call in calls for source in _written(call))
+    return any(versions != times for source, times in count.items() for versions in _versions(source, times))
+
+
+def _versions(source: fx.Node, times: int) -> Iterator[int]:
+    """How often a tensor has been written; of a quantised one, whose parts calls write below, ``times`` less for each
+    part, so that all should be ``times``."""
+    value = source.meta["example_value"]
+    yield -1 if value.is_inference() else value._version
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield getattr(value, name)._version + times
 
 
 def _in_order(calls: list[fx.Node]) -> bool:

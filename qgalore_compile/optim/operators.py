@@ -183,11 +183,11 @@ class Overloads(NamedTuple):
     unseen: OpOverload[..., Any]
 
 
-def _unseen(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload[..., Any]:
+def _unseen(schema: str, function: Callable[..., Any], fake: Callable[..., Any], *written: str) -> OpOverload[..., Any]:
     op = define(schema, function, fake)
     has_side_effect(op)  # nobody reads what it writes, and it may return nothing
-    number = [each.name for each in op._schema.arguments].index("param")
-    COMPOSITES[op] = Composite(function, writes=True, number=number)
+    place = [each.name for each in op._schema.arguments].index
+    COMPOSITES[op] = Composite(function, writes=tuple(map(place, written)), number=place("param"))
     return op
 
 
@@ -200,7 +200,7 @@ def _overloads(
     return Overloads(
         seen,
         define_traced(f"{name}.traced({arguments}) -> {returns}", function),
-        _unseen(f"{name}.unseen({plain}) -> {returns}", function, fake),
+        _unseen(f"{name}.unseen({plain}) -> {returns}", function, fake, *re.findall(r"\(\w!\)\S* (\w+)", arguments)),
     )
 
 
@@ -217,6 +217,8 @@ _UNSEEN_QUANTISED = _unseen(
     f"update_quantised_(Tensor[] parts, str format, int[] size, ScalarType dtype, Tensor[] state, {_OF_UPDATE}) -> ()",
     _update_quantised,
     lambda *args: None,
+    "parts",
+    "state",
 )
 
 

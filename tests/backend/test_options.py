@@ -43,7 +43,7 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
             "no pass is called 'nosuch'; passes: decompose, unpad, update, late_gradient, refresh, reassociate",
         ),
         ({"exact": 1}, "'exact' must be True or"),
-        ({"outline": "yes"}, "'outline' must be True or False, got 'yes'"),
+        ({"outline": "yes"}, "'outline' must be True, False or None, got 'yes'"),
         ({"strict": None}, "'strict' must be True or False, got None"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),

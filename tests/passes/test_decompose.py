@@ -183,21 +183,28 @@ def test_copies_are_tensors_of_their_own_and_views_views() -> None:
         assert node.meta["val"].untyped_storage()._cdata == source.meta["val"].untyped_storage()._cdata
 
 
-def test_an_input_that_operations_have_written_before_is_written_once() -> None:
-    step = Step((12, 16), dtype=torch.float32)
-
-    def halved(*given: Tensor) -> None:
-        half = given[14] * 0.5
-        step.run(PROJECT.unseen, UPDATE.unseen, [*given[:14], half, *given[15:]])
-        aten.copy_.default(given[14], half)
-
-    module = kept(*step.given, function=halved)
+def test_what_a_call_reads_stays_what_it_was_though_an_earlier_one_has_written_it() -> None:
+    """A gradient that is another parameter's weight: the value, before its update."""
+    step = Step((12, 16), (12, 16), dtype=torch.float32)
+    first, second = 14, 16 + len(step.names[0])
+    step.given[second + 1] = step.given[first].clone()
+    expected = step.expected()
+    module = step.hidden()
+    weight, gradient = (list(module.graph.find_nodes(op="placeholder"))[at] for at in (first, second + 1))
+    gradient.replace_all_uses_with(weight)
     after(module, "decompose")
-    copies = module.graph.find_nodes(op="call_function", target=aten.copy_.default)
-    assert len({node.args[0] for node in copies}) == len(copies)
-    found = results(module, step.given)
-    step.given[14] = step.given[14] * 0.5
-    assert_steps(found, step.expected())
+    assert_steps(results(module, step.given), expected)
+
+
+def test_a_gradient_that_is_the_weight_itself_is_read_as_it_was() -> None:
+    step = Step((12, 16), rule="fira", dtype=torch.float32)
+    step.given[15] = step.given[14].clone()
+    expected = step.expected()
+    module = step.hidden()
+    weight, gradient = list(module.graph.find_nodes(op="placeholder"))[14:16]
+    gradient.replace_all_uses_with(weight)
+    after(module, "decompose")
+    assert_steps(results(module, step.given), expected)
 
 
 # -- whole steps -------------------------------------------------------------------------------------------------------

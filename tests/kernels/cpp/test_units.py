@@ -88,6 +88,15 @@ def test_many_are_several_units_and_one_that_comes_late_is_compiled_alone(
 
 
 @pytest.mark.compiles
+def test_a_unit_that_is_not_full_takes_none_that_comes_late() -> None:
+    with units.together():
+        module = AsyncCompile()
+        x = torch.rand(5)
+        for source_, expected in zip(SOURCES, EXPECTED, strict=True):
+            torch.testing.assert_close(run(module.cpp_pybinding(TYPES, source_).result(), x), expected(x))
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_module_has_kernels_behind_its_wait_however_many_threads_compile(threads: int) -> None:
     with units.together(), inductor_config.patch(compile_threads=threads):
