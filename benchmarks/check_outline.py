@@ -39,14 +39,13 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "Qwen3": language("Qwen3", **DEEP, num_key_value_heads=1, head_dim=16),
     "Mistral": language("Mistral", **DEEP, num_key_value_heads=1, sliding_window=4),
     "Phi": language("Phi", **DEEP),
-    "GPT-2": language("GPT2", "LMHeadModel", n_embd=32, n_layer=LAYERS, n_head=2, n_positions=32, bos_token_id=1),
     "GPT-NeoX": language("GPTNeoX", **DEEP),
     "OPT": language("OPT", **DEEP, ffn_dim=64, word_embed_proj_dim=32),
     "BERT": language("Bert", "ForMaskedLM", **DEEP, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "ViT": images("ViT", num_hidden_layers=LAYERS),
     "Mixtral": language("Mixtral", **MOE),
 }
-CHECKPOINTED = ("Llama", "Qwen2", "ViT")
+CHECKPOINTED = ("Llama", "Qwen2")
 
 
 def trained(make: Callable[[], Made], checkpointed: bool, outline: bool) -> tuple[list[Tensor], Any, int]:
