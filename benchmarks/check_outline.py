@@ -112,7 +112,7 @@ def main(only: Annotated[list[str] | None, typer.Option(help="Families.")] = Non
         title = f"{name}, checkpointed" if checkpointed else name
         try:
             found[title] = verdict(name, checkpointed)
-        except Exception as error:
+        except Exception as error:  # told as its verdict; the other families are asked still
             found[title] = {"error": f"{type(error).__name__}: {error}"[:400]}
         print(title, json.dumps(found[title]), flush=True)
         write_result(RESULTS / "check-outline.json", {"machine": machine(), "layers": LAYERS, "families": found})

@@ -38,10 +38,15 @@ def define(
     return _overload(name)
 
 
+def written_places(op: OpOverload[..., Any]) -> tuple[int, ...]:
+    """The arguments that an operator's schema says it writes."""
+    return tuple(place for place, each in enumerate(op._schema.arguments) if each.alias_info is not None)
+
+
 def count_writes(op: OpOverload[..., Any]) -> None:
     """Let autograd know what an operator writes, as it does of PyTorch's own: the version counters of those arguments
     rise, in tracing too."""
-    written = [index for index, each in enumerate(op._schema.arguments) if each.alias_info is not None]
+    written = written_places(op)
 
     def counting(keys: Any, *args: Any) -> Any:
         for index in written:

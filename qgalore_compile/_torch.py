@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch._inductor.ir as inductor_ir
     import torch._inductor.lowering as inductor_lowering
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
-    from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as tensor_data_pointer  # type: ignore
+    from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as tensor_data_pointer  # type: ignore[attr-defined]
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizeContext
     from torch._dynamo.exc import ShortenTraceback, Unsupported, UserError, unimplemented

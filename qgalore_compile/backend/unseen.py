@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qgalore_compile._ops import written_places
 from qgalore_compile._torch import has_storage, is_traceable_wrapper_subclass, tree_leaves
 from qgalore_compile.composites import COMPOSITES
 from qgalore_compile.formats.operators import TRACED
@@ -110,17 +111,14 @@ def _written_by_others(calls: list[fx.Node]) -> bool:
     """Whether something else writes what calls do, which Dynamo's fake tensors have counted: two inputs that were made
     equal would be one value to AOTAutograd, and one could be taken for the other."""
     count = Counter(source for call in calls for source in _written(call))
-    return any(versions != times for source, times in count.items() for versions in _versions(source, times))
+    return not all(_is_written(source.meta["example_value"], times) for source, times in count.items())
 
 
-def _versions(source: fx.Node, times: int) -> Iterator[int]:
-    """How often a tensor has been written; of a quantised one, whose parts calls write below, ``times`` less for each
-    part, so that all should be ``times``."""
-    value = source.meta["example_value"]
-    yield -1 if value.is_inference() else value._version
-    if is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield getattr(value, name)._version + times
+def _is_written(value: Tensor, times: int) -> bool:
+    """Whether a tensor has been written so often, and the parts of a quantised one not by themselves."""
+    if value.is_inference():  # which counts nothing
+        return False
+    return value._version == times and not any(part._version for part in _parts(value))
 
 
 def _in_order(calls: list[fx.Node]) -> bool:
@@ -137,9 +135,10 @@ def _reads(update: fx.Node, projection: fx.Node) -> bool:
 
 
 def _written(call: fx.Node) -> Iterator[fx.Node]:
-    for given, argument in zip(call.args, call.target._schema.arguments, strict=True):  # type: ignore[union-attr]
-        if argument.alias_info is not None:
-            yield from (given if isinstance(given, (list, tuple)) else [given])  # type: ignore[misc]
+    for place in written_places(call.target):  # type: ignore[arg-type]
+        found: list[fx.Node] = []
+        fx.map_arg(call.args[place], found.append)
+        yield from found
 
 
 def _storages(node: fx.Node) -> Iterator[int]:
@@ -150,8 +149,15 @@ def _storages(node: fx.Node) -> Iterator[int]:
 
 
 def _of_tensor(value: Tensor) -> Iterator[int]:
-    if is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _of_tensor(getattr(value, name))
-    elif has_storage(value):
+    parts = _parts(value)
+    for part in parts:
+        yield from _of_tensor(part)
+    if not parts and has_storage(value):
         yield value.untyped_storage()._cdata
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """What a wrapper around tensors holds; nothing of any other tensor."""
+    if not is_traceable_wrapper_subclass(value):
+        return []
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]

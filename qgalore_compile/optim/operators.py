@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from qgalore_compile._ops import count_writes, define, define_traced
+from qgalore_compile._ops import count_writes, define, define_traced, written_places
 from qgalore_compile._torch import OpOverload, is_fake
 from qgalore_compile.composites import COMPOSITES, Composite, stay
 from qgalore_compile.formats import Format
@@ -197,10 +197,11 @@ def _overloads(
     plain = re.sub(r"\(\w!\)", "", arguments)
     seen = define(f"{name}({arguments}) -> {returns}", function, fake)
     count_writes(seen)
+    written = [seen._schema.arguments[place].name for place in written_places(seen)]
     return Overloads(
         seen,
         define_traced(f"{name}.traced({arguments}) -> {returns}", function),
-        _unseen(f"{name}.unseen({plain}) -> {returns}", function, fake, *re.findall(r"\(\w!\)\S* (\w+)", arguments)),
+        _unseen(f"{name}.unseen({plain}) -> {returns}", function, fake, *written),
     )
 
 
