@@ -15,6 +15,7 @@ dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
+unroll.py             exact     puts back the equal layers that tracing and the passes before were not shown
 order.py              exact     places updates as early as they can run, so that factors die early
 decode_first.py       rounding  on a GPU, decodes a quantised operand before its product where that is faster
 triton_calls.py       exact     a GPU's generated kernels become Triton kernels that Inductor knows
@@ -30,6 +31,8 @@ decoding.py                     which operands are decoded from integers, and by
 sections.py                     sections of a graph that do the same
 functions.py                    functions of a graph, and how Inductor lowers calls of them
 repeats.py                      equal sections of a list
+columns.py                      what stands at the same place of equal layers
+fresh.py                        fake tensors of copied nodes
 crossing.py                     what of a section others must be handed
 placement.py                    where a node that replaces several may stand
 regions.py                      one layer's part of the graph
@@ -62,6 +65,7 @@ live allocations   every allocation has a reader
 update calls       updates that a generated kernel takes are calls of it
 product calls      so are products with a quantised operand
 functions          what is left of both is a call of a function each
+layers             all layers are in the graph
 order              nodes stand in the order in which they run
 decodings          an operand is decoded where it will be, in its product or before
 calls              kernels are called as their device calls them
@@ -87,6 +91,7 @@ from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
 from qgalore_compile.passes.triton_calls import triton_calls
 from qgalore_compile.passes.unpad import unpad
+from qgalore_compile.passes.unroll import unroll
 from qgalore_compile.passes.update import update
 
 __all__ = ["PASSES", "Context", "Pass", "PassManager", "PassRecord"]
@@ -105,7 +110,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("fuse", "rounding", fuse, ("updates", "product types", "whole gradients"), ("update calls",)),
     Pass("fuse_products", "rounding", fuse_products, ("product types", "update calls"), ("product calls",)),
     Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
-    Pass("order", "exact", order, ("live allocations", "product calls", "functions"), ("order",)),
+    Pass("unroll", "exact", unroll, ("updates", "update calls", "product calls", "functions"), ("layers",)),
+    Pass("order", "exact", order, ("live allocations", "product calls", "functions", "layers"), ("order",)),
     Pass("decode_first", "rounding", decode_first, ("product calls", "order"), ("decodings",)),
     Pass("triton_calls", "exact", triton_calls, ("update calls", "product calls", "decodings"), ("calls",)),
     Pass("outline", "exact", outline, ("order", "calls", "live allocations"), ()),

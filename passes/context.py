@@ -12,6 +12,7 @@ from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.nodes import arguments_changed
 
 if TYPE_CHECKING:
+    from qgalore_compile.passes.columns import Rerolled
     from qgalore_compile.passes.regions import LayerUpdate
     from qgalore_compile.passes.update import Updates
 
@@ -106,6 +107,8 @@ class Context:
         waiting: by layer whose update waits for a number over other layers, that number, once that has been asked
             (:mod:`qgalore_compile.passes.until_update`).
         program: what passes tell about the graph as a whole.
+        rerolled: layers that the graph is without and shall have (:mod:`qgalore_compile.backend.reroll`).
+        uneven: why they could not be put back.
         layer_text: one layer's name, and its part of the graph before and after the passes, as text.
     """
 
@@ -121,6 +124,8 @@ class Context:
     layer_text: dict[str, str] = field(default_factory=dict)
     gemm: str = "same"
     outline: bool | None = False
+    rerolled: Rerolled | None = None
+    uneven: str | None = None
     _facts: Facts | None = None
 
     @property

@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from qgalore_compile import composites
 from qgalore_compile._ops import NUMBERED
 from qgalore_compile._torch import (
-    FakeTensor,
     FakeTensorMode,
     FunctionalTensor,
     FunctionalTensorMode,
@@ -32,13 +31,13 @@ from qgalore_compile._torch import (
     inductor_config,
     inductor_post_grad,
     make_fx,
-    no_dispatch,
     remove_noop_ops,
     select_decomp_table,
     tree_map_only,
     view_to_reshape,
 )
 from qgalore_compile.passes.context import Context, PassRecord
+from qgalore_compile.passes.fresh import Fresh, empty_like
 from qgalore_compile.passes.mutation import FUNCTIONALIZED
 from qgalore_compile.passes.nodes import arguments, looks, value
 
@@ -158,7 +157,7 @@ def _trace(node: fx.Node) -> fx.GraphModule:
             return tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, result)
 
     with mode, composites.kept(False), torch.no_grad():
-        fakes = [_empty(value(each)) for each in sources]
+        fakes = [empty_like(value(each)) for each in sources]
         gm: fx.GraphModule = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
     _as_inductor(gm, mode)
     return gm
@@ -178,14 +177,6 @@ def _as_inductor(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
                 patterns.apply(gm.graph)
 
 
-def _empty(like: Tensor) -> FakeTensor:
-    """A fake tensor of its own, made without a dispatch: 21 µs in place of 193, on a busy machine."""
-    assert isinstance(like, FakeTensor)
-    with no_dispatch():
-        meta = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-    return FakeTensor(like.fake_mode, meta, like.device)
-
-
 def _put(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Copy a body's nodes in front of a call, and let its readers read them; returns what is written, by what it is
     written into."""
@@ -194,7 +185,7 @@ def _put(graph: fx.Graph, call: fx.Node, body: fx.Graph) -> dict[fx.Node, fx.Nod
     written, read = _sources(call)
     sources = iter([*written, *read])
     held: dict[fx.Node, fx.Node] = {}
-    fresh = _Fresh()
+    fresh = Fresh()
     result: Any = None
     behind: Sequence[fx.Node] = ()
     with graph.inserting_before(call):
@@ -229,39 +220,3 @@ def _renumber(node: fx.Node, number: int) -> None:
         node.update_arg(numbered.index, node.args[numbered.index] | number)  # type: ignore[operator]
     elif node.target is FUNCTIONALIZED and (numbered := NUMBERED.get(node.args[0])) is not None:
         node.update_kwarg(numbered.argument, node.kwargs[numbered.argument] | number)  # type: ignore[operator]
-
-
-class _Fresh:
-    """Fake tensors of a copy: of their own, but where those of the original share memory they do, too."""
-
-    def __init__(self) -> None:
-        self._bases: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def know(self, original: Tensor, copy: Tensor) -> None:
-        """What the copy has in the place of an input."""
-        self._bases[original.untyped_storage()._cdata] = (original, copy)
-
-    def of(self, tree: Any) -> Any:
-        """The copy's value for a node of the original."""
-        return self._one(tree) if isinstance(tree, Tensor) else tree_map_only(Tensor, self._one, tree)
-
-    def _one(self, original: Tensor) -> Tensor:
-        key = original.untyped_storage()._cdata
-        if key not in self._bases:
-            self.know(original, _empty(original))
-        base, copy = self._bases[key]
-        return copy if base is original else _view(copy, base, original)
-
-
-def _view(copy: Tensor, base: Tensor, original: Tensor) -> Tensor:
-    """A view of ``copy`` that is to it what ``original`` is to ``base``."""
-    assert isinstance(original, FakeTensor)
-    with no_dispatch():
-        meta = torch.empty(0, dtype=original.dtype, device="meta")
-        offset = int(copy.storage_offset()) * copy.dtype.itemsize + _bytes_between(base, original)
-        meta.set_(copy.untyped_storage(), offset // original.dtype.itemsize, original.shape, original.stride())
-    return FakeTensor(original.fake_mode, meta, original.device)
-
-
-def _bytes_between(base: Tensor, view: Tensor) -> int:
-    return int(view.storage_offset()) * view.dtype.itemsize - int(base.storage_offset()) * base.dtype.itemsize

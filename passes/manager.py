@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -33,6 +34,9 @@ from qgalore_compile.passes.context import Context, PassRecord, Tier
 from qgalore_compile.passes.kernel_calls import kernel_calls
 from qgalore_compile.passes.printing import layer_text
 from qgalore_compile.passes.regions import LayerUpdate
+
+if TYPE_CHECKING:
+    from qgalore_compile.passes.columns import Rerolled
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,7 @@ class PassManager(CustomGraphPass):
             run passes.
         context: of that graph.
         kernels: those that were begun.
+        rerolled: layers that the graph will be without and shall have.
         salt: made part of ``uuid``, it keeps Inductor from finding what other managers compiled; empty for no salt.
     """
 
@@ -123,6 +128,12 @@ class PassManager(CustomGraphPass):
         self.compiles = compiles
         self.kernels: list[Prepared] = []
         self.salt = ""
+        self.rerolled: Rerolled | None = None
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether layers that tracing is not shown are put back.  What ``gemm`` tells, it counts in the traced ones."""
+        return self.gemm == "same" and any(each.name == "unroll" for each in self.passes)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""
@@ -131,7 +142,9 @@ class PassManager(CustomGraphPass):
         name_of = {name: names[origin] for name, origin in origin_of.items() if origin in names}
         parameters = self.parameters
         known = None if parameters is None else frozenset(name for name, at in origin_of.items() if at in parameters)
-        self.context = Context(self.reassociate, name_of, known, origin_of, gemm=self.gemm, outline=self.outline)
+        self.context = Context(
+            self.reassociate, name_of, known, origin_of, gemm=self.gemm, outline=self.outline, rerolled=self.rerolled
+        )
         self.records = []
         shown: LayerUpdate | None = None
         calling = [each for each in self.passes if {"update calls", "product calls"} & set(each.leaves)]

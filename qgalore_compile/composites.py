@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import fx
+
 
 class Composite(NamedTuple):
     """What an operator stands for.
@@ -34,6 +36,15 @@ class Composite(NamedTuple):
 
 COMPOSITES: dict[Any, Composite] = {}
 """By operator."""
+
+
+def without_number(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, a parameter's number as 0."""
+    composite = COMPOSITES.get(node.target)
+    if composite is None or composite.number is None:
+        return node.args
+    return (*node.args[: composite.number], 0, *node.args[composite.number + 1 :])
+
 
 _now = threading.local()
 

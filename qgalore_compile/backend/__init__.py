@@ -7,6 +7,7 @@ entry.py              ``torch.compile(backend="qgalore")``: options, passes, han
 tracing.py            what Dynamo does differently for our steps, and for nobody else's
 frames.py             which frames of a step are not one graph, and why
 unseen.py             writes of an optimizer's operators that AOTAutograd need not see
+reroll.py             equal layers, taken out before AOTAutograd walks over them
 spent.py              outputs that can be differentiated no more
 asked.py              what the optimizers in a graph ask for
 strict.py             what is not as asked, a sentence each

@@ -8,6 +8,7 @@ stays in place.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from qgalore_compile._torch import (
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.backend import compilation, spent, strict, tracing, unseen
+from qgalore_compile.backend import compilation, reroll, spent, strict, tracing, unseen
 from qgalore_compile.backend.strict import UnfusedError as UnfusedError
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.cpp import units
 from qgalore_compile.passes import PASSES, PassManager
+from qgalore_compile.passes.columns import Uneven
+
+log = logging.getLogger(__name__)
 
 tracing.install()
 
@@ -208,13 +212,37 @@ def qgalore(
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
     with composites.kept(kept and tracing.differentiates(gm)), units.together():
-        compiled = compile_fx(gm, example_inputs, config_patches=patches, **compile_fx_arguments)
+        compiled = _compiled(gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments)
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)
     if chosen.strict:
         _refuse_unfused(record)
-    return unseen.bumping(cast("Callable[..., Any]", compiled), unseen_writes)
+    return unseen.bumping(compiled, unseen_writes)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    manager: PassManager,
+    unseen_writes: Sequence[int],
+    **settings: Any,
+) -> Callable[..., Any]:
+    """Inductor's code; AOTAutograd is shown a few layers where layers are alike, if the passes put the others back."""
+    fewer = gm
+    if manager.unrolls:
+        try:
+            fewer, manager.rerolled = reroll.reroll(gm, unseen_writes)
+        except Uneven as error:
+            log.debug("all layers are traced: %s", error)
+    try:
+        return cast("Callable[..., Any]", compile_fx(fewer, example_inputs, **settings))
+    except Exception:
+        if manager.context.uneven is None:
+            raise
+        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven)
+    manager.rerolled = None
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

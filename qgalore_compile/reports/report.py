@@ -210,6 +210,11 @@ def _program(program: dict[str, Any]) -> Iterator[str]:
     if functions := program.get("functions"):
         calls = ", ".join(f"{name} × {count}" for name, count in functions.items())
         yield f"\nFunctions, compiled once each: {calls}"
+    if rerolled := program.get("rerolled"):
+        yield (
+            f"\n{rerolled['traced']} of {rerolled['traced'] + rerolled['copied']} equal layers were traced, and the "
+            "passes above counted in them; the others are copies with tensors of their own"
+        )
     if narrow := program.get("products_in_bfloat16"):
         yield f'\n{narrow} products in bfloat16, since the option gemm is "bf16"'
     if live := program.get("live_bytes"):
