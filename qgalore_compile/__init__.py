@@ -7,6 +7,7 @@ eager step.  ``qg.export`` writes the trained model as safetensors.
 """
 
 from qgalore_compile import _startup as _startup
+from qgalore_compile.backend.sizes import mark_dynamic
 from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
@@ -27,6 +28,7 @@ __all__ = [
     "dequantize_",
     "explain",
     "export",
+    "mark_dynamic",
     "param_groups",
     "quantize_",
     "report",

@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
     from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as tensor_data_pointer  # type: ignore[attr-defined]
     from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.decorators import mark_dynamic
     from torch._dynamo.eval_frame import OptimizeContext
     from torch._dynamo.exc import ShortenTraceback, Unsupported, UserError, unimplemented
     from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
     from torch._dynamo.source import (
         AttrSource,
         DictSubclassGetItemSource,
@@ -87,6 +89,9 @@ LATE = {
     "lookup_backend": "torch._dynamo.backends.registry:lookup_backend",
     "convert_frame": "torch._dynamo.convert_frame",
     "builder": "torch._dynamo.variables.builder",
+    "mark_dynamic": "torch._dynamo.decorators:mark_dynamic",
+    "FrameStateSizeEntry": "torch._dynamo.pgo:FrameStateSizeEntry",
+    "auto_dynamic": "torch._dynamo.pgo:auto_dynamic",
     "OptimizeContext": "torch._dynamo.eval_frame:OptimizeContext",
     "get_eval_frame_isolate_recompiles_id": "torch._C._dynamo.eval_frame:get_eval_frame_isolate_recompiles_id",
     "unimplemented": "torch._dynamo.exc:unimplemented",

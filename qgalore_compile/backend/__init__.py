@@ -6,6 +6,7 @@ file                  what it does
 entry.py              ``torch.compile(backend="qgalore")``: options, passes, hand-over to Inductor
 tracing.py            what Dynamo does differently for our steps, and for nobody else's
 frames.py             which frames of a step are not one graph, and why
+sizes.py              which sizes of a batch vary; ``qg.mark_dynamic``
 unseen.py             writes of an optimizer's operators that AOTAutograd need not see
 reroll.py             equal layers, taken out before AOTAutograd walks over them
 spent.py              outputs that can be differentiated no more

@@ -87,7 +87,7 @@ def of_layer(layer: Record) -> str | None:
         return (
             f"{layer['name']}: no generated kernel takes its update, for its rank {layer['rank']} is a symbol: "
             "dynamic=True makes one of every size of a tensor that no module and no optimizer holds; let the batch's "
-            "size alone vary (torch._dynamo.mark_dynamic, or no dynamic=), or leave 'strict' out"
+            "size alone vary (qg.mark_dynamic, or no dynamic=), or leave 'strict' out"
         )
     where = "between the projections or behind them" if layer["matched"] else "in its update at full rank"
     return (

@@ -16,7 +16,8 @@ through an optimizer           leaves among the inputs
 attributes of the graph
 forgets hooks on parameters    calls them where autograd would, and compiles again when one comes or goes
 gives sizes that differ        keeps sizes of parameters, gradients and states, and integers of optimizers, as
-between two calls a symbol     numbers; remembers what has varied for each ``torch.compile`` apart
+between two calls a symbol     numbers; remembers what has varied for each ``torch.compile`` apart; takes all
+                               sizes of tokens for symbols where one has varied (``sizes.py``)
 keeps what it compiled by      keeps it by ``torch.compile``: two steps of one factory share neither a recompile limit
 code object                    nor a report
 lets a backward that is a      donates none: functions outlined in it would write over each other's operands
@@ -65,7 +66,7 @@ from qgalore_compile._torch import (
     lookup_backend,
     unimplemented,
 )
-from qgalore_compile.backend import frames, strict
+from qgalore_compile.backend import frames, sizes, strict
 from qgalore_compile.optim.hyper_parameters import Group
 
 MARK = "_traced_as_qgalore"
@@ -222,6 +223,7 @@ def install() -> None:
         (builder, "tensor_always_has_static_shape", _static),
         (builder, "is_int_specialization_case", _constant),
         (builder, "process_automatic_dynamic", _apart),
+        (builder, "record_automatic_dynamic", sizes.together),
         (TensorVariable, "method_backward", _backward),
         (TensorVariable, "method_attr_grad", _gradient),
         (ConstantVariable, "create", _fresh),
