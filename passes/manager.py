@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from qgalore_compile import progress
 from qgalore_compile._torch import (
     BufferAOTInput,
     CustomGraphPass,
@@ -148,7 +149,8 @@ class PassManager(CustomGraphPass):
         self.records = []
         shown: LayerUpdate | None = None
         calling = [each for each in self.passes if {"update calls", "product calls"} & set(each.leaves)]
-        for each in self.passes:
+        for index, each in enumerate(self.passes):
+            progress.tell("passes", index, len(self.passes), name=each.name)
             self.records.append(self._run(each, graph))
             if self.compiles and each in calling[-1:]:  # the compiler works while passes and Inductor go on
                 self.kernels += _prepared(graph)
@@ -157,6 +159,7 @@ class PassManager(CustomGraphPass):
                 self.context.layer_text = {"layer": shown.name, "before": self._text(graph, shown)}
         if shown is not None:
             self.context.layer_text["after"] = self._text(graph, shown)
+        progress.tell("code")
 
     def _text(self, graph: fx.Graph, layer: LayerUpdate) -> str:
         return layer_text(graph, layer, self.context.facts(graph))

@@ -12,6 +12,7 @@ from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
 from qgalore_compile.optim.rules.base import Rule
+from qgalore_compile.progress import Progress, on_progress
 from qgalore_compile.reports.check import CheckResult, check
 from qgalore_compile.reports.report import Report, explain, report
 from qgalore_compile.weights import Int8Weight, dequantize_, quantize_
@@ -21,6 +22,7 @@ __all__ = [
     "CheckResult",
     "CoverageWarning",
     "Int8Weight",
+    "Progress",
     "QGaLoreAdamW",
     "Report",
     "Rule",
@@ -29,6 +31,7 @@ __all__ = [
     "explain",
     "export",
     "mark_dynamic",
+    "on_progress",
     "param_groups",
     "quantize_",
     "report",

@@ -23,7 +23,7 @@ FLOORS = (
     ("subspace", "weights"),
     ("formats",),
     ("rng", "composites"),
-    ("_ops", "files"),
+    ("_ops", "files", "progress"),
     ("_torch", "_startup"),
 )
 """From the top; a room uses those of floors below its own, and of its own none but itself."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qgalore_compile import progress
 from qgalore_compile._torch import (
     CppCodeCache,
     CppPythonBindingsCodeCache,
@@ -97,7 +98,7 @@ class Kernel:
         self.program = program
         check_compiler()
         self._load: Any = CppCodeCache.load_async(
-            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=compilers().submit
+            print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=progress.counted(compilers().submit)
         )
         self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
+from qgalore_compile import progress
 from qgalore_compile._torch import (
     AsyncCompile,
     CppCompileError,
@@ -110,6 +111,7 @@ class _Batch:
         if self._units is None:
             self._begun = len(self._kernels)
             self._units = [_begun(self._kernels[at : at + UNIT]) for at in range(0, self._begun, UNIT)]
+            progress.wait_for_kernels()
         load = self._units[index // UNIT] if index < self._begun else None  # None: asked for behind the first wait
         if load is not None:
             try:
@@ -136,7 +138,8 @@ class _Unit(CppPythonBindingsCodeCache):
 
 def _begun(kernels: Sequence[_Kernel]) -> Callable[[], Any]:
     """Begin to compile a unit on another thread; what waits for it."""
-    return _Unit.load_async(text_of(kernels), "cpu", submit_fn=compilers().submit)  # type: ignore[no-any-return]
+    submit = progress.counted(compilers().submit, len(kernels))
+    return _Unit.load_async(text_of(kernels), "cpu", submit_fn=submit)  # type: ignore[no-any-return]
 
 
 _CLEAN = "#define PY_SSIZE_T_CLEAN"

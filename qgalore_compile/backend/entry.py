@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from qgalore_compile import composites
+from qgalore_compile import composites, progress
 from qgalore_compile._torch import (
     ShortenTraceback,
     compile_fx,
@@ -190,6 +190,7 @@ def qgalore(
         NoCompilerError: a step on the CPU, and no C++ compiler; before anything of it is compiled, or runs.
         UnfusedError: ``strict``, and something is not as asked.
     """
+    progress.tell("autograd")
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(list_mode_options(mode) if mode else {})}
     chosen = Options.parse(options)
     compiles = not compile_fx_arguments
@@ -213,11 +214,15 @@ def qgalore(
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
     with composites.kept(kept and tracing.differentiates(gm)), units.together():
         compiled = _compiled(gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments)
+    progress.wait_for_kernels()
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
     compilation.finish(record, manager, name)
+    if compiles:
+        progress.tell_skipped()
     if chosen.strict:
         _refuse_unfused(record)
+    progress.tell("guards")
     return unseen.bumping(compiled, unseen_writes)
 
 

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qgalore_compile import composites
+from qgalore_compile import composites, progress
 from qgalore_compile._torch import (
     AttrSource,
     BaseListVariable,
@@ -261,7 +261,11 @@ def _compile(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _frame(ours), composites.kept(knows_composites(backend)), _rare_collections(ours):
         if not ours:
             return original(*args, **kwargs)
-        return frames.traced(original, args, kwargs, current_region(), strict.refusal if is_strict(backend) else None)
+        code = kwargs["code"] if "code" in kwargs else args[0]
+        with progress.compiling(frames.function_of(code)):
+            return frames.traced(
+                original, args, kwargs, current_region(), strict.refusal if is_strict(backend) else None
+            )
 
 
 def _isolated(original: Callable[..., None], self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:

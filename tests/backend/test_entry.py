@@ -313,6 +313,15 @@ def test_by_the_string_alone_in_generated_code_and_from_a_warm_cache_in_a_second
     for part in ("layers", "passes", "program", "graph"):
         assert reports[1][part] == reports[0][part]
 
+    # each told of its stages, the second of those that the cache had done; kernels were counted until all were there
+    stages = [list(dict.fromkeys(map(tuple, run["stages"]))) for run in (cold, warm)]
+    begin, end = [("tracing", False), ("autograd", False)], [("guards", False), ("done", False)]
+    assert stages[0] == [*begin, ("passes", False), ("code", False), ("kernels", False), *end]
+    assert stages[1] == [*begin, ("passes", True), ("code", True), ("kernels", True), *end]
+    assert cold["kernels"] == sorted(cold["kernels"])
+    assert cold["kernels"][-1] > 0
+    assert warm["kernels"] == [0]
+
     # TORCH_LOGS=+qgalore_compile prints what the passes do and the graph after each
     assert "reassociate (rounding): 2 matched, 0 skipped" in runs[0].stderr
     assert "after reassociate" in runs[0].stderr

@@ -1,5 +1,5 @@
 """A training step compiled by ``backend="qgalore"`` and nothing else, compared with eager; prints one line of JSON, its
-report included."""
+report and what its compilation told included."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def main() -> None:
     model, opt = toy(weight_decay=0.01)
     eager = training_step(model, opt)
     step = torch.compile(eager, backend="qgalore", fullgraph=True)
-    losses, errors = [], []
+    losses, errors, told = [], [], []
+    qg.on_progress(told.append)
     for index in range(7):
         weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
         before = decoded(model, opt)
@@ -33,6 +34,8 @@ def main() -> None:
     graphs = counters["stats"]["unique_graphs"]
     report = json.loads(qg.report(step).to_json())
     found = {"losses": losses, "errors": errors, "graphs": graphs, "inductor": counters["inductor"], "report": report}
+    found["stages"] = [(event.stage, event.skipped) for event in told]
+    found["kernels"] = [event.done for event in told if event.stage in ("kernels", "done") and not event.skipped]
     print(json.dumps(found))
 
 
