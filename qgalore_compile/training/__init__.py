@@ -10,6 +10,7 @@ setting.py            how a field of that is declared, checked, and shown as an 
 llama.py              a LLaMA in plain PyTorch
 data.py               bytes of a corpus
 telemetry.py          progress, metrics, curves
+first_step.py         the stages of the first step, as they are compiled
 schedule_plot.py      a picture of the refreshes
 checkpoint_file.py    a checkpoint, verified whole before it is believed
 saved_run.py          whether a run can go on from it

@@ -12,7 +12,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qgalore_compile.files import lock_folder, refuse_other_than_file, remove_le
 from qgalore_compile.training.checkpoint_file import load_checkpoint, save_checkpoint
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.data import Corpus, bigram_loss, check_lengths, load_corpus
+from qgalore_compile.training.first_step import FirstStep
 from qgalore_compile.training.machine import check_device, check_memory
 from qgalore_compile.training.run import Run
 from qgalore_compile.training.schedule_plot import plot_schedule
@@ -147,7 +148,8 @@ def _train(run: Run, output: Output, out: Path, on_step: Callable[[StepRecord], 
     title = f"{config.preset} {config.optimizer}"
     with metrics, Display(output, title, config.steps, run.step, config.log_every) as display:
         while run.step < config.steps and output.stop.reason is None:
-            record = run.advance()
+            with nullcontext() if run.started else FirstStep(display):
+                record = run.advance()
             with _saving(out, kept):
                 metrics.write(record)
             display.update(record)

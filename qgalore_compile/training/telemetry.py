@@ -264,6 +264,18 @@ class Display:
             self._task = self._bar.add_task(title, total=steps, completed=done, text="first step …")
         self._val_loss: float | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
+    def first(self, text: str) -> None:
+        """Say on the bar what the first step is at; from any thread, though not beside ``update``."""
+        if self._bar is not None:
+            self._bar.update(self._task, text=f"first step: {text}")
+            with self._output.watched():
+                self._bar.refresh()
+
     def update(self, record: StepRecord) -> None:
         """Show a step."""
         self._val_loss = record.val_loss if record.val_loss is not None else self._val_loss
