@@ -20,6 +20,7 @@ def step(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
+qg.on_progress(lambda p: print(f"{p.seconds:5.1f} s  {p.stage} {p.name}"))  # while the first step is compiled
 for number in range(101):
     inputs = torch.randint(256, (64,))
     loss = step(inputs, (inputs * 7 + 3) % 256)  # a function to learn

@@ -22,7 +22,7 @@ EXPORT = SNIPPETS.pop("Exporting a model")  # the one that builds no optimizer
 
 
 def test_there_is_a_snippet_for_each_place_to_come_from() -> None:
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
 
 
 @pytest.mark.parametrize("code", SNIPPETS.values(), ids=SNIPPETS.keys())
