@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-
-from qgalore_compile._torch import tree_leaves
 
 
 def mark_dynamic(batch: Any, dims: int | Sequence[int], *, min: int = 2, max: int | None = None) -> None:
@@ -47,7 +45,7 @@ def mark_dynamic(batch: Any, dims: int | Sequence[int], *, min: int = 2, max: in
         )
     if max is not None and max < min:
         raise ValueError(f"mark_dynamic: max must be None or at least min={min}, got {max}")
-    tensors = [each for each in tree_leaves(_plain(batch)) if isinstance(each, Tensor)]
+    tensors = list(_tensors(batch))
     if not tensors:
         raise ValueError(f"mark_dynamic: no tensor in what was given, {type(batch).__name__}")
     wanted = [operator.index(dim) for dim in (dims if isinstance(dims, Iterable) else (dims,))]
@@ -62,9 +60,13 @@ def mark_dynamic(batch: Any, dims: int | Sequence[int], *, min: int = 2, max: in
             mark(tensor, dim, **bounds)
 
 
-def _plain(batch: Any) -> Any:
-    """Mappings that are no dicts (``BatchEncoding``) as dicts, which alone PyTorch's trees look into."""
-    return dict(batch) if isinstance(batch, Mapping) else batch
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Also of mappings that are no dicts (``BatchEncoding``), into which PyTorch's trees do not look."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for each in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(each)
 
 
 def _place(tensor: Tensor, dim: int, least: int, most: int | None) -> int:
