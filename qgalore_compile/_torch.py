@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from torch._inductor.compile_fx import _recursive_post_grad_passes as recursive_post_grad_passes
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cudagraph_trees import StorageWeakRefWrapper, check_memory_pool, clear_cublas_manager
+    from torch._inductor.cudagraph_utils import CUDAGraphPolicy
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes, get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -134,6 +136,10 @@ LATE = {
     "recursive_post_grad_passes": "torch._inductor.compile_fx:_recursive_post_grad_passes",
     "compile_fx": "torch._inductor.compile_fx:compile_fx",
     "get_cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
+    "StorageWeakRefWrapper": "torch._inductor.cudagraph_trees:StorageWeakRefWrapper",
+    "check_memory_pool": "torch._inductor.cudagraph_trees:check_memory_pool",
+    "clear_cublas_manager": "torch._inductor.cudagraph_trees:clear_cublas_manager",
+    "CUDAGraphPolicy": "torch._inductor.cudagraph_utils:CUDAGraphPolicy",
     "CustomGraphPass": "torch._inductor.custom_graph_pass:CustomGraphPass",
     "get_custom_graph_passes": "torch._inductor.custom_graph_pass:get_custom_graph_passes",
     "get_hash_for_files": "torch._inductor.custom_graph_pass:get_hash_for_files",

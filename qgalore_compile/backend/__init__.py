@@ -9,6 +9,9 @@ frames.py             which frames of a step are not one graph, and why
 sizes.py              which sizes of a batch vary; ``qg.mark_dynamic``
 unseen.py             writes of an optimizer's operators that AOTAutograd need not see
 reroll.py             equal layers, taken out before AOTAutograd walks over them
+cuda_graphs.py        a step that is replayed where no subspace is due (option ``cudagraphs``)
+host_reads.py         what of a step is read on the host, and what of that a replay could not follow
+capturing.py          how launches are captured and replayed
 spent.py              outputs that can be differentiated no more
 asked.py              what the optimizers in a graph ask for
 strict.py             what is not as asked, a sentence each

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from qgalore_compile._torch import CompileContext
 from qgalore_compile.backend import frames
 from qgalore_compile.backend.asked import Asked, asked, hold_against
-from qgalore_compile.backend.records import Record, layer_record
+from qgalore_compile.backend.records import GraphsRecord, Record, layer_record
 from qgalore_compile.files import replacing
 
 if TYPE_CHECKING:  # imported with Inductor, a second that `import qgalore_compile` need not take
@@ -60,6 +60,7 @@ class Compilation:
         graph: one layer's name, and its part of the graph before and after the passes.
         symbolic: inputs with a symbolic size, as text.
         asked: the parameters that the optimizers in the graph project (:mod:`qgalore_compile.backend.asked`).
+        cuda_graphs: what becomes of the step as a CUDA graph; None without the option.
     """
 
     number: int = field(default_factory=itertools.count().__next__)
@@ -80,6 +81,7 @@ class Compilation:
     graph: dict[str, str] = field(default_factory=dict)
     symbolic: list[str] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    cuda_graphs: GraphsRecord | None = None
 
 
 _PERSISTED = ("layers", "passes", "program", "graph")

@@ -8,30 +8,30 @@ stays in place.
 
 from __future__ import annotations
 
-import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from qgalore_compile import composites, progress
 from qgalore_compile._torch import (
     ShortenTraceback,
-    compile_fx,
     get_custom_graph_passes,
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.backend import compilation, reroll, spent, strict, tracing, unseen
+from qgalore_compile.backend import compilation, host_reads, reroll, spent, strict, tracing, unseen
+from qgalore_compile.backend.capturing import capturer_of
+from qgalore_compile.backend.cuda_graphs import CudaGraphs
+from qgalore_compile.backend.records import GraphsRecord
 from qgalore_compile.backend.strict import UnfusedError as UnfusedError
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.cpp import units
 from qgalore_compile.passes import PASSES, PassManager
-from qgalore_compile.passes.columns import Uneven
-
-log = logging.getLogger(__name__)
 
 tracing.install()
 
@@ -67,6 +67,8 @@ class ContradictionError(OptionError, UnfusedError):
 
 REASSOCIATE = ("memory", "cost", "never")
 GEMM = ("same", "bf16")
+UNASKED = ("outline", "cudagraphs")
+"""Options of which None leaves the choice to the backend."""
 
 
 def _check_strict(disable: tuple[str, ...], *, exact: bool) -> None:
@@ -101,6 +103,9 @@ class Options:
             leaves every product the type that it has.
         outline: equal layers become calls of one function, so that Inductor compiles a layer once; None, the default,
             on a CPU, where that saves much and ``exact`` is not asked for.
+        cudagraphs: True replays steps in which no subspace is due as a CUDA graph (``cuda_graphs.py``); an error for a
+            step on the CPU, and for one that decides something else on the host.  None, the default, and False do not:
+            it has not run on a GPU yet.
     """
 
     strict: bool = False
@@ -109,6 +114,7 @@ class Options:
     reassociate: str = "memory"
     gemm: str = "same"
     outline: bool | None = None
+    cudagraphs: bool | None = None
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -118,9 +124,9 @@ class Options:
         for name in options:
             if name not in known:
                 raise OptionError(f"backend 'qgalore': unknown option {name!r}; known options: {', '.join(known)}")
-        for name in ("strict", "exact", "outline"):
-            if not (isinstance(options.get(name, False), bool) or (name == "outline" and options[name] is None)):
-                values = "True, False or None" if name == "outline" else "True or False"
+        for name in ("strict", "exact", *UNASKED):
+            if not (isinstance(options.get(name, False), bool) or (name in UNASKED and options[name] is None)):
+                values = "True, False or None" if name in UNASKED else "True or False"
                 raise OptionError(f"backend 'qgalore': option {name!r} must be {values}, got {options[name]!r}")
         for name, allowed in (("reassociate", REASSOCIATE), ("gemm", GEMM)):
             if options.get(name, allowed[0]) not in allowed:
@@ -205,6 +211,10 @@ def qgalore(
     ]
     record = compilation.begin(gm, into)
     spent.detach(gm)
+    graphs = _cuda_graphs(gm, example_inputs, names, record, mode) if chosen.cudagraphs else None
+    if graphs is not None:
+        example_inputs = graphs.examples(example_inputs)
+        patches["cudagraph_policy"] = graphs.policy
     kept = composites.stay() and "decompose" not in chosen.disable
     unseen_writes = unseen.hide(gm, keep=kept)
     name = compilation.key(gm, example_inputs, manager)  # before compile_fx, which may change the graph
@@ -213,7 +223,9 @@ def qgalore(
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
     with composites.kept(kept and tracing.differentiates(gm)), units.together():
-        compiled = _compiled(gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments)
+        compiled = reroll.compiled(
+            gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments
+        )
     progress.wait_for_kernels()
     for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
         kernel.wait()
@@ -223,31 +235,55 @@ def qgalore(
     if chosen.strict:
         _refuse_unfused(record)
     progress.tell("guards")
+    if graphs is not None:
+        with _refusing():
+            graphs.check()
+        compiled = graphs.around(compiled)
     return unseen.bumping(compiled, unseen_writes)
 
 
-def _compiled(
+def _cuda_graphs(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    manager: PassManager,
-    unseen_writes: Sequence[int],
-    **settings: Any,
-) -> Callable[..., Any]:
-    """Inductor's code; AOTAutograd is shown a few layers where layers are alike, if the passes put the others back."""
-    fewer = gm
-    if manager.unrolls:
-        try:
-            fewer, manager.rerolled = reroll.reroll(gm, unseen_writes)
-        except Uneven as error:
-            log.debug("all layers are traced: %s", error)
+    names: Mapping[int | str, str],
+    record: compilation.Compilation,
+    mode: str | None,
+) -> CudaGraphs:
+    """Of the option ``cudagraphs``; raises OptionError where the step cannot be captured."""
+    if (list_mode_options(mode) if mode else {}).get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        asked = f"mode={mode!r}" if mode else "the setting triton.cudagraphs of Inductor"
+        raise OptionError(
+            f"backend 'qgalore': option 'cudagraphs' replays the whole step, and {asked} asks for Inductor's own CUDA "
+            "graphs, which would cut it at every refresh op; choose one (mode='max-autotune-no-cudagraphs' tunes "
+            "kernels alone)"
+        )
+    if inductor_config.cpp_wrapper:
+        raise OptionError(
+            "backend 'qgalore': option 'cudagraphs' reads what the emitted program does on the host, which it cannot of "
+            "one in C++; leave the setting cpp_wrapper of Inductor out, or the option"
+        )
+    devices = [given.device for given in example_inputs if isinstance(given, Tensor) and given.device.type != "cpu"]
+    device = devices[0] if devices else torch.device("cpu")
+    capturer = capturer_of(device)
+    if capturer is None:
+        raise OptionError(
+            f"backend 'qgalore': option 'cudagraphs' is for steps on an NVIDIA GPU, and this one is on {device.type}; "
+            "leave it out"
+        )
+    with _refusing():
+        plan = host_reads.planned(gm, example_inputs, names, capturer.on_host)
+    record.cuda_graphs = GraphsRecord(numbers=len(plan.numbers), schedules=len(plan.schedules))
+    return CudaGraphs(plan, capturer, record.cuda_graphs)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
     try:
-        return cast("Callable[..., Any]", compile_fx(fewer, example_inputs, **settings))
-    except Exception:
-        if manager.context.uneven is None:
-            raise
-        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven)
-    manager.rerolled = None
-    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
+        yield
+    except host_reads.HostReadError as error:
+        raise OptionError(
+            f"backend 'qgalore': option 'cudagraphs' cannot replay this step: {error}; or leave the option out"
+        ) from None
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

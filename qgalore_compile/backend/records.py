@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # passes load Inductor, which `import qgalore_compile` need not
@@ -49,3 +49,35 @@ def layer_record(name: str, shape: Sequence[Any], **facts: Any) -> Record:
 
 def _plain(size: Any) -> int | str | None:
     return size if size is None or isinstance(size, int) else str(size)
+
+
+@dataclass
+class GraphsRecord:
+    """What became of a step that was to be replayed as a CUDA graph.
+
+    Attributes:
+        numbers: tensors of the host that it is given on the device.
+        schedules: that the host asks before each step.
+        captures, replays: so far.
+        eager: calls that ran launch by launch; ``due`` of them because a subspace was due.
+        ended: why nothing is captured any more.
+    """
+
+    numbers: int = 0
+    schedules: int = 0
+    captures: int = 0
+    replays: int = 0
+    eager: int = 0
+    due: int = 0
+    ended: str | None = None
+
+    def __str__(self) -> str:
+        counts = f"{self.replays} steps replayed, {self.eager} launch by launch, {self.due} of them with a subspace due"
+        if self.ended is not None:
+            return f"CUDA graphs: NOT CAPTURED any more: {self.ended}; {counts}"
+        if not self.captures:
+            return (
+                f"CUDA graphs: not captured yet; the host asks {self.schedules} schedules before a step, and "
+                f"{self.numbers} numbers are on the device; {counts}"
+            )
+        return f"CUDA graphs: captured {self.captures} time(s); {counts}"

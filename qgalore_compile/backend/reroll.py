@@ -14,18 +14,25 @@ Loops that were unrolled are rolled up again by the compilers' *rerolling*.
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from qgalore_compile._torch import compile_fx
 from qgalore_compile.composites import COMPOSITES, without_number
 from qgalore_compile.passes.columns import EDGE, Columns, Rerolled, Uneven, windows
 from qgalore_compile.passes.nodes import arguments, looks
 from qgalore_compile.passes.repeats import repeats
+
+if TYPE_CHECKING:
+    from qgalore_compile.passes import PassManager
+
+log = logging.getLogger(__name__)
 
 KEPT = 2 * EDGE + 3
 """Layers that are traced: the edges, and three between them that are compared."""
@@ -39,6 +46,37 @@ SHORTEST = 3
 GRADIENTS = torch.autograd.grad
 STACKS: frozenset[Any] = frozenset({torch.stack, torch.cat})
 """What may gather something of all layers beside the gradient: norms."""
+
+
+def compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    manager: PassManager,
+    unseen_writes: Sequence[int],
+    **settings: Any,
+) -> Callable[..., Any]:
+    """What Inductor makes of a graph; AOTAutograd is shown a few layers where layers are alike.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        manager: of the passes; where they put no layers back, all are traced.
+        unseen_writes: numbers of the inputs that operators write unseen (``unseen.hide``).
+        **settings: of ``compile_fx``.
+    """
+    fewer = gm
+    if manager.unrolls:
+        try:
+            fewer, manager.rerolled = reroll(gm, unseen_writes)
+        except Uneven as error:
+            log.debug("all layers are traced: %s", error)
+    try:
+        return cast("Callable[..., Any]", compile_fx(fewer, example_inputs, **settings))
+    except Exception:
+        if manager.context.uneven is None:
+            raise
+        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven)
+    manager.rerolled = None
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
 
 
 def reroll(gm: fx.GraphModule, unseen_writes: Sequence[int]) -> tuple[fx.GraphModule, Rerolled]:

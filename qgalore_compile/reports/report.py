@@ -91,6 +91,8 @@ class Report:
         latest = self._latest
         if latest is None:
             return
+        if latest.cuda_graphs is not None:
+            yield str(latest.cuda_graphs)
         if not latest.recorded:
             yield (
                 "The compiled code came from a cache that holds no record of its passes: it was filled by another "
