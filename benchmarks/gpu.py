@@ -8,8 +8,9 @@
    the data sheet's peaks.
 3. Update of one weight: the sides of `update_step.py`, the GPU's time with a cold L2 cache and the host's time to queue
    it, by round; the write-back kernel's bytes a second beside the copy's.
-4. A whole step of a preset, the sides of `train_step.py`: each alone for compile time and peak memory, with a step in
-   which every subspace is refreshed; then all of them interleaved by round.
+4. A whole step of a preset, the sides of `train_step.py`: whether steps that are replayed as a CUDA graph end where
+   launched ones do; each side alone for compile time and peak memory, with a step in which every subspace is
+   refreshed; then all of them interleaved by round, with CUDA graphs and without.
 5. Each generated kernel of that step: its median launch, and its floor, which is the longer of its bytes and its
    operations at the ceilings measured above.
 
@@ -59,6 +60,7 @@ from torch._inductor.utils import clear_caches
 from train_step import ALL, SIDES, Settings, Step, build, compile_step, rounds_of, set_due, timed
 from update_step import SHAPES, sides_of
 
+import qgalore_compile as qg
 from qgalore_compile.kernels.triton.kernels import Kernel
 from qgalore_compile.kernels.triton.targets import Target
 from qgalore_compile.training.ahead_of_time import floor, name_of, what
@@ -66,6 +68,12 @@ from qgalore_compile.training.ahead_of_time import floor, name_of, what
 OTHERS = ["inductor", "baseline", "bitsandbytes", "torchao", "galore-torch"]
 QUICK_SHAPES = ((48, 256, 16),)
 STEADY = 3  # steps whose peak memory is taken
+FOLLOWED = 12  # steps that are compared, replayed and launched
+
+
+def sides(bench: Bench) -> list[str]:
+    """The sides of a whole step: with CUDA graphs where there is a GPU."""
+    return [*ALL.split(","), *(["graphs"] if bench.gpu else [])]
 
 
 @dataclass
@@ -167,9 +175,14 @@ def _write_back(
 
 
 def measure_steps(bench: Bench, settings: Settings, measured: dict[str, Ceiling]) -> None:
-    """Each side alone, then all of them by round."""
+    """Replayed steps beside launched ones, each side alone, then all of them by round."""
+    if bench.gpu:
+        _follow(bench, settings)
+        _free()
+    else:
+        bench.say("left out on a CPU: CUDA graphs")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ALL.split(","):
+        for name in sides(bench):
             try:
                 with caches_in(Path(folder, name)):
                     _alone(bench, settings, name, measured)
@@ -183,6 +196,29 @@ def measure_steps(bench: Bench, settings: Settings, measured: dict[str, Ceiling]
         except torch.OutOfMemoryError as error:
             bench.say(f"no times by round, all sides do not fit at once: {str(error).splitlines()[0]}")
     _free()
+
+
+def _follow(bench: Bench, settings: Settings) -> None:
+    """Losses of the same steps, launched and replayed, with a refresh of all subspaces half way.
+
+    Told, and no error: what a kernel adds up atomically differs from run to run."""
+    losses = {}
+    for name in ("qgalore", "graphs"):
+        plain, schedules = build(SIDES[name], settings)
+        step = compile_step(plain, SIDES[name])
+        losses[name] = []
+        for index in range(FOLLOWED):
+            set_due(schedules, index in (0, FOLLOWED // 2))
+            losses[name].append(step(*settings.tokens(index)).item())
+    told = qg.report(step).compilations[-1].cuda_graphs
+    bench.say(str(told))
+    apart = [abs(a - b) for a, b in zip(losses["qgalore"], losses["graphs"], strict=True)]
+    bench.results.add("step", f"{settings.name}: replayed losses that equal launched ones", "graphs", apart.count(0.0))
+    bench.results.add("step", f"{settings.name}: a replayed loss is off by at most", "graphs", max(apart), "nats")
+    bench.results.add("step", f"{settings.name}: steps replayed", "graphs", told.replays if told else 0)
+    bench.say(
+        f"of {FOLLOWED} steps {apart.count(0.0)} losses are equal, launched and replayed; at most {max(apart):.3g} off"
+    )
 
 
 def _alone(bench: Bench, settings: Settings, name: str, measured: dict[str, Ceiling]) -> None:
@@ -211,6 +247,7 @@ def _alone(bench: Bench, settings: Settings, name: str, measured: dict[str, Ceil
         set_due(schedules, True)
         add("step that refreshes all subspaces", timed(step, settings.tokens(1)), "s")
         if bench.gpu:
+            add("reserved memory", torch.cuda.memory_reserved() / 2**20, "MiB")
             add("peak memory with a refresh", (torch.cuda.max_memory_allocated() - before) / 2**20, "MiB")
     if not bench.gpu:
         bench.say("left out on a CPU: memory, kernels")
@@ -264,7 +301,7 @@ def _kernels(
 def _interleaved(bench: Bench, settings: Settings, folder: Path) -> None:
     """Wall-clock time of a step, up to its loss, of all sides by round."""
     steps: dict[str, Step] = {}
-    for name in ALL.split(","):
+    for name in sides(bench):
         plain, schedules = build(SIDES[name], settings)
         steps[name] = compile_step(plain, SIDES[name])
         set_due(schedules, False)

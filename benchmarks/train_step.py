@@ -7,7 +7,8 @@ Sides, with weights and activations in bfloat16:
 - "adamw": plain Llama, torch's own AdamW (moments in bfloat16, as `torch.optim.AdamW` would keep them), Inductor;
 - "inductor": INT8 weights and `QGaLoreAdamW` with its defaults at the preset's rank, Inductor;
 - "qgalore": the same, backend "qgalore";
-- "flat": the same without `outline`, by which equal layers are compiled once.
+- "flat": the same without `outline`, by which equal layers are compiled once;
+- "graphs": "qgalore" with the option `cudagraphs`; on a GPU alone.
 
 All run in one process, interleaved: a round is one step of each, on the same tokens, and ratios are taken within a
 round.  Steady means that nothing is compiled and no subspace is refreshed.  Each side compiles from an empty cache, in
@@ -69,14 +70,15 @@ class Side(NamedTuple):
     title: str
     quantised: bool
     backend: str
-    outline: bool | None = None
+    options: dict[str, Any] | None = None
 
 
 SIDES = {
     "adamw": Side("AdamW, inductor", False, "inductor"),
     "inductor": Side("QGaLoreAdamW, inductor", True, "inductor"),
     "qgalore": Side("QGaLoreAdamW, qgalore", True, "qgalore"),
-    "flat": Side("QGaLoreAdamW, qgalore, not outlined", True, "qgalore", outline=False),
+    "flat": Side("QGaLoreAdamW, qgalore, not outlined", True, "qgalore", {"outline": False}),
+    "graphs": Side("QGaLoreAdamW, qgalore, CUDA graphs", True, "qgalore", {"cudagraphs": True}),
 }
 ALL = "adamw,inductor,qgalore"
 
@@ -169,9 +171,7 @@ def _build_qgalore(model: nn.Module, settings: Settings) -> tuple[Step, list[Ten
 def compile_step(step: Step, side: Side) -> Step:
     # Backend "qgalore" brings it along; Inductor does not, and Dynamo would break the graph at backward().
     torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(
-        step, backend=side.backend, fullgraph=True, options=None if side.outline is None else {"outline": side.outline}
-    )
+    return torch.compile(step, backend=side.backend, fullgraph=True, options=side.options)
 
 
 def set_due(schedules: list[Tensor], due: bool) -> None:

@@ -60,7 +60,7 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """On an NVIDIA GPU."""
+    """:class:`Capturer` of an NVIDIA GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,16 +73,20 @@ class CudaCapturer:
 
     @cached_property
     def pool(self) -> torch.cuda.MemPool:
+        """Alive as long as this: what a graph's memory is taken from must not go with the first graph."""
         return torch.cuda.MemPool()
 
     def on_host(self, tensor: Tensor) -> bool:
+        """As :class:`Capturer` says."""
         return tensor.device.type == "cpu"
 
     def place_for(self, number: Tensor) -> Tensor:
+        """As :class:`Capturer` says."""
         with number.fake_mode if isinstance(number, FakeTensor) else nullcontext():
             return torch.zeros((), dtype=number.dtype, device=self.device)
 
     def beside(self, program: Program, inputs: list[Any]) -> list[Any]:
+        """As :class:`Capturer` says."""
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         # A workspace of cuBLAS' that was made in the pool would outlive the call.
@@ -97,13 +101,15 @@ class CudaCapturer:
         return outputs
 
     def capture(self, program: Program, inputs: list[Any]) -> Captured:
+        """As :class:`Capturer` says."""
         graph = torch.cuda.CUDAGraph()
         # "thread_local": a thread that pins memory for a data loader may go on.  Entering waits for the device, and
         # gives back what the allocator holds unused: what the first calls took in the common pool.
+        pool: Any = self.pool.id  # a handle, of which torch's annotations have a type of its own
         with (
             torch.cuda.device(self.device),
             clear_cublas_manager(),
-            torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"),
         ):
             outputs = program(list(inputs))
         captured = _CudaGraph(graph, outputs)
@@ -113,6 +119,7 @@ class CudaCapturer:
         return captured
 
     def left_alive(self, outputs: list[Any]) -> str | None:
+        """As :class:`Capturer` says."""
         alive = [*outputs, *(each for graph in self.graphs for each in graph.outputs)]
         in_pool = {each["address"]: each["total_size"] for each in self.pool.snapshot()}
         storages = [each.untyped_storage() for each in alive if isinstance(each, Tensor)]

@@ -9,14 +9,15 @@ itself (:func:`count`); where something is, the very same compiled code runs lau
 memory.  Inductor's own CUDA graphs would cut the program at every refresh op and reorder it.
 
 Two places wrap what is compiled.  Around all of it, where inputs are still Dynamo's, :meth:`CudaGraphs.around` asks the
-schedules and puts numbers on the device.  Inside, around the program that Inductor made, :meth:`CudaGraphs._run` captures
-and replays: what AOTAutograd does on the host around a program (counting writes, wrapping weights) happens in every step.
+schedules and puts numbers on the device.  Inside, around the program that Inductor made, :meth:`CudaGraphs.run`
+captures and replays: what AOTAutograd does on the host around a program (counting writes, taking weights apart)
+happens in every step.
 
 =============  ======================================================================================================
 input          in a captured graph
 =============  ======================================================================================================
-weights, …     at their place; a tensor that moved (``load_state_dict(assign=True)``, a new parameter, ``p.data = …``) is
-               seen by its pointer before a replay, and the graph is captured anew
+weights, …     where they are; one that moved (``load_state_dict(assign=True)``, ``p.data = …``, ``.to``) is seen by its
+               pointer before a replay, and the graph is captured anew
 given          batches of tokens, say: those that have been seen at two places are copied to one of the graph's own
 numbers        lr, betas, …: 0-d tensors of the device, filled when the number on the host has changed
 schedules, …   read by the host alone
@@ -191,7 +192,7 @@ class CudaGraphs:
                     self._forget()
 
     def _forget(self) -> None:
-        self._graphs.clear()
+        self._graphs.clear()  # whose memory is the pool's again
 
     def _plainly(self, program: Program, given: list[Any]) -> list[Any]:
         self.told.eager += 1
@@ -224,8 +225,8 @@ class CudaGraphs:
         moving = sorted(self._moving)
         if both := written.intersection(moving):
             return self._end(
-                f"{_described(given[min(both)])} is written by the step and lives elsewhere each time; keep it where it "
-                "is", program, given,
+                f"{_described(given[min(both)])} is written by the step and lives elsewhere each time; keep it where "
+                "it is", program, given,
             )  # fmt: skip
         while len(self._graphs) >= KEPT:
             self._graphs.popitem(last=False)

@@ -235,11 +235,7 @@ def qgalore(
     if chosen.strict:
         _refuse_unfused(record)
     progress.tell("guards")
-    if graphs is not None:
-        with _refusing():
-            graphs.check()
-        compiled = graphs.around(compiled)
-    return unseen.bumping(compiled, unseen_writes)
+    return unseen.bumping(_replayed(compiled, graphs), unseen_writes)
 
 
 def _cuda_graphs(
@@ -259,8 +255,8 @@ def _cuda_graphs(
         )
     if inductor_config.cpp_wrapper:
         raise OptionError(
-            "backend 'qgalore': option 'cudagraphs' reads what the emitted program does on the host, which it cannot of "
-            "one in C++; leave the setting cpp_wrapper of Inductor out, or the option"
+            "backend 'qgalore': option 'cudagraphs' looks for what the emitted program does on the host, which it "
+            "cannot in one in C++; leave the setting cpp_wrapper of Inductor out, or the option"
         )
     devices = [given.device for given in example_inputs if isinstance(given, Tensor) and given.device.type != "cpu"]
     device = devices[0] if devices else torch.device("cpu")
@@ -274,6 +270,15 @@ def _cuda_graphs(
         plan = host_reads.planned(gm, example_inputs, names, capturer.on_host)
     record.cuda_graphs = GraphsRecord(numbers=len(plan.numbers), schedules=len(plan.schedules))
     return CudaGraphs(plan, capturer, record.cuda_graphs)
+
+
+def _replayed(compiled: Callable[..., Any], graphs: CudaGraphs | None) -> Callable[..., Any]:
+    """With the option, what replays; raises OptionError where Inductor's program cannot be captured."""
+    if graphs is None:
+        return compiled
+    with _refusing():
+        graphs.check()
+    return graphs.around(compiled)
 
 
 @contextmanager

@@ -30,13 +30,14 @@ from qgalore_compile._torch import (
     is_from_unspecialized_nn_module_source,
     tree_leaves,
 )
+from qgalore_compile.backend.unseen import returns_gradients
 from qgalore_compile.optim.hyper_parameters import Numbers
 from qgalore_compile.optim.operators import PROJECT, UPDATE
 from qgalore_compile.subspace.refresh import REFRESHES
 
 
 class HostReadError(ValueError):
-    """A graph decides something on the host that a CUDA graph would keep as it was in one step; the message says what."""
+    """A graph decides on the host what a CUDA graph would keep as it was in one step; the message says what."""
 
 
 class Plan(NamedTuple):
@@ -71,6 +72,9 @@ def planned(
     Raises:
         HostReadError: something that a captured step could not follow.
     """
+    if returns_gradients(gm.graph):
+        raise HostReadError("it returns something that can be differentiated, so its backward would be another graph; "
+                            "call backward() in the compiled function, or detach what it returns")  # fmt: skip
     if parameters := [name for name, _ in gm.named_parameters()]:
         raise HostReadError(f"{parameters[0]} hangs on the graph and is none of its inputs, so nobody sees it move")
     for graph in (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)):

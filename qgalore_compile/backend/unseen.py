@@ -40,7 +40,7 @@ def hide(gm: fx.GraphModule, *, keep: bool) -> list[int]:
     calls = [node for node in gm.graph.nodes if node.target in _OF_SEEN]
     if not calls:
         return []
-    hidden = keep and not _returns_gradients(gm.graph) and _may_be_unseen(gm.graph, calls)
+    hidden = keep and not returns_gradients(gm.graph) and _may_be_unseen(gm.graph, calls)
     written = {source for call in calls for source in _written(call)} if hidden else set()
     for call in calls:
         overloads: Overloads = _OF_SEEN[call.target]
@@ -73,7 +73,7 @@ def bumping(compiled: Callable[..., Any], written: list[int]) -> Callable[..., A
     return call
 
 
-def _returns_gradients(graph: fx.Graph) -> bool:
+def returns_gradients(graph: fx.Graph) -> bool:
     """Whether something that is returned has a backward of its own, which is another graph then."""
     return any(isinstance(value, Tensor) and value.requires_grad
                for node in graph.output_node().all_input_nodes if node.op != "placeholder"

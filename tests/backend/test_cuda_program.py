@@ -10,6 +10,8 @@ import torch
 from fake_cuda import Program, emitted, fake_cuda, llama_step
 from torch._inductor.fx_passes.reinplace import ReinplaceCounters
 
+from qgalore_compile.backend.host_reads import in_program
+
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.slow,
@@ -83,3 +85,20 @@ def test_nothing_waits_for_the_gpu(program: Program) -> None:
     assert not re.findall(r"\.copy_\(|\.cpu\(|buf\d+\.item\(|synchronize", program.text)
     (call,) = re.findall(r"\.run\((.*\.item\(\).*)\)", program.text)
     assert call.count(".item()") == NUMBERS
+
+
+def test_a_step_to_be_replayed_has_its_numbers_on_the_device_and_reads_nothing_on_the_host(
+    inductor_cache: object,
+) -> None:
+    torch._dynamo.reset()
+    with fake_cuda():
+        step, inputs = llama_step(layers=1, width=WIDTH, rank=RANK)
+        replayed = emitted(step, *inputs, backend="qgalore", strict=True, cudagraphs=True)
+    assert in_program(replayed.text) is None
+    assert replayed.launches() == {"product": 3 * PROJECTED, "region": PROJECTED + PLAIN, "write-back": PROJECTED}
+    assert replayed.text.count("torch.ops.qgalore.refresh_.default(") == PROJECTED
+    assert "def partition_" not in replayed.text
+
+
+def test_numbers_that_are_arguments_of_a_launch_would_be_kept_by_a_graph(program: Program) -> None:
+    assert re.fullmatch(r"a kernel takes arg\d+_1 from the host as an argument", in_program(program.text) or "")

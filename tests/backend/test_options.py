@@ -30,7 +30,8 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     model, opt = toy()
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
     with pytest.raises(
-        ValueError, match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm, outline"
+        ValueError,
+        match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm, outline, cudagraphs",
     ):
         step(tokens())
 
@@ -44,6 +45,7 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
         ),
         ({"exact": 1}, "'exact' must be True or"),
         ({"outline": "yes"}, "'outline' must be True, False or None, got 'yes'"),
+        ({"cudagraphs": "yes"}, "'cudagraphs' must be True, False or None, got 'yes'"),
         ({"strict": None}, "'strict' must be True or False, got None"),
         ({"strict": "yes"}, "'strict' must be True or False, got 'yes'"),
         ({"reassociate": "speed"}, "'reassociate' must be one of 'memory', 'cost', 'never', got 'speed'"),
@@ -120,6 +122,24 @@ def test_mode_is_handed_on_to_inductor() -> None:
     run = qgalore(gm, [torch.ones(2)], mode="max-autotune", inner_compile=spy)
     run(torch.ones(2))
     assert modes == [True]
+
+
+@pytest.mark.parametrize(
+    ("mode", "setting", "message"),
+    [
+        (None, {}, "option 'cudagraphs' is for steps on an NVIDIA GPU, and this one is on cpu; leave it out"),
+        ("reduce-overhead", {}, "mode='reduce-overhead' asks for Inductor's own CUDA graphs, which would cut it"),
+        ("max-autotune", {}, "mode='max-autotune' asks for Inductor's own CUDA graphs"),
+        (None, {"triton.cudagraphs": True}, "the setting triton.cudagraphs of Inductor asks for Inductor's own"),
+        (None, {"cpp_wrapper": True}, "leave the setting cpp_wrapper of Inductor out, or the option"),
+    ],
+)
+def test_cudagraphs_are_refused_in_words_where_they_cannot_be(
+    mode: str | None, setting: dict[str, Any], message: str
+) -> None:
+    gm = fx.symbolic_trace(lambda x: (x + 1,))
+    with inductor_config.patch(setting), pytest.raises(OptionError, match=message):
+        qgalore(gm, [torch.ones(2)], options={"cudagraphs": True}, mode=mode, inner_compile=lambda *_, **__: None)
 
 
 def test_without_a_compiler_the_step_is_refused_before_anything_of_it_runs_and_explain_needs_none() -> None:

@@ -30,7 +30,7 @@ from user_steps import UserStep
 from user_steps_text import HEAD
 
 import qgalore_compile as qg
-from qgalore_compile.backend import entry
+from qgalore_compile.backend import reroll
 from qgalore_compile.backend.dry_run import dry, without_cache
 
 WIDTHS = {"one": (6,), "two widths": (6, 8), "three widths": (6, 8, 10)}
@@ -192,7 +192,7 @@ def _state(made: Sequence[Any]) -> dict[str, Tensor]:
 @contextmanager
 def _without_code_generation(how: str) -> Iterator[None]:
     """What the backend calls when it has parsed its options, with an interpreter where Inductor would generate code."""
-    compile_fx = entry.compile_fx
+    compile_fx = reroll.compile_fx
 
     def instead(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         if how == "traced":
@@ -203,7 +203,7 @@ def _without_code_generation(how: str) -> Iterator[None]:
     # dropout's own random numbers, which an interpreter draws as eager does
     guards = mock.patch.object(torch._dynamo.guards, "profile_guard_manager", return_value=0.0)  # which takes a while
     with (
-        mock.patch.object(entry, "compile_fx", instead),
+        mock.patch.object(reroll, "compile_fx", instead),
         evaluated_kernels(),
         guards,
         torch._inductor.config.patch(fallback_random=True),
