@@ -6,7 +6,6 @@ The device is a stand-in on the CPU (``fake_capture.py``).  Nothing here has run
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,26 +75,22 @@ def registered() -> Iterator[None]:
     capturing._made.clear()
 
 
-@pytest.fixture(scope="module")
-def shared(registered: None) -> tuple[Run, Run]:
-    """Steps with clipping, INT8 weights and a refresh every five steps, in which moments are rotated."""
-    return pair_of(lambda: _clipped(small(int8=True, update_proj_gap=5, moments_on_refresh="rotate", stagger=False)))
+def usual() -> tuple[nn.Module, qg.QGaLoreAdamW]:
+    """Clipping, INT8 weights and a refresh every five steps, in which moments are rotated."""
+    model, opt = small(int8=True, update_proj_gap=5, moments_on_refresh="rotate", stagger=False)
+    opt.max_grad_norm = 0.5
+    return model, opt
 
 
-def _clipped(made: tuple[nn.Module, qg.QGaLoreAdamW]) -> tuple[nn.Module, qg.QGaLoreAdamW]:
-    made[1].max_grad_norm = 0.5
-    return made
-
-
-@pytest.fixture
-def pair(shared: tuple[Run, Run]) -> tuple[Run, Run]:
-    for run in shared:
+def again(*pair: Run) -> tuple[Run, ...]:
+    """As at the start, compiled and captured as they are."""
+    for run in pair:
         run.load(run.first)
         run.losses.clear()
         run.device.calls.clear()
         run.batch = lambda number: (data() + number,)
         run.opt.max_grad_norm = 0.5
-    return shared
+    return pair
 
 
 def nothing(run: Run, number: int) -> None:
@@ -146,37 +141,33 @@ def same_place(run: Run, number: int) -> None:
 ACTS = (nothing, set_numbers, spoil, load_in_between, move_a_weight, step_in_eager_mode, same_place)
 
 
-@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
-def test_replayed_and_launched_steps_end_in_the_same_bits(pair: tuple[Run, Run], act: Act) -> None:
-    assert_equal_runs(*pair, act)
-    calls = pair[0].device.calls
-    assert calls.count("replay") >= 14  # refreshes at 0, 5, …, and where a NaN or a load puts them
-    assert not pair[1].device.calls
+@pytest.mark.slow
+def test_replayed_and_launched_steps_end_in_the_same_bits_whatever_comes_between(registered: None) -> None:
+    """One compilation for all of them: conftest forgets what is compiled with each test."""
+    replayed, launched = pair_of(usual)
+    for act in ACTS:
+        again(replayed, launched)
+        assert_equal_runs(replayed, launched, act)
+        # refreshes are at 0, 5, …, and where a NaN or a load puts them
+        assert replayed.device.calls.count("replay") >= 14, act.__name__
+        assert not launched.device.calls
 
 
-def test_steps_in_which_a_subspace_is_due_are_launched_and_all_others_replayed(pair: tuple[Run, Run]) -> None:
-    replayed, _ = pair
+def test_steps_in_which_a_subspace_is_due_are_launched_and_all_others_replayed(registered: None) -> None:
+    replayed, launched = pair_of(usual)
     replayed.train(nothing, 12)
-    replayed.load(replayed.first)
-    replayed.device.calls.clear()
+    again(replayed)
     before = copy.copy(replayed.told)
     replayed.train(nothing, 11)
     four = 4 * ["replay"]
     assert replayed.device.calls == ["beside", *four, "beside", *four, "beside"]
-    assert replayed.told.due - before.due == 3
-    assert replayed.told.replays - before.replays == 8
-
-
-def test_the_report_tells_numbers_schedules_and_counts(pair: tuple[Run, Run]) -> None:
-    replayed, launched = pair
-    replayed.train(nothing, 8)
-    launched.train(nothing, 1)
     told = replayed.told
+    assert (told.due - before.due, told.replays - before.replays) == (3, 8)
     # of both groups lr, decay, eps, scale, three of each beta and the least root; and the limit
     assert (told.numbers, told.schedules) == (2 * 11 + 1, 1)
-    assert f"CUDA graphs: captured {told.captures} time(s); {told.replays} steps replayed" in str(
-        qg.report(replayed.step)
-    )
+    text = f"CUDA graphs: captured {told.captures} time(s); {told.replays} steps replayed"
+    assert text in str(qg.report(replayed.step))
+    launched.train(nothing, 1)
     assert "CUDA graphs" not in str(qg.report(launched.step))
 
 
@@ -191,26 +182,28 @@ def _diverges(pair: tuple[Run, Run], act: Act) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "flaw", "act"),
-    [
-        (cuda_graphs, "count", lambda schedules: None, nothing),
-        (cuda_graphs, "_fresh", lambda output, kept: output, nothing),
-        (cuda_graphs._Graph, "moved", lambda self, given: False, move_a_weight),
-        (cuda_graphs, "anything_due", lambda schedules: False, nothing),
-        (cuda_graphs.CudaGraphs, "_with_numbers", lambda self, inputs: [
-            self._numbers.get(place, each) for place, each in enumerate(inputs)
-        ], set_numbers),
-    ],
-    ids=["schedules not counted", "outputs not copied", "a weight that moved", "a refresh that is due", "old numbers"],
-)  # fmt: skip
-def test_the_stand_in_tells_a_wrong_replay(
-    pair: tuple[Run, Run], monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, flaw: Any, act: Act
-) -> None:
-    monkeypatch.setattr(owner, name, flaw)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CudaGraphsWarning)
-        assert _diverges(pair, act)
+FLAWS: dict[str, tuple[Any, str, Any, Act]] = {
+    "a schedule is not counted": (cuda_graphs, "count", lambda schedules: None, nothing),
+    "outputs are not copied": (cuda_graphs, "_fresh", lambda output, kept: output, nothing),
+    "a weight that moved": (cuda_graphs._Graph, "moved", lambda self, given: False, move_a_weight),
+    "a refresh that is due": (cuda_graphs, "anything_due", lambda schedules: False, nothing),
+    "old numbers": (
+        cuda_graphs.CudaGraphs,
+        "_with_numbers",
+        lambda self, inputs: [self._numbers.get(place, each) for place, each in enumerate(inputs)],
+        set_numbers,
+    ),
+}
+
+
+def test_the_stand_in_tells_a_wrong_replay(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pair_of(usual)
+    assert not _diverges(pair, nothing)
+    for name, (owner, attribute, flaw, act) in FLAWS.items():
+        again(*pair)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, flaw)
+            assert _diverges(pair, act), name
 
 
 def test_the_stand_in_bakes_in_numbers_that_are_left_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,11 +311,10 @@ def test_states_that_move_in_every_step_end_it_in_words() -> None:
     assert replayed.device.calls.count("capture") == FUTILE
 
 
-def test_memory_is_not_shared_with_a_launched_step_that_leaves_something_in_it(pair: tuple[Run, Run]) -> None:
-    replayed, launched = pair
+def test_memory_is_not_shared_with_a_launched_step_that_leaves_something_in_it(registered: None) -> None:
+    replayed, launched = pair_of(usual)
     replayed.train(nothing, 8)
-    replayed.load(replayed.first)
-    replayed.losses.clear()
+    again(replayed)
     replayed.device.left = "a workspace"
     with pytest.warns(CudaGraphsWarning, match="keeps memory apart .* left something alive: a workspace") as seen:
         assert_equal_runs(replayed, launched, nothing, 16)
