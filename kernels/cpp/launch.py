@@ -120,10 +120,39 @@ class Kernel:
         columns = self.program.space.columns
         return tuple(MEMORY[buffer.memory].pitch(columns) for buffer in self.program.buffers)
 
-    def launch(self, pointers: Sequence[int], pitches: Sequence[int], rows: int, groups: int) -> None:
-        """Run a program without numbers on all rows and groups, given the address and the pitch of every buffer."""
-        count = len(pointers)
-        self._run((ctypes.c_void_p * count)(*pointers), (ctypes.c_int64 * count)(*pitches), None, 0, rows, 0, groups)
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Of the tensors that a call is given, those that are written before those that are read, each one's buffer."""
+        places = range(len(self.program.buffers))
+        written = [place for place in places if self.program.buffers[place].access != "in"]
+        return (*written, *(place for place in places if place not in written))
+
+    @cached_property
+    def _addresses(self) -> Any:
+        return ctypes.c_void_p * len(self.program.buffers)
+
+    @cached_property
+    def _whole(self) -> tuple[Any, int, int]:
+        return (ctypes.c_int64 * len(self.pitches))(*self.pitches), self.program.space.rows, self.program.space.groups
+
+    def pointers(self, order: Sequence[int], tensors: Sequence[Tensor]) -> Any:
+        """Addresses by buffer, for a launch: of one tensor for each place in ``order``."""
+        addresses = self._addresses()
+        for place, tensor in zip(order, tensors, strict=True):
+            addresses[place] = tensor.data_ptr()
+        return addresses
+
+    def launch(
+        self, pointers: Any, pitches: Any, numbers: Any, row_0: int, row_1: int, group_0: int, group_1: int
+    ) -> None:
+        """Run the program on some rows and groups, given :meth:`pointers` and arrays of int64."""
+        self._run(pointers, pitches, numbers, row_0, row_1, group_0, group_1)
+
+    def run(self, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Run the program on its whole space; contiguous tensors as for ``gemm.named``."""
+        pitches, rows, groups = self._whole
+        held = (ctypes.c_int64 * len(numbers))(*numbers) if numbers else None
+        self._run(self.pointers(self.order, [*written, *read]), pitches, held, 0, rows, 0, groups)
 
     def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
         """What a launch takes, from one contiguous tensor for each buffer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -133,6 +134,60 @@ def test_blocks_of_a_prologue_begin_at_a_group_of_both_programs(monkeypatch: pyt
     right.tensors, right.operand = list(codes[:3]), Operand(made, False)
     right.matrix = formats.dequantize_int4(*codes[:3], N, 12)
     run(left, right, torch.float32, 1500, monkeypatch)
+
+
+# -- what calls have in common ----------------------------------------------------------------------------------------
+
+
+def decoded_on_the_right() -> tuple[str, list[Tensor]]:
+    """A product's text, with an epilogue, and what it reads."""
+    left = Side(M, K, quantised=False, transposed=False, dtype=torch.float32)
+    right = Side(K, N, quantised=True, transposed=True, dtype=torch.float32)
+    gemm = GemmProgram(left.operand, right.operand, epilogue("f32"), "product")
+    return str(gemm), [*left.tensors, *right.tensors, torch.tensor(0.1)]
+
+
+def test_a_second_call_works_out_nothing_that_follows_from_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, read = decoded_on_the_right()
+    plain = str(GemmProgram(*GemmProgram.parse(text).products[0][:2]))
+    first = torch.ones(M, N)
+    gemm_cpu.run(text, [first, torch.empty(M, 6)], read, [])
+    product = gemm_cpu.product(plain, read[:-1])
+    for name in ("parsed", "kernels", "_Plan", "_Side", "_Decoding", "_view"):
+        monkeypatch.delattr(gemm_cpu, name)
+    again = torch.ones(M, N)
+    gemm_cpu.run(text, [again, torch.empty(M, 6)], read, [])
+    assert torch.equal(again, first)
+    assert torch.equal(gemm_cpu.product(plain, read[:-1]), product)
+
+
+def test_threads_that_run_one_text_do_not_meet() -> None:
+    text, read = decoded_on_the_right()
+    inputs = [[torch.randn(M, K), *read[1:]] for _ in range(4)]
+
+    def updated(own: list[Tensor]) -> Tensor:
+        w = torch.zeros(M, N)
+        for _ in range(50):
+            w.zero_()
+            gemm_cpu.run(text, [w, torch.empty(M, 6)], own, [])
+        return w
+
+    alone = [updated(own) for own in inputs]
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        assert all(map(torch.equal, threads.map(updated, inputs), alone))
+
+
+def test_a_use_has_one_block_whose_views_are_kept_until_a_larger_one_is_needed() -> None:
+    small, dtype = gemm_cpu._scratch("a test's", (2, 3), torch.float32), torch.float32
+    turned = gemm_cpu._scratch("a test's", (2, 3), dtype, transposed=True)
+    assert gemm_cpu._scratch("a test's", (2, 3), dtype) is small
+    assert turned.shape == (3, 2)
+    assert turned.data_ptr() == small.data_ptr() == gemm_cpu._scratch("a test's", (1, 6), dtype).data_ptr()
+    large = gemm_cpu._scratch("a test's", (4, 3), dtype)
+    held = gemm_cpu._held.__dict__["a test's"]
+    assert large.data_ptr() == held.data_ptr()
+    assert gemm_cpu._scratch("a test's", (2, 3), dtype).data_ptr() == held.data_ptr()
+    assert set(gemm_cpu._views.of["a test's"]) == {((4, 3), dtype, False), ((2, 3), dtype, False)}
 
 
 # -- several products -------------------------------------------------------------------------------------------------
