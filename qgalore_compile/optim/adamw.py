@@ -116,9 +116,9 @@ class QGaLoreAdamW(Optimizer):
         with checkpoint.undo_on_error(self.param_groups):
             super().add_param_group(group := self._complete(group))
             self.param_groups[position] = group = self._group(group, position)
-        first = sum(len(other["params"]) for other in self.param_groups[:-1] if "rank" in other)
-        for index, parameter in enumerate(group["params"], first):
-            slot = groups.slot_of(group, index) if "rank" in group else -1
+        layers = groups.layer_numbers(self.param_groups)[position]
+        for index, parameter in enumerate(group["params"]):
+            slot = groups.slot_of(group, layers[index]) if "rank" in group else -1
             state = layout.new_state(parameter, group, slot)
             if not self.state:
                 # here, and under no key of their own: torch.distributed.checkpoint takes every key for a parameter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,7 @@ def check_gradients(group: dict[str, Any], position: int) -> None:
 # -- what a checked group means -------------------------------------------------------------------------------------
 
 
-def names_of(group: dict[str, Any], position: int) -> list[str]:
+def names_of(group: Mapping[str, Any], position: int) -> list[str]:
     """Names of the group's parameters for messages and reports: its ``param_names``, or their places."""
     places = [f"parameter {index} of group {position}" for index in range(len(group["params"]))]
     return list(group.get("param_names", places))
@@ -149,10 +149,38 @@ def moments_that_follow(group: Any, state: dict[str, Tensor], betas: Tensor) -> 
     return Moments(parts_in(state, own), state["step"], group["moments_on_refresh"], betas, own.text)
 
 
-def slot_of(group: dict[str, Any], index: int) -> int:
-    """The slot of the optimizer's ``index``-th projected parameter, -1 where the group's refreshes are not staggered.
+def layer_of(name: str) -> str:
+    """The layer that a weight of this name belongs to: the innermost numbered module around the one that holds it.
 
-    Counted over groups, so that groups of the same gap share the steps of a round.
+    "model.layers.3" of "model.layers.3.mlp.up_proj.weight" and of "model.layers.3.mlp.fc.0.weight", whose 0 is the
+    linear layer itself.  "" where there is none.  Innermost, so that a layer is rather too small (an expert of many)
+    than too large (a stage of twenty blocks): what falls due together should be little.
     """
+    modules = name.split(".")[:-2]
+    while modules and not modules[-1].isdecimal():
+        modules.pop()
+    return ".".join(modules)
+
+
+def layer_numbers(param_groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """For each group, the number of each projected parameter's layer, in the order in which layers come; of a group
+    that is not projected none.
+
+    Counted over groups, so that groups of the same gap share the steps of a round, and a layer whose weights are in
+    several groups is one.  A parameter without a name, or outside of numbered modules, is a layer of its own.
+    """
+    numbers: dict[Any, int] = {}
+    return [
+        [
+            numbers.setdefault(layer_of(name) or (position, index), len(numbers))
+            for index, name in enumerate(names_of(group, position) if "rank" in group else ())
+        ]
+        for position, group in enumerate(param_groups)
+    ]
+
+
+def slot_of(group: Mapping[str, Any], layer: int) -> int:
+    """The slot of the parameters of the optimizer's ``layer``-th layer, -1 where the group's refreshes are not
+    staggered."""
     staggered = group["stagger"] and group["similarity"] != "official"
-    return index % group["update_proj_gap"] if staggered else -1
+    return layer % group["update_proj_gap"] if staggered else -1

@@ -12,7 +12,7 @@ next       the clock of the next *turn*, at which the op looks at the gradient: 
 gap        calls from one refresh to the next; where refreshes are staggered, rounded down to a multiple of min_gap
 last       the clock at the last refresh, -1 before the first
 refreshes  refreshes so far, the stand-in not among them
-slot       the parameter's place in a round of min_gap calls, -1 where refreshes are not staggered
+slot       its layer's place in a round of min_gap calls, -1 where refreshes are not staggered
 checks     energies that were compared with the reference so far
 failures   decompositions so far that did not converge or were not finite (:mod:`qgalore_compile.subspace.refresh`)
 energy     ‖R‖² / ‖G‖² as measured last, NaN before; the rounding of an INT4 projector can lift it above 1
@@ -33,10 +33,13 @@ caps       the gap, one that stands too: where ``max_gap`` has been set lower, f
 shrinks    it by gamma, not below min_gap, when the *newest* similarity is below ``shrink``.  Not the mean: that would
            hold up the answer by several of the longest gaps, while a false alarm costs a few refreshes.  What the
            queue held was true of the subspace before it moved, so it goes, and growth has to be earned again.
-staggers   refreshes over parameters.  The i-th projected parameter of an optimizer has the slot i mod min_gap, and
-           its turns come at clocks ≡ slot (mod min_gap) alone: the first at the slot, the others whole multiples of
-           min_gap later.  Two parameters of different slots never meet, so of N parameters whose clocks agree at most
-           ceil(N / min_gap) refresh in one step, without a word between them.  A parameter that had no gradient in some
+staggers   refreshes over layers.  The projected parameters of an optimizer's i-th layer have the slot i mod min_gap
+           (:func:`qgalore_compile.optim.groups.layer_of` says what a layer is), and
+           their turns come at clocks ≡ slot (mod min_gap) alone: the first at the slot, the others whole multiples of
+           min_gap later.  Two parameters of different slots never meet, so of N layers whose clocks agree at most
+           ceil(N / min_gap) refresh in one step, without a word between them, and where N is below min_gap most steps
+           refresh nothing.  By parameters instead of layers, 210 of them and a gap of 200, nearly every step had one
+           to refresh.  A parameter that had no gradient in some
            steps is behind by as many: its turns meet other slots' from then on, one in each of its rounds.  So do,
            for once, turns that are made up for.  Until its slot comes, a projector from a sketch of the
            first gradient stands in (:func:`~qgalore_compile.subspace.finder.sketched_subspace`): no step has N
@@ -257,7 +260,7 @@ class ScheduleRecord:
             trigger "energy" a look at the gradient.  They count the steps in which the parameter had a gradient.
         refreshes: so far, the stand-in not among them.
         similarities: the last ``queue_size`` ones, oldest first; since the last fall, where one fell low.
-        slot: the parameter's place in a round of update_proj_gap steps; None where refreshes are not staggered.
+        slot: its layer's place in a round of update_proj_gap steps; None where refreshes are not staggered.
         checks: captured energies that were compared with the reference so far.
         failures: decompositions so far that did not converge or were not finite.
         energy, reference: ‖R‖² / ‖G‖² as measured last, and as measured after the last refresh; None where trigger

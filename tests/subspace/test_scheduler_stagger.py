@@ -15,7 +15,7 @@ from support import tokens, toy, training_step
 from torch import Tensor, nn
 
 import qgalore_compile as qg
-from qgalore_compile.optim.groups import refresh_rule, slot_of
+from qgalore_compile.optim.groups import layer_numbers, layer_of, refresh_rule, slot_of
 from qgalore_compile.subspace.finder import leading_subspace, sketched_subspace
 from qgalore_compile.subspace.scheduler import Rule, Schedule
 
@@ -106,6 +106,81 @@ def test_a_stand_in_that_failed_is_made_up_for_and_the_slot_stays() -> None:
 def test_an_official_group_and_one_that_is_not_to_be_staggered_have_no_slots(gap: int) -> None:
     for keys in ({"similarity": "official", "stagger": True}, {"similarity": "subspace", "stagger": False}):
         assert slot_of({"update_proj_gap": gap, **keys}, 3) == -1
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "model.layers.3.self_attn.q_proj.weight": "model.layers.3",
+    "transformer.h.11.mlp.c_fc.weight": "transformer.h.11",
+    "encoder.block.2.layer.1.DenseReluDense.wi.weight": "encoder.block.2.layer.1",
+    "model.layers.3.mlp.experts.7.w1.weight": "model.layers.3.mlp.experts.7",
+    "blocks.3.mlp.0.weight": "blocks.3",  # the last number is the linear layer itself
+    "blocks.3.attn.to_out.0.weight": "blocks.3",
+    "stages.1.blocks.17.fc.weight": "stages.1.blocks.17",
+    "encoder_layer_3.mlp.fc.weight": "",  # its number is no module of a list
+    "0.weight": "",
+    "lm_head.weight": "",
+    "weight": "",
+}
+
+
+@pytest.mark.parametrize(("name", "layer"), LAYERS.items(), ids=LAYERS)
+def test_a_layer_is_the_innermost_numbered_module_around_the_one_that_holds_the_weight(name: str, layer: str) -> None:
+    assert layer_of(name) == layer
+
+
+def test_layers_are_numbered_as_they_come_over_groups_and_a_weight_without_one_is_its_own() -> None:
+    def group(*names: str, **keys: object) -> dict[str, object]:
+        return {"params": names, "param_names": names, "rank": 2, **keys}
+
+    first = group("layers.1.q.weight", "layers.1.k.weight", "proj.weight", "layers.0.q.weight")
+    plain = {"params": ["layers.7.norm.weight"], "param_names": ["layers.7.norm.weight"]}
+    second = group("layers.0.up.weight", "proj.weight", "layers.2.up.weight")  # of a layer in two groups
+    nameless = {"params": [None, None], "rank": 2}
+    assert layer_numbers([first, plain, second, nameless]) == [[0, 0, 1, 2], [], [2, 3, 4], [5, 6]]
+
+
+class Stack(nn.Module):
+    """Layers of two weights each, and one weight outside of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        pair = lambda: nn.ModuleDict({"up": nn.Linear(6, 6, bias=False), "down": nn.Linear(6, 6, bias=False)})  # noqa: E731
+        self.layers = nn.ModuleList(pair() for _ in range(count))
+        self.out = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer["down"](layer["up"](x))
+        return self.out(x)
+
+
+def test_weights_of_a_layer_refresh_in_one_step_and_most_steps_refresh_nothing() -> None:
+    model = Stack(3)
+    opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=2, targets=lambda *_: True, update_proj_gap=10), lr=1e-3)
+    assert [record.slot for record in opt.schedule()] == [0, 0, 1, 1, 2, 2, 3]
+    refreshed: list[int] = []
+    for _ in range(11):
+        before = sum(record.refreshes for record in opt.schedule())
+        model(torch.randn(5, 6)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        refreshed.append(sum(record.refreshes for record in opt.schedule()) - before)
+    assert refreshed == [2, 2, 2, 1, 0, 0, 0, 0, 0, 0, 2]
+
+
+def test_a_saved_run_goes_on_by_the_slots_that_it_was_saved_with() -> None:
+    """Earlier ones were counted by weight."""
+
+    def made() -> qg.QGaLoreAdamW:
+        return qg.QGaLoreAdamW(qg.param_groups(Stack(3), rank=2, targets=lambda *_: True, update_proj_gap=10))
+
+    old, new = made(), made()
+    for index, state in enumerate(state for state in old.state.values() if "schedule" in state):
+        state["schedule"].copy_(replace(Schedule.from_tensor(state["schedule"]), slot=index).to_tensor())
+    new.load_state_dict(old.state_dict())
+    assert [record.slot for record in new.schedule()] == list(range(7))
 
 
 # -- the stand-in -----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_every_turn_is_told_and_no_step_has_more_refreshes_than_its_share(config
     turns = {record["step"]: record["turns"] for record in records}
     assert len(turns[1]) == 14  # refreshed or stood in for
     assert all(turn["seconds"] > 0 for each in turns.values() for turn in each)
-    share = -(-14 // config.update_proj_gap)
+    share = 7 * -(-2 // config.update_proj_gap)  # the weights of a layer together
     refreshed = [[turn["name"] for turn in turns[step] if turn["refreshed"]] for step in turns]
     assert refreshed == [record["refreshed"] for record in records]
     assert max(map(len, refreshed)) == share
