@@ -48,6 +48,13 @@ KEEP_ORDER: dict[str, Any] = {"reorder_for_peak_memory": False}
 what is inside an outlined function: it hoists X Pᵀ of every layer in front of the forward."""
 
 
+STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+"""Inductor launches its own Triton kernels through C, but those of others, which all of ours count as, through Triton's
+launcher in Python, unless this is set.  It is asked where a kernel is compiled: worker processes of Inductor's are not
+told of a patch (2.13), so there the environment variable TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS=1 has
+to say it, before they start."""
+
+
 class OptionError(ShortenTraceback, ValueError):
     """An option of ``torch.compile(…, backend="qgalore", options=…)`` that does not exist or has no such value.
 
@@ -198,6 +205,7 @@ def qgalore(
     """
     progress.tell("autograd")
     patches = {**FUSION_SEARCH, **KEEP_ORDER, **(list_mode_options(mode) if mode else {})}
+    patches |= launches_of(example_inputs)
     chosen = Options.parse(options)
     compiles = not compile_fx_arguments
     if compiles and _on_cpu(example_inputs):
@@ -289,6 +297,12 @@ def _refusing() -> Iterator[None]:
         raise OptionError(
             f"backend 'qgalore': option 'cudagraphs' cannot replay this step: {error}; or leave the option out"
         ) from None
+
+
+def launches_of(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """Inductor's settings for how kernels are launched: of a graph on an NVIDIA or AMD GPU, where this torch has it."""
+    on_gpu = any(given.device.type == "cuda" for given in example_inputs if isinstance(given, Tensor))
+    return {STATIC_LAUNCH: True} if on_gpu and hasattr(inductor_config, STATIC_LAUNCH) else {}
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

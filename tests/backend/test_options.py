@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from support import (
 )
 from torch import Tensor, fx, nn
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import qgalore_compile as qg
-from qgalore_compile.backend.entry import OptionError, Options, qgalore
+from qgalore_compile.backend import entry
+from qgalore_compile.backend.entry import OptionError, Options, launches_of, qgalore
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes import PASSES
 
@@ -140,6 +143,27 @@ def test_cudagraphs_are_refused_in_words_where_they_cannot_be(
     gm = fx.symbolic_trace(lambda x: (x + 1,))
     with inductor_config.patch(setting), pytest.raises(OptionError, match=message):
         qgalore(gm, [torch.ones(2)], options={"cudagraphs": True}, mode=mode, inner_compile=lambda *_, **__: None)
+def test_kernels_of_ours_are_launched_like_inductor_s_own_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.ones(2)
+    there = FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), torch.device("cuda", 0))
+    assert launches_of([1, there, here]) == {"static_launch_user_defined_triton_kernels": True}
+    assert launches_of([1, here]) == {}
+    with inductor_config.patch(launches_of([there])):  # the name is one of Inductor's
+        assert inductor_config.static_launch_user_defined_triton_kernels
+    monkeypatch.setattr(entry, "inductor_config", SimpleNamespace())
+    assert launches_of([there]) == {}  # a torch that has no such setting
+
+
+def test_a_graph_on_a_cpu_is_compiled_without_static_launches() -> None:
+    seen: list[bool] = []
+
+    def spy(gm: fx.GraphModule, example_inputs: Any, **context: Any) -> Any:
+        seen.append(inductor_config.static_launch_user_defined_triton_kernels)
+        return gm.forward
+
+    gm = fx.symbolic_trace(lambda x: (x + 1,))
+    qgalore(gm, [torch.ones(2)], inner_compile=spy)
+    assert seen == [inductor_config.static_launch_user_defined_triton_kernels]
 
 
 def test_without_a_compiler_the_step_is_refused_before_anything_of_it_runs_and_explain_needs_none() -> None:
