@@ -143,6 +143,8 @@ def test_cudagraphs_are_refused_in_words_where_they_cannot_be(
     gm = fx.symbolic_trace(lambda x: (x + 1,))
     with inductor_config.patch(setting), pytest.raises(OptionError, match=message):
         qgalore(gm, [torch.ones(2)], options={"cudagraphs": True}, mode=mode, inner_compile=lambda *_, **__: None)
+
+
 def test_kernels_of_ours_are_launched_like_inductor_s_own_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     here = torch.ones(2)
     there = FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), torch.device("cuda", 0))
