@@ -9,8 +9,9 @@ The model is transformers' Llama in bfloat16 with SmolLM2-135M's sizes (30 layer
 - "adamw": the model compiled by Inductor, ``torch.optim.AdamW(fused=True)`` outside, as people run it;
 - "qgalore", "flat": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step; the second without `outline`.
 
-Each side is a process of its own with an empty cache.  Resident memory is the operating system's, behind the fourth
-step.  Writes `results/deep-model.json`.
+Each side is a process of its own with an empty cache.  Subspaces of a layer fall due in each of the first steps, one
+layer after the other; steady steps are those behind.  Resident memory is the operating system's, behind the fourth step.
+Writes `results/deep-model.json`, or `deep-model-float32.json`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ import qgalore_compile as qg
 from qgalore_compile.training.telemetry import resident_bytes
 
 BATCH, SEQ = 2, 128
-STEPS = 9
+STEADY = 8
+"""Steps in which nothing is due."""
 SIDES = ("adamw", "qgalore", "flat")
 
 
-def make_model(layers: int) -> Any:
+def make_model(layers: int, dtype: torch.dtype) -> Any:
     """A Llama of SmolLM2-135M's sizes, random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,12 +55,12 @@ def make_model(layers: int) -> Any:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).to(dtype)
 
 
-def make_step(side: str, layers: int) -> Callable[[Tensor], Tensor]:
+def make_step(side: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
     """A side's step."""
-    model = make_model(layers)
+    model = make_model(layers, dtype)
     if side == "adamw":
         compiled = torch.compile(model)
         adamw = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
@@ -70,12 +72,12 @@ def make_step(side: str, layers: int) -> Callable[[Tensor], Tensor]:
     return torch.compile(step, backend="qgalore", fullgraph=True, options=options)
 
 
-def measure(side: str, layers: int) -> dict[str, Any]:
-    """In this process."""
-    step = make_step(side, layers)
+def measure(side: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """In this process.  In steps 1 to ``layers`` − 1 one layer's subspaces fall due in each, behind them none."""
+    step = make_step(side, layers, dtype)
     seconds = []
     held = 0.0
-    for index in range(STEPS):
+    for index in range(layers + STEADY):
         tokens = torch.randint(49_152, (BATCH, SEQ), generator=torch.Generator().manual_seed(index))
         started = time.perf_counter()
         loss = float(step(tokens))
@@ -83,26 +85,36 @@ def measure(side: str, layers: int) -> dict[str, Any]:
         if index == 3:
             gc.collect()
             held = resident_bytes() / 2**20
-    return {"first_s": seconds[0], "second_s": seconds[1], "steady_s": seconds[3:], "resident_mib": held, "loss": loss}
+    return {
+        "first_s": seconds[0],
+        "due_s": seconds[1:layers],
+        "steady_s": seconds[layers:],
+        "resident_mib": held,
+        "loss": loss,
+    }
 
 
 def main(
     layers: int = 30,
     sides: Annotated[str, typer.Option(help="By comma.")] = ",".join(SIDES),
+    dtype: Annotated[str, typer.Option(help="float32 where the processor has no products in bfloat16.")] = "bfloat16",
     one: Annotated[str, typer.Option(help="Measure this side here, and print it.")] = "",
 ) -> None:
     if one:
-        print(json.dumps(measure(one, layers)))
+        print(json.dumps(measure(one, layers, getattr(torch, dtype))))
         return
     found: dict[str, Any] = {}
-    table = Table("side", "first step, s", "steady step, s", "resident, MiB")
+    table = Table("side", "first step, s", "a layer due, s", "steady step, s", "resident, MiB")
     for side in sides.split(","):
         with TemporaryDirectory() as cache:
-            row = found[side] = json.loads(last_line(__file__, ["--layers", str(layers), "--one", side], cache))
+            arguments = ["--layers", str(layers), "--dtype", dtype, "--one", side]
+            row = found[side] = json.loads(last_line(__file__, arguments, cache))
         print(side, row, flush=True)
-        table.add_row(side, f"{row['first_s']:.1f}", f"{median(row['steady_s']):.3f}", f"{row['resident_mib']:.0f}")
+        due, steady = median(row["due_s"]), median(row["steady_s"])
+        table.add_row(side, f"{row['first_s']:.1f}", f"{due:.3f}", f"{steady:.3f}", f"{row['resident_mib']:.0f}")
     Console().print(table)
-    write_result(RESULTS / "deep-model.json", {"machine": machine(), "layers": layers, "sides": found})
+    name = "deep-model" if dtype == "bfloat16" else f"deep-model-{dtype}"
+    write_result(RESULTS / f"{name}.json", {"machine": machine(), "layers": layers, "dtype": dtype, "sides": found})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ reroll.py             equal layers, taken out before AOTAutograd walks over them
 cuda_graphs.py        a step that is replayed where no subspace is due (option ``cudagraphs``)
 host_reads.py         what of a step is read on the host, and what of that a replay could not follow
 capturing.py          how launches are captured and replayed
+leavings.py           what compiling leaves behind, let go
 spent.py              outputs that can be differentiated no more
 asked.py              what the optimizers in a graph ask for
 strict.py             what is not as asked, a sentence each

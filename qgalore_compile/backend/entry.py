@@ -24,7 +24,7 @@ from qgalore_compile._torch import (
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.backend import compilation, host_reads, reroll, spent, strict, tracing, unseen
+from qgalore_compile.backend import compilation, host_reads, leavings, reroll, spent, strict, tracing, unseen
 from qgalore_compile.backend.capturing import capturer_of
 from qgalore_compile.backend.cuda_graphs import CudaGraphs
 from qgalore_compile.backend.records import GraphsRecord
@@ -213,10 +213,7 @@ def qgalore(
         cpu.prepare()
     names, parameters = compilation.input_names(gm), compilation.parameters(gm, example_inputs)
     manager = chosen.passes(names, parameters, compiles=compiles)
-    patches["post_grad_custom_post_pass"] = [
-        *get_custom_graph_passes(inductor_config.post_grad_custom_post_pass),
-        manager,
-    ]
+    patches["post_grad_custom_post_pass"] = [*_post_passes(), manager]
     record = compilation.begin(gm, into)
     spent.detach(gm)
     graphs = _cuda_graphs(gm, example_inputs, names, record, mode) if chosen.cudagraphs else None
@@ -243,7 +240,12 @@ def qgalore(
     if chosen.strict:
         _refuse_unfused(record)
     progress.tell("guards")
-    return unseen.bumping(_replayed(compiled, graphs), unseen_writes)
+    return unseen.bumping(_replayed(leavings.without_graph(compiled), graphs), unseen_writes)
+
+
+def _post_passes() -> list[Any]:
+    """Passes of the user's own, in the place where ours will run."""
+    return get_custom_graph_passes(inductor_config.post_grad_custom_post_pass)
 
 
 def _cuda_graphs(
