@@ -121,6 +121,8 @@ class Columns:
         if placed:
             at, (column, coordinate) = placed[0]
             offset = coordinate - at
+            if abs(offset) > EDGE:  # an edge's own reading of a layer far away could look like it in fewer layers
+                raise Uneven(f"{what}: stands {abs(offset)} layers away")
         else:
             column, offset = len(self.of), 0
             self.of.append({})
@@ -128,7 +130,7 @@ class Columns:
             self._pending.append(column)
         for at, node in sorted(found.items(), key=lambda each: each[0] not in core):
             if not self._put(column, at + offset, node) and at in core:
-                raise Uneven(f"{what}: {node.name} is unlike {self._some(column)}")
+                raise Uneven(f"{what}: {node.name} is unlike {self.some(column)}")
         return column, offset
 
     def _put(self, column: int, coordinate: int, node: fx.Node) -> bool:
@@ -143,7 +145,8 @@ class Columns:
         self.place[node] = column, coordinate
         return True
 
-    def _some(self, column: int) -> str:
+    def some(self, column: int) -> str:
+        """The name of one of a column's elements."""
         return next(iter(self.of[column].values())).name
 
     def _close(self, column: int) -> None:
@@ -152,18 +155,18 @@ class Columns:
         arguments = {at: self.taken(node) for at, node in elements.items()}
         for index in range(len(arguments[self.core[0]])):
             found = {at: given[index] for at, given in arguments.items() if index < len(given)}
-            self.takes[column].append(self._relate(found, f"argument {index} of {self._some(column)}"))
+            self.takes[column].append(self._relate(found, f"argument {index} of {self.some(column)}"))
         readers = {at: self._readers[node] for at, node in elements.items()}
         everywhere = set.intersection(*({user for user, _ in readers[at]} for at in self.core))
         self.gathering.update((user, None) for user in everywhere)
         readers = {at: [each for each in found if each[0] not in everywhere] for at, found in readers.items()}
         count = len(readers[self.core[0]])
         if any(len(readers[at]) != count for at in self.core):
-            raise Uneven(f"{self._some(column)} is read in another way in some layer")
+            raise Uneven(f"{self.some(column)} is read in another way in some layer")
         for index in range(count):
             alike = {at: found[index][0] for at, found in readers.items() if len(found) == count}
-            if self._relate(alike, f"a reader of {self._some(column)}") is None:
-                raise Uneven(f"{self._some(column)} is read by one node in some layers")
+            if self._relate(alike, f"a reader of {self.some(column)}") is None:
+                raise Uneven(f"{self.some(column)} is read by one node in some layers")
 
     def _check_common(self) -> None:
         """A node that all layers read is no layer's own; it may be of the first one, where equal ones were merged."""
@@ -182,7 +185,7 @@ class Columns:
         """
         column, coordinate = place
         if coordinate not in self.of[column]:
-            raise Uneven(f"{self._some(column)} has no like in some layer")
+            raise Uneven(f"{self.some(column)} has no like in some layer")
         return self.of[column][coordinate]
 
 

@@ -87,6 +87,7 @@ class PassManager(CustomGraphPass):
         reassociate: "memory", "cost" or "never".
         gemm: "same" or "bf16".
         outline: whether equal layers become calls of one function; None for where it saves much.
+        rerolls: whether tracing may be shown a few of equal layers, for ``unroll`` to put the others back.
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
@@ -112,6 +113,7 @@ class PassManager(CustomGraphPass):
         reassociate: str = "memory",
         gemm: str = "same",
         outline: bool | None = False,
+        rerolls: bool = False,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
         compiles: bool = False,
@@ -122,6 +124,7 @@ class PassManager(CustomGraphPass):
         self.reassociate = reassociate
         self.gemm = gemm
         self.outline = outline
+        self.rerolls = rerolls
         self.input_names = dict(input_names or {})
         self.parameters = parameters
         self.records: list[PassRecord] = []
@@ -134,7 +137,7 @@ class PassManager(CustomGraphPass):
     @property
     def unrolls(self) -> bool:
         """Whether layers that tracing is not shown are put back.  What ``gemm`` tells, it counts in the traced ones."""
-        return self.gemm == "same" and any(each.name == "unroll" for each in self.passes)
+        return self.rerolls and self.gemm == "same" and any(each.name == "unroll" for each in self.passes)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""

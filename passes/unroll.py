@@ -100,6 +100,8 @@ class _Unrolling:
             self.number_of.update(dict.fromkeys(parts.get(origin, ()), number))
         found = []
         for inputs, cut in zip(self.plan.inputs, self.plan.cut, strict=True):
+            if not parts.keys() >= set(inputs.values()):
+                raise Uneven("AOTAutograd gives one tensor for several inputs")
             for part in range(len(parts[next(iter(inputs.values()))])):
                 all_ = {at: parts[origin][part] for at, origin in inputs.items()}
                 missing = {at: node for at, node in all_.items() if 0 < at - cut <= self.layers}
@@ -123,6 +125,7 @@ class _Unrolling:
             if node in self.columns.place:
                 self._rewire(node)
         self._gather()
+        self._check_read()
         self._tell()
 
     def _fill(self, window: Window) -> None:
@@ -138,6 +141,7 @@ class _Unrolling:
         """Of a node, what it is so many layers on."""
         column, coordinate = self.columns.place[node]
         at = coordinate + on
+        self._check_template(node)
         given = [old if relation is None else self._all(relation[0], at + relation[1])
                  for old, relation in zip(taken(node), self.columns.takes[column], strict=True)]  # fmt: skip
         following = iter(given)
@@ -153,6 +157,18 @@ class _Unrolling:
         copy.meta = {**node.meta, "val": fresh.of(value(node))}
         copy.meta.pop("eager_input_vals", None)  # what tracing saw the other layer given
         self.copies[column, at] = copy
+
+    def _check_template(self, node: fx.Node) -> None:
+        """What is copied must take what its column does: one that is named by another layer may begin at an edge."""
+        column, coordinate = self.columns.place[node]
+        common = taken(self.columns.of[column][self.columns.core[0]])
+        for old, other, relation in zip(taken(node), common, self.columns.takes[column], strict=True):
+            if relation is None:
+                alike = old is other
+            else:
+                alike = self.columns.place.get(old) == (relation[0], coordinate + relation[1])
+            if not alike:
+                raise Uneven(f"{node.name} takes {old.name}, unlike its likes")
 
     def _numbered(self, node: fx.Node) -> fx.Node:
         """Give a node the number of the parameter whose tensors it takes, where layers differ in one."""
@@ -205,6 +221,13 @@ class _Unrolling:
             following = iter(given)
             node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(following))
             self._numbered(node)
+
+    def _check_read(self) -> None:
+        """Every input of a missing layer must be read as its likes are, or a part of the layer is missing still."""
+        for (column, _), node in self.copies.items():
+            likes = [each for at, each in self.columns.of[column].items() if at in self.columns.core]
+            if node.op == "placeholder" and len(node.users) != len(likes[0].users):
+                raise Uneven(f"{node.name} is read {len(node.users)} times, {likes[0].name} {len(likes[0].users)}")
 
     def _gather(self) -> None:
         """Let what takes something of every layer take it of the missing ones, and results grow with it."""

@@ -74,7 +74,7 @@ class ContradictionError(OptionError, UnfusedError):
 
 REASSOCIATE = ("memory", "cost", "never")
 GEMM = ("same", "bf16")
-UNASKED = ("outline", "cudagraphs")
+UNASKED = ("outline", "cudagraphs", "reroll")
 """Options of which None leaves the choice to the backend."""
 
 
@@ -113,6 +113,8 @@ class Options:
         cudagraphs: True replays steps in which no subspace is due as a CUDA graph (``cuda_graphs.py``); an error for a
             step on the CPU, and for one that decides something else on the host.  None, the default, and False do not:
             it has not run on a GPU yet.
+        reroll: True has AOTAutograd and most passes see seven of nine equal layers or more (``reroll.py``).  None, the
+            default, and False do not yet.
     """
 
     strict: bool = False
@@ -122,6 +124,7 @@ class Options:
     gemm: str = "same"
     outline: bool | None = None
     cudagraphs: bool | None = None
+    reroll: bool | None = None
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -173,6 +176,7 @@ class Options:
             reassociate=mode,
             gemm=self.gemm,
             outline=False if self.exact and self.outline is None else self.outline,
+            rerolls=bool(self.reroll),
             input_names=input_names,
             parameters=parameters,
             compiles=compiles,
@@ -211,12 +215,12 @@ def qgalore(
     if compiles and _on_cpu(example_inputs):
         cpu.check_compiler()
         cpu.prepare()
-    names, parameters = compilation.input_names(gm), compilation.parameters(gm, example_inputs)
-    manager = chosen.passes(names, parameters, compiles=compiles)
+    parameters = compilation.parameters(gm, example_inputs)
+    manager = chosen.passes(compilation.input_names(gm), parameters, compiles=compiles)
     patches["post_grad_custom_post_pass"] = [*_post_passes(), manager]
     record = compilation.begin(gm, into)
     spent.detach(gm)
-    graphs = _cuda_graphs(gm, example_inputs, names, record, mode) if chosen.cudagraphs else None
+    graphs = _cuda_graphs(gm, example_inputs, manager.input_names, record, mode) if chosen.cudagraphs else None
     if graphs is not None:
         example_inputs = graphs.examples(example_inputs)
         patches["cudagraph_policy"] = graphs.policy
@@ -231,9 +235,7 @@ def qgalore(
         compiled = reroll.compiled(
             gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments
         )
-    progress.wait_for_kernels()
-    for kernel in manager.kernels:  # what cannot be compiled is an error here, not in the middle of a step
-        kernel.wait()
+    _wait_for(manager)
     compilation.finish(record, manager, name)
     if compiles:
         progress.tell_skipped()
@@ -243,7 +245,14 @@ def qgalore(
     return unseen.bumping(_replayed(leavings.without_graph(compiled), graphs), unseen_writes)
 
 
-def _post_passes() -> list[Any]:
+def _wait_for(manager: PassManager) -> None:
+    """What cannot be compiled is an error here, not in the middle of a step."""
+    progress.wait_for_kernels()
+    for kernel in manager.kernels:
+        kernel.wait()
+
+
+def _post_passes() -> Sequence[Any]:
     """Passes of the user's own, in the place where ours will run."""
     return get_custom_graph_passes(inductor_config.post_grad_custom_post_pass)
 

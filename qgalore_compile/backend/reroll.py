@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
-from qgalore_compile._torch import compile_fx
+from qgalore_compile._torch import compile_fx, tree_leaves
 from qgalore_compile.composites import COMPOSITES, without_number
 from qgalore_compile.passes.columns import EDGE, Columns, Rerolled, Uneven, windows
 from qgalore_compile.passes.nodes import arguments, looks
@@ -46,6 +46,21 @@ SHORTEST = 3
 GRADIENTS = torch.autograd.grad
 STACKS: frozenset[Any] = frozenset({torch.stack, torch.cat})
 """What may gather something of all layers beside the gradient: norms."""
+
+TESTS: frozenset[Any] = frozenset({torch.isfinite, torch.isnan, torch.isinf, "isfinite", "isnan", "isinf"})
+TO_ONE_NUMBER: frozenset[Any] = frozenset(
+    {torch.linalg.vector_norm, torch.sum, torch.all, torch.any, "sum", "all", "any"}
+)
+"""What may read such a list, tests first: nothing that is told its length, or of which AOTAutograd makes that."""
+
+LOOKS_ONLY: frozenset[Any] = frozenset({
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, "new_zeros", "new_ones", "new_full",
+    "new_empty", "new_tensor", "zero_", "fill_", "size", "stride", "numel", "dim",
+})  # fmt: skip
+"""Of what these are given, they do not read what it holds."""
+
+OTHER_LOOKS: frozenset[Any] = frozenset({"type_as", "view_as", "expand_as", "reshape_as", "to"})
+"""Nor do these of their second argument."""
 
 
 def compiled(
@@ -71,10 +86,11 @@ def compiled(
             log.debug("all layers are traced: %s", error)
     try:
         return cast("Callable[..., Any]", compile_fx(fewer, example_inputs, **settings))
-    except Exception:
-        if manager.context.uneven is None:
+    except Exception as error:
+        if manager.rerolled is None:
             raise
-        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven)
+        # without layers a graph need not even be one: what is told how many there are may not fit what there is
+        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven or error)
     manager.rerolled = None
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
 
@@ -108,6 +124,22 @@ def taken(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
+
+
+def _holding(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value follows from what inputs hold; the others' from how things look, or how many there are."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not any(isinstance(each, Tensor) for each in tree_leaves(node.meta.get("example_value"))):
+            continue
+        if node.op == "placeholder" or any(_reads(node, at) and each in found for at, each in enumerate(taken(node))):
+            found.add(node)
+    return found
+
+
+def _reads(node: fx.Node, index: int) -> bool:
+    """Whether a node reads what an argument holds, and not how it looks alone."""
+    return not (node.target in LOOKS_ONLY or (index == 1 and node.target in OTHER_LOOKS))
 
 
 def _is_gradient(node: fx.Node) -> bool:
@@ -191,16 +223,79 @@ class _Reduction:
         self.gm, self.columns, self.layers = gm, columns, layers
         self.inputs = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.cut: dict[int, int] = {}
-        self._check_gathering()
+        self._check_own()
         self._cut_calls()
         self._cut_inputs()
+        self._check_gathering()
         self._check_writes(unseen)
         self.numbers = self._find_numbers()
 
+    def _check_own(self) -> None:
+        """Everything must hang together with inputs of its own layer, from which ``unroll`` finds the layers.  Calls of
+        one layer that is shared do not; nor does a number that counts layers, which becomes a constant, or one
+        operation, of which nobody sees how many there were."""
+        holding = _holding(self.gm.graph)
+        holds = [elements[self.columns.core[0]] in holding for elements in self.columns.of]
+        near: list[set[int]] = [set() for _ in holds]
+        for column, elements in enumerate(self.columns.of):
+            for index, place in enumerate(self.columns.takes[column]):
+                if place is not None and holds[place[0]] and _reads(elements[self.columns.core[0]], index):
+                    near[column].add(place[0])
+                    near[place[0]].add(column)
+        pending = [column for column, data in enumerate(holds) if data and self._is_input(column)]
+        reached = set(pending)
+        while pending:
+            new = {column for column in near[pending.pop()] - reached if holds[column]}
+            reached |= new
+            pending += new
+        for column in range(len(holds)):
+            if column not in reached and not self._is_alone(column):
+                raise Uneven(f"{self.columns.some(column)} goes from layer to layer and reads nothing of their own")
+
+    def _is_alone(self, column: int) -> bool:
+        """Whether a column's elements follow from nothing of another layer."""
+        pending, seen = [column], {column}
+        while pending:
+            for place in self.columns.takes[pending.pop()]:
+                if place is None:
+                    continue
+                if place[1] != 0:
+                    return False
+                if place[0] not in seen:
+                    seen.add(place[0])
+                    pending.append(place[0])
+        return True
+
     def _check_gathering(self) -> None:
         for node in self.columns.gathering:
-            if node.target is not GRADIENTS and node.target not in STACKS:
+            if node.target is GRADIENTS:
+                continue
+            if node.target not in STACKS:
                 raise Uneven(f"{node.name} reads something of every layer")
+            self._check_list(node)
+            for user in node.users:
+                self._check_reduced(node, user)
+
+    def _check_list(self, node: fx.Node) -> None:
+        """A list must hold what goes once, in the layers' order: it is put back so."""
+        given = node.args[0] if node.args else None
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, fx.Node) for each in given):
+            raise Uneven(f"{node.name} reads something of every layer, and not as a list")
+        places = [self.columns.place.get(each) for each in given]
+        found = windows(places, EDGE, self.layers + 1)
+        if sum(map(self._goes, given)) != self.layers * sum(len(window.part) for window in found):
+            raise Uneven(f"{node.name} reads something of a layer more than once")
+
+    def _check_reduced(self, node: fx.Node, user: fx.Node) -> None:
+        """A list must become one number, without a gradient, in a way that does not depend on its length."""
+        if user.target in TESTS:
+            for each in user.users:
+                self._check_reduced(user, each)
+            return
+        seen = user.meta.get("example_value")
+        one = isinstance(seen, Tensor) and seen.dim() == 0 and not seen.requires_grad
+        if user.target not in TO_ONE_NUMBER or len(taken(user)) != 1 or not one:
+            raise Uneven(f"{user.name} reads a list of something of every layer, {node.name}")
 
     def _cut_calls(self) -> None:
         nodes = [node for node in self.gm.graph.nodes if node.op != "placeholder"]
@@ -220,6 +315,9 @@ class _Reduction:
                 raise Uneven(f"{next(iter(elements.values())).name} stands apart from its layer")
             for on in range(1, self.layers + 2):
                 self.columns.element((column, self.cut[column] + on))
+            first = self.cut[column] + 1
+            if first not in self.columns.core or first + self.layers - 1 not in self.columns.core:
+                raise Uneven(f"{self.columns.some(column)} is named by what stands layers away")
 
     def _is_input(self, column: int) -> bool:
         return next(iter(self.columns.of[column].values())).op == "placeholder"

@@ -34,7 +34,7 @@ def test_an_unknown_option_is_a_value_error_that_lists_the_known_ones() -> None:
     step = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True, options={"fast": True})
     with pytest.raises(
         ValueError,
-        match=r"unknown option 'fast'; known options: strict, disable, exact, reassociate, gemm, outline, cudagraphs",
+        match=r"unknown option 'fast'; known options: strict, .*, gemm, outline, cudagraphs, reroll",
     ):
         step(tokens())
 

@@ -93,6 +93,21 @@ def test_layers_that_differ_in_the_core_are_refused(change: Callable[[fx.Graph, 
         columns_of(graph, weights)
 
 
+@pytest.mark.parametrize("away", [2, 3])
+def test_a_layer_may_read_another_one_no_farther_away_than_an_edge_is_wide(away: int) -> None:
+    graph = fx.Graph()
+    weights = [graph.placeholder(f"w{layer}") for layer in range(COUNT + 2 * away)]
+    hidden = [graph.call_function(torch.exp, (weight,)) for weight in weights]
+    for layer in range(away, len(hidden)):
+        graph.call_function(torch.mul, (hidden[layer], hidden[layer - away]))
+    weights = weights[away:-away]
+    if away > 2:
+        with pytest.raises(Uneven):
+            columns_of(graph, weights)
+    else:
+        assert columns_of(graph, weights).of
+
+
 def test_the_first_layer_may_differ() -> None:
     graph = fx.Graph()
 

@@ -82,7 +82,7 @@ def run(model: Stack, micro_batches: int = 1, disable: tuple[str, ...] = (), **s
         opt.zero_grad()
         return loss.detach()
 
-    backend = Interpreted(outline=False, disable=disable)
+    backend = Interpreted(outline=False, reroll=True, disable=disable)
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     for index in range(3):
         compiled(*(tokens(seed=10 * index + each) for each in range(micro_batches)))
@@ -114,7 +114,6 @@ def told(report: Any) -> list[dict[str, Any]]:
     [
         pytest.param(equal_blocks, {}, id="plain"),
         pytest.param(equal_blocks, {"micro_batches": 2, "max_grad_norm": 0.1}, id="accumulated-clipped"),
-        pytest.param(equal_blocks, {"nonfinite": "skip_parameter"}, id="skip-parameter"),
         pytest.param(two_kinds, {}, id="two-kinds"),
         pytest.param(equal_blocks, {"recompute": True}, id="checkpointed"),
     ],
