@@ -110,6 +110,10 @@ class Evaluated:
         for buffer in self.program.written():
             tensors[buffer.name].copy_(found[buffer.name])
 
+    def run(self, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """As a kernel in C++ does."""
+        self(named(self.program, written, read), numbers)
+
     def wait(self) -> None:
         """Nothing compiles."""
 

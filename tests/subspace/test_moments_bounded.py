@@ -270,11 +270,8 @@ def test_rotated_moments_obey_the_bound_as_well() -> None:
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
-class InTriton:
+class InTriton(Evaluated):
     """A program in Triton's interpreter, in the place of a compiled kernel."""
-
-    def __init__(self, text: str) -> None:
-        self.program = BlockProgram.parse(text)
 
     def __call__(self, tensors: dict[str, Tensor], numbers: Sequence[int]) -> None:
         import interpreted
