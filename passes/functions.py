@@ -9,13 +9,15 @@ lowered with that.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qgalore_compile._torch import (
+    FakeTensor,
     FakeTensorUpdater,
     V,
     inductor_ir,
@@ -47,9 +49,31 @@ def add_function(graph: fx.Graph, body: fx.Graph, returned: Sequence[fx.Node], c
         setattr(inner, node.target, getattr(graph.owning_module, node.target))
     module = fx.GraphModule(inner, body)
     module.meta[_CHANGES] = tuple(changes)
+    module.forward = _Forward(module, returned)
     graph.owning_module.add_submodule(name, module)
     _install()
     return name
+
+
+class _Forward:
+    """A function's ``forward``, which does not run on fake tensors to say what its results look like.
+
+    Behind all passes Inductor asks that of every call; of 28 layers it takes 11 seconds.
+    """
+
+    def __init__(self, module: fx.GraphModule, returned: Sequence[fx.Node]) -> None:
+        self._module = weakref.ref(module)
+        self._looks = [(value(node).shape, value(node).stride(), value(node).dtype, value(node).device)
+                       for node in returned]  # fmt: skip
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        if any(isinstance(each, FakeTensor) for each in given):
+            return tuple(torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                         for shape, stride, dtype, device in self._looks)  # fmt: skip
+        module = self._module()
+        assert module is not None
+        found: tuple[Tensor, ...] = type(module).forward(module, *given)
+        return found
 
 
 def add_output(body: fx.Graph, returned: Sequence[fx.Node]) -> None:

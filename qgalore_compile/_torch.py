@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
     from torch._inductor.fx_utils import FakeTensorUpdater
     from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.scheduler import BaseSchedulerNode
     from torch._inductor.utils import clear_on_fresh_cache
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -151,6 +152,7 @@ LATE = {
     "view_to_reshape": "torch._inductor.fx_passes.post_grad:view_to_reshape",
     "reinplace_inplaceable_ops": "torch._inductor.fx_passes.reinplace:reinplace_inplaceable_ops",
     "FakeTensorUpdater": "torch._inductor.fx_utils:FakeTensorUpdater",
+    "BaseSchedulerNode": "torch._inductor.scheduler:BaseSchedulerNode",
     "cache_dir": "torch._inductor.runtime.cache_dir_utils:cache_dir",
     "V": "torch._inductor.virtualized:V",
 }

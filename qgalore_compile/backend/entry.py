@@ -24,7 +24,17 @@ from qgalore_compile._torch import (
     inductor_config,
     list_mode_options,
 )
-from qgalore_compile.backend import compilation, host_reads, leavings, reroll, spent, strict, tracing, unseen
+from qgalore_compile.backend import (
+    compilation,
+    dependencies,
+    host_reads,
+    leavings,
+    reroll,
+    spent,
+    strict,
+    tracing,
+    unseen,
+)
 from qgalore_compile.backend.capturing import capturer_of
 from qgalore_compile.backend.cuda_graphs import CudaGraphs
 from qgalore_compile.backend.records import GraphsRecord
@@ -231,7 +241,7 @@ def qgalore(
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    with composites.kept(kept and tracing.differentiates(gm)), units.together():
+    with composites.kept(kept and tracing.differentiates(gm)), units.together(), dependencies.in_place():
         compiled = reroll.compiled(
             gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments
         )
