@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from qgalore_compile._torch import compile_fx, tree_leaves
+from qgalore_compile.backend import shared_writes
 from qgalore_compile.composites import COMPOSITES, without_number
 from qgalore_compile.passes.columns import EDGE, Columns, Rerolled, Uneven, windows
 from qgalore_compile.passes.nodes import arguments, looks
@@ -228,6 +229,7 @@ class _Reduction:
         self._cut_inputs()
         self._check_gathering()
         self._check_writes(unseen)
+        shared_writes.check(gm, columns)
         self.numbers = self._find_numbers()
 
     def _check_own(self) -> None:

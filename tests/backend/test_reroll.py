@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,3 +166,84 @@ def test_an_error_in_the_graph_of_all_layers_is_raised(monkeypatch: pytest.Monke
     monkeypatch.setattr(reroll, "compile_fx", compile_fx)
     with pytest.raises(RuntimeError, match="no"):
         reroll.compiled(recorded(plain), [], PassManager(PASSES, rerolls=True), [])
+
+
+# -- what every layer writes ------------------------------------------------------------------------------------------
+
+
+def _counted(x: Any, weights: Sequence[Any]) -> Any:
+    """As a batch norm that layers share counts its batches."""
+    seen = torch.zeros_like(x)
+    for weight in weights:
+        x = layer(x, weight)
+        seen.add_(1)
+    return x, seen
+
+
+def _averaged(x: Any, weights: Sequence[Any]) -> Any:
+    mean, var = (torch.full_like(x.narrow(0, 0, 2), value) for value in (0.0, 1.0))
+    for weight in weights:
+        x = layer(x, weight)
+        torch.nn.functional.batch_norm(x.view(2, 2), mean, var, training=True)
+    return x, mean, var
+
+
+def _through_a_view(x: Any, weights: Sequence[Any]) -> Any:
+    sums = torch.stack([x, x])
+    view = sums[0]
+    for weight in weights:
+        x = layer(x, weight)
+        view.add_(x)
+    return x, sums
+
+
+def _of_a_view_of_each(x: Any, weights: Sequence[Any]) -> Any:
+    sums = torch.stack([x, x])
+    for weight in weights:
+        x = layer(x, weight)
+        sums.select(0, 0).mul_(0.5)
+    return x, sums
+
+
+def _set(x: Any, weights: Sequence[Any]) -> Any:
+    last = torch.zeros_like(x)
+    for weight in weights:
+        x = layer(x, weight)
+        x.tracer.create_proxy("call_function", operator.setitem, (last, 0, x.sum()), {})
+    return x, last
+
+
+def _listed(x: Any, weights: Sequence[Any]) -> Any:
+    both = [torch.zeros_like(x), torch.zeros_like(x)]
+    for weight in weights:
+        x = layer(x, weight)
+        torch._foreach_add_(both, 1.0)
+    return (x, *both)
+
+
+def _drawn(x: Any, weights: Sequence[Any]) -> Any:
+    noise = torch.zeros_like(x)
+    for weight in weights:
+        x = layer(x, weight)
+        noise.uniform_()
+    return x, noise
+
+
+SHARED_WRITES = [_counted, _averaged, _through_a_view, _of_a_view_of_each, _set, _listed, _drawn]
+
+
+@pytest.mark.parametrize("step", SHARED_WRITES, ids=lambda step: step.__name__.strip("_"))
+def test_what_every_layer_writes_is_written_by_all(step: Step) -> None:
+    with pytest.raises(Uneven, match=r"writes what every layer is given|reads nothing of their own"):
+        reroll.reroll(recorded(step, requires_grad=False), [])
+
+
+def test_layers_may_read_what_was_written_before_them() -> None:
+    def step(x: Any, weights: Sequence[Any]) -> Any:
+        mask = torch.add(x, 1).mul_(2)
+        for weight in weights:
+            x = layer(torch.mul(x, mask), weight)
+        return x
+
+    _, plan = reroll.reroll(recorded(step, requires_grad=False), [])
+    assert plan.layers == COUNT - KEPT
