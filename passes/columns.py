@@ -39,8 +39,8 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rerolled:
-    """Layers that were taken out.
+class Missing:
+    """Layers that a graph is without.
 
     Attributes:
         layers: how many.
@@ -55,6 +55,21 @@ class Rerolled:
     inputs: list[dict[int, int]] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rerolled:
+    """Layers that were taken out of a graph, and what proves that they can be put back.
+
+    Attributes:
+        one: the first that is put back.
+        others: those that are missing then.
+        expected: the graph that was traced with one layer more, as text; None where it has been compared before.
+    """
+
+    one: Missing
+    others: Missing
+    expected: list[str] | None = None
 
 
 class Columns:

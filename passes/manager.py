@@ -87,7 +87,8 @@ class PassManager(CustomGraphPass):
         reassociate: "memory", "cost" or "never".
         gemm: "same" or "bf16".
         outline: whether equal layers become calls of one function; None for where it saves much.
-        rerolls: whether tracing may be shown a few of equal layers, for ``unroll`` to put the others back.
+        rerolls: equal layers from which on tracing may be shown a few, for ``unroll`` to put the others back; 0 for
+            never.
         input_names: readable names of the inputs of the program that was traced: by their number or, for what hangs on
             the traced module, by attribute.
         parameters: which of those are parameters; None if that is not known.
@@ -113,7 +114,7 @@ class PassManager(CustomGraphPass):
         reassociate: str = "memory",
         gemm: str = "same",
         outline: bool | None = False,
-        rerolls: bool = False,
+        rerolls: int = 0,
         input_names: Mapping[int | str, str] | None = None,
         parameters: Collection[int | str] | None = None,
         compiles: bool = False,
@@ -137,7 +138,7 @@ class PassManager(CustomGraphPass):
     @property
     def unrolls(self) -> bool:
         """Whether layers that tracing is not shown are put back.  What ``gemm`` tells, it counts in the traced ones."""
-        return self.rerolls and self.gemm == "same" and any(each.name == "unroll" for each in self.passes)
+        return self.rerolls > 0 and self.gemm == "same" and any(each.name == "unroll" for each in self.passes)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run every pass on ``graph``, in place."""
@@ -192,7 +193,7 @@ class PassManager(CustomGraphPass):
         """What Inductor may reuse a cached graph for: the sources, the passes chosen, the lowerings, the precision that
         kernels were made for, torch's and Triton's versions."""
         names = ",".join(each.name for each in self.passes)
-        options = f"{self.reassociate}/{self.gemm}/{self.outline}"
+        options = f"{self.reassociate}/{self.gemm}/{self.outline}/{self.rerolls}"
         runs = f"{torch.get_float32_matmul_precision()}/{','.join(lowering.names())}"
         return f"{_source_hash()}/{names}/{options}/{runs}/{torch.__version__}/{_triton_version()}{self.salt}"
 

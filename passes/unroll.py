@@ -6,7 +6,11 @@
 Requires  the graph as it was traced; the inputs of all layers, those of the missing ones unread.
 Tier      exact: the graph is the one that all layers would have been traced to.
 
-The layers that are there are compared again (:mod:`qgalore_compile.passes.columns`), from their inputs: forward,
+One layer is put back first, and the graph compared with the one that was traced with one layer more: a number of layers
+that became a constant, an average that all of them write, terms that were merged or folded would show.  From seven to
+eight is as from eight to nine, so that what holds there holds for all (an induction, whose step is checked once).
+
+The layers that are there are compared (:mod:`qgalore_compile.passes.columns`), from their inputs: forward,
 backward, updates.  The missing ones become copies of the layer that stands before the gap, which read their own inputs
 and each other as that one and the next do.  What stands on the far side of the gap reads across it where it read its
 neighbour before.  A list of something of every layer, as of all norms, grows.
@@ -17,6 +21,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
@@ -24,7 +30,7 @@ from torch.fx.node import map_aggregate
 
 from qgalore_compile import rng
 from qgalore_compile._torch import FakeTensor, tree_leaves
-from qgalore_compile.passes.columns import EDGE, Columns, Place, Uneven, Window, windows
+from qgalore_compile.passes.columns import EDGE, Columns, Missing, Place, Uneven, Window, windows
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.fresh import Fresh
 from qgalore_compile.passes.nodes import INVOKE, aten, looks, value
@@ -42,12 +48,39 @@ def unroll(graph: fx.Graph, record: PassRecord, context: Context) -> None:
     """
     if context.rerolled is None:
         return
+    plan = context.rerolled
     try:
-        _Unrolling(graph, context).run(record)
+        _Unrolling(graph, context, plan.one).run(record)
+        _check_expected(graph, plan.expected)
+        _Unrolling(graph, context, plan.others).run(record)
     except Uneven as error:
         context.uneven = str(error)
         raise
-    context.program["rerolled"] = {"traced": context.rerolled.kept, "copied": context.rerolled.layers}
+    context.program["rerolled"] = {"traced": plan.one.kept, "copied": plan.one.layers + plan.others.layers}
+
+
+def _check_expected(graph: fx.Graph, expected: list[str] | None) -> None:
+    """With one layer put back, a graph must be the one that was traced with one layer more."""
+    if expected is None:
+        return
+    found = spelled_out(graph)
+    for one, other in zip_longest(found, expected, fillvalue="nothing"):
+        if one != other:
+            raise Uneven(f"with one layer more tracing makes {other} of what is {one}")
+
+
+def spelled_out(graph: fx.Graph) -> list[str]:
+    """A graph but for names: a line a node, which names others by their places."""
+    place = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        target = "" if node.op == "placeholder" else node.target
+        if node.op == "get_attr" and graph.owning_module is not None:
+            held = attrgetter(str(node.target))(graph.owning_module)
+            target = held.code if isinstance(held, fx.GraphModule) else f"{target} {looks(held)}"
+        seen = "" if node.op == "output" else looks(node.meta.get("val"))
+        lines.append(f"{node.op} {target} {fx.map_arg((node.args, node.kwargs), place.__getitem__)} {seen}")
+    return lines
 
 
 def taken(node: fx.Node) -> list[fx.Node]:
@@ -71,9 +104,8 @@ class _Unrolling:
         copies: by column and coordinate among all layers, what is put in.
     """
 
-    def __init__(self, graph: fx.Graph, context: Context) -> None:
-        assert context.rerolled is not None
-        self.graph, self.context, self.plan = graph, context, context.rerolled
+    def __init__(self, graph: fx.Graph, context: Context, plan: Missing) -> None:
+        self.graph, self.context, self.plan = graph, context, plan
         self.layers = self.plan.layers
         self.copies: dict[Place, fx.Node] = {}
         self.template: dict[fx.Node, Place] = {}

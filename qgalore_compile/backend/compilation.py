@@ -244,6 +244,12 @@ def _read(gm_key: str) -> dict[str, Any] | None:
     return kept if digest == _digest(json.dumps(kept)) else None
 
 
+def rerolled(gm_key: str) -> bool | None:
+    """Whether layers were put back when this was compiled before; None where nothing is known of it."""
+    kept = _read(gm_key)
+    return None if kept is None else "rerolled" in kept["program"]
+
+
 def is_damaged(gm_key: str) -> bool:
     """Whether something stands in the place of a record that is none."""
     try:

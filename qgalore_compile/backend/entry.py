@@ -123,8 +123,8 @@ class Options:
         cudagraphs: True replays steps in which no subspace is due as a CUDA graph (``cuda_graphs.py``); an error for a
             step on the CPU, and for one that decides something else on the host.  None, the default, and False do not:
             it has not run on a GPU yet.
-        reroll: True has AOTAutograd and most passes see seven of nine equal layers or more (``reroll.py``).  None, the
-            default, and False do not yet.
+        reroll: True has AOTAutograd and most passes see seven of nine equal layers or more (``reroll.py``); None, the
+            default, where there are twenty and ``exact`` is not asked for.
     """
 
     strict: bool = False
@@ -186,11 +186,17 @@ class Options:
             reassociate=mode,
             gemm=self.gemm,
             outline=False if self.exact and self.outline is None else self.outline,
-            rerolls=bool(self.reroll),
+            rerolls=self._rerolls(),
             input_names=input_names,
             parameters=parameters,
             compiles=compiles,
         )
+
+    def _rerolls(self) -> int:
+        """Equal layers from which on fewer are traced; 0 for never."""
+        if self.reroll is None:
+            return 0 if self.exact else reroll.WORTH
+        return reroll.LEAST if self.reroll else 0
 
 
 @tracing.step_backend
@@ -243,7 +249,13 @@ def qgalore(
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
     with composites.kept(kept and tracing.differentiates(gm)), units.together(), dependencies.in_place():
         compiled = reroll.compiled(
-            gm, example_inputs, manager, unseen_writes, config_patches=patches, **compile_fx_arguments
+            gm,
+            example_inputs,
+            manager,
+            unseen_writes,
+            known=compilation.rerolled(name),
+            config_patches=patches,
+            **compile_fx_arguments,
         )
     _wait_for(manager)
     compilation.finish(record, manager, name)

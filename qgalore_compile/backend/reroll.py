@@ -16,30 +16,33 @@ from __future__ import annotations
 
 import logging
 import operator
+import secrets
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from itertools import pairwise, takewhile
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
-from qgalore_compile._torch import compile_fx, tree_leaves
-from qgalore_compile.backend import shared_writes
+from qgalore_compile._torch import compile_fx
 from qgalore_compile.composites import COMPOSITES, without_number
-from qgalore_compile.passes.columns import EDGE, Columns, Rerolled, Uneven, windows
+from qgalore_compile.passes import PassManager
+from qgalore_compile.passes.columns import EDGE, Columns, Missing, Rerolled, Uneven, windows
 from qgalore_compile.passes.nodes import arguments, looks
 from qgalore_compile.passes.repeats import repeats
-
-if TYPE_CHECKING:
-    from qgalore_compile.passes import PassManager
+from qgalore_compile.passes.unroll import spelled_out
 
 log = logging.getLogger(__name__)
 
 KEPT = 2 * EDGE + 3
 """Layers that are traced: the edges, and three between them that are compared."""
 
-LEAST = 2
-"""Layers that must go, or it is not worth it."""
+LEAST = KEPT + 2
+"""Layers that there must be."""
+
+WORTH = 20
+"""Layers from which on it is done unasked: seven are traced, and eight to compare with them."""
 
 SHORTEST = 3
 """Nodes of a layer in Dynamo's graph."""
@@ -48,20 +51,19 @@ GRADIENTS = torch.autograd.grad
 STACKS: frozenset[Any] = frozenset({torch.stack, torch.cat})
 """What may gather something of all layers beside the gradient: norms."""
 
-TESTS: frozenset[Any] = frozenset({torch.isfinite, torch.isnan, torch.isinf, "isfinite", "isnan", "isinf"})
-TO_ONE_NUMBER: frozenset[Any] = frozenset(
-    {torch.linalg.vector_norm, torch.sum, torch.all, torch.any, "sum", "all", "any"}
-)
-"""What may read such a list, tests first: nothing that is told its length, or of which AOTAutograd makes that."""
 
-LOOKS_ONLY: frozenset[Any] = frozenset({
-    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, "new_zeros", "new_ones", "new_full",
-    "new_empty", "new_tensor", "zero_", "fill_", "size", "stride", "numel", "dim",
-})  # fmt: skip
-"""Of what these are given, they do not read what it holds."""
+class Reduced(NamedTuple):
+    """A graph with fewer layers.
 
-OTHER_LOOKS: frozenset[Any] = frozenset({"type_as", "view_as", "expand_as", "reshape_as", "to"})
-"""Nor do these of their second argument."""
+    Attributes:
+        fewer: a module with KEPT layers, and the inputs of all.
+        more: one with one layer more.
+        missing: what brings the one's graph to the other's, and that to the graph of all layers.
+    """
+
+    fewer: fx.GraphModule
+    more: fx.GraphModule
+    missing: tuple[Missing, Missing]
 
 
 def compiled(
@@ -69,6 +71,8 @@ def compiled(
     example_inputs: Sequence[Any],
     manager: PassManager,
     unseen_writes: Sequence[int],
+    *,
+    known: bool | None = None,
     **settings: Any,
 ) -> Callable[..., Any]:
     """What Inductor makes of a graph; AOTAutograd is shown a few layers where layers are alike.
@@ -77,12 +81,15 @@ def compiled(
         gm, example_inputs: from Dynamo.
         manager: of the passes; where they put no layers back, all are traced.
         unseen_writes: numbers of the inputs that operators write unseen (``unseen.hide``).
+        known: whether layers of this very graph could be put back before; None where nobody has tried.
         **settings: of ``compile_fx``.
     """
     fewer = gm
-    if manager.unrolls:
+    if manager.unrolls and known is not False:
         try:
-            fewer, manager.rerolled = reroll(gm, unseen_writes)
+            reduced = reroll(gm, unseen_writes, manager.rerolls)
+            expected = None if known else _traced(reduced.more, example_inputs, manager, settings)
+            fewer, manager.rerolled = reduced.fewer, Rerolled(*reduced.missing, expected)
         except Uneven as error:
             log.debug("all layers are traced: %s", error)
     try:
@@ -91,30 +98,82 @@ def compiled(
         if manager.rerolled is None:
             raise
         # without layers a graph need not even be one: what is told how many there are may not fit what there is
-        log.warning("all layers are traced after all, which takes longer: %s", manager.context.uneven or error)
+        log.info("all layers are traced after all, which takes longer: %s", manager.context.uneven or error)
     manager.rerolled = None
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
 
 
-def reroll(gm: fx.GraphModule, unseen_writes: Sequence[int]) -> tuple[fx.GraphModule, Rerolled]:
-    """A module with fewer layers and the same inputs, and what is missing in it.
+class _Traced(BaseException):
+    """Ends a compilation whose graph is known.  No Exception, which Inductor would wrap."""
+
+
+class _Probe(PassManager):
+    """Runs what stands in front of ``unroll``, and keeps the graph as text."""
+
+    def __init__(self, of: PassManager) -> None:
+        self.__dict__.update(of.__dict__)
+        self.passes = tuple(takewhile(lambda each: each.name != "unroll", of.passes))
+        self.salt = f"/{secrets.token_hex()}"  # nothing of it comes from a cache
+        self.compiles = False
+        self.seen: list[str] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        super().__call__(graph)
+        self.seen = spelled_out(graph)
+        raise _Traced
+
+
+def _traced(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], manager: PassManager, settings: dict[str, Any]
+) -> list[str]:
+    """The graph that ``unroll`` would be given of a module, as text."""
+    probe = _Probe(manager)
+    patches = dict(settings["config_patches"])
+    name = "post_grad_custom_post_pass"
+    patches[name] = [probe if each is manager else each for each in patches[name]]
+    try:
+        compile_fx(gm, example_inputs, **{**settings, "config_patches": patches})
+    except _Traced:
+        return probe.seen
+    except Exception as error:
+        raise Uneven(f"with fewer layers it cannot be traced: {error}") from error
+    raise Uneven("no pass of ours ran")
+
+
+def reroll(gm: fx.GraphModule, unseen_writes: Sequence[int], least: int = LEAST) -> Reduced:
+    """A graph with fewer layers and the same inputs.
 
     Args:
         gm: from Dynamo, which stays as it is.
         unseen_writes: numbers of the inputs that operators write unseen (``unseen.hide``).
+        least: layers that there must be.
 
     Raises:
         Uneven: it has no layers enough that are alike.
     """
     spell = _Spelling(gm)
     reasons = []
-    for known, count in _layers(gm, spell):
+    for known, count in _layers(gm, spell, least):
         try:
             columns = Columns(gm.graph, known, count, taken, spell)
-            return _Reduction(gm, columns, count - KEPT, set(unseen_writes)).made(count)
-        except Uneven as error:  # noqa: PERF203
+            made = [_Reduction(gm, columns, count - kept, set(unseen_writes)).made(count) for kept in (KEPT, KEPT + 1)]
+        except Uneven as error:
             reasons.append(str(error))
-    raise Uneven("; ".join(reasons) or f"no {KEPT + LEAST} layers stand in a row")
+            continue
+        (fewer, missing), (more, others) = made
+        return Reduced(fewer, more, (_between(missing, others), others))
+    raise Uneven("; ".join(reasons) or f"no {least} layers stand in a row")
+
+
+def _between(missing: Missing, others: Missing) -> Missing:
+    """Of two graphs, one with a layer less than the other, what the one is without."""
+    if missing.cut != others.cut:
+        raise Uneven("a layer more goes elsewhere")
+    inputs = []
+    for column, cut in zip(missing.inputs, missing.cut, strict=True):
+        there = {at: number for at, number in column.items() if not cut < at <= cut + others.layers}
+        inputs.append({at if at <= cut else at - others.layers: number for at, number in there.items()})
+    return replace(missing, layers=1, inputs=inputs)
 
 
 def taken(node: fx.Node) -> list[fx.Node]:
@@ -125,22 +184,6 @@ def taken(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
-
-
-def _holding(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value follows from what inputs hold; the others' from how things look, or how many there are."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if not any(isinstance(each, Tensor) for each in tree_leaves(node.meta.get("example_value"))):
-            continue
-        if node.op == "placeholder" or any(_reads(node, at) and each in found for at, each in enumerate(taken(node))):
-            found.add(node)
-    return found
-
-
-def _reads(node: fx.Node, index: int) -> bool:
-    """Whether a node reads what an argument holds, and not how it looks alone."""
-    return not (node.target in LOOKS_ONLY or (index == 1 and node.target in OTHER_LOOKS))
 
 
 def _is_gradient(node: fx.Node) -> bool:
@@ -202,13 +245,13 @@ def _seen(value: Any) -> str:
     return f"{type(value).__name__} {value.requires_grad} {value.storage_offset()} {looks(value)} {context} {parts}"
 
 
-def _layers(gm: fx.GraphModule, spell: _Spelling) -> Iterator[tuple[list[dict[int, fx.Node]], int]]:
+def _layers(gm: fx.GraphModule, spell: _Spelling, least: int) -> Iterator[tuple[list[dict[int, fx.Node]], int]]:
     """Columns of each stretch of nodes that repeats in tandem, the longest first, and how often it does."""
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
     numbers: dict[Hashable, int] = {}
     for each in repeats([numbers.setdefault(spell(node), len(numbers)) for node in nodes], SHORTEST):
         in_a_row = all(later - earlier == each.length for earlier, later in pairwise(each.starts))
-        if in_a_row and len(each.starts) >= KEPT + LEAST:
+        if in_a_row and len(each.starts) >= least:
             yield [{layer: nodes[start + place] for layer, start in enumerate(each.starts)}
                    for place in range(each.length)], len(each.starts)  # fmt: skip
 
@@ -224,80 +267,31 @@ class _Reduction:
         self.gm, self.columns, self.layers = gm, columns, layers
         self.inputs = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.cut: dict[int, int] = {}
-        self._check_own()
         self._cut_calls()
         self._cut_inputs()
         self._check_gathering()
         self._check_writes(unseen)
-        shared_writes.check(gm, columns)
         self.numbers = self._find_numbers()
 
-    def _check_own(self) -> None:
-        """Everything must hang together with inputs of its own layer, from which ``unroll`` finds the layers.  Calls of
-        one layer that is shared do not; nor does a number that counts layers, which becomes a constant, or one
-        operation, of which nobody sees how many there were."""
-        holding = _holding(self.gm.graph)
-        holds = [elements[self.columns.core[0]] in holding for elements in self.columns.of]
-        near: list[set[int]] = [set() for _ in holds]
-        for column, elements in enumerate(self.columns.of):
-            for index, place in enumerate(self.columns.takes[column]):
-                if place is not None and holds[place[0]] and _reads(elements[self.columns.core[0]], index):
-                    near[column].add(place[0])
-                    near[place[0]].add(column)
-        pending = [column for column, data in enumerate(holds) if data and self._is_input(column)]
-        reached = set(pending)
-        while pending:
-            new = {column for column in near[pending.pop()] - reached if holds[column]}
-            reached |= new
-            pending += new
-        for column in range(len(holds)):
-            if column not in reached and not self._is_alone(column):
-                raise Uneven(f"{self.columns.some(column)} goes from layer to layer and reads nothing of their own")
-
-    def _is_alone(self, column: int) -> bool:
-        """Whether a column's elements follow from nothing of another layer."""
-        pending, seen = [column], {column}
-        while pending:
-            for place in self.columns.takes[pending.pop()]:
-                if place is None:
-                    continue
-                if place[1] != 0:
-                    return False
-                if place[0] not in seen:
-                    seen.add(place[0])
-                    pending.append(place[0])
-        return True
-
     def _check_gathering(self) -> None:
+        """Lists must hold what goes once, in the layers' order: it is put back so."""
         for node in self.columns.gathering:
-            if node.target is GRADIENTS:
-                continue
-            if node.target not in STACKS:
+            if node.target not in (GRADIENTS, *STACKS):
                 raise Uneven(f"{node.name} reads something of every layer")
-            self._check_list(node)
-            for user in node.users:
-                self._check_reduced(node, user)
+            given: Any = arguments(node)
+            for each in given[:2] if node.target is GRADIENTS else given[:1]:
+                self._check_list(node, each if isinstance(each, (list, tuple)) else [each])
+            others = [each for each in given if not isinstance(each, (list, tuple))]
+            if any(self._goes(each) for each in others if isinstance(each, fx.Node)):
+                raise Uneven(f"{node.name} reads something of every layer, and not as a list")
 
-    def _check_list(self, node: fx.Node) -> None:
-        """A list must hold what goes once, in the layers' order: it is put back so."""
-        given = node.args[0] if node.args else None
-        if not isinstance(given, (list, tuple)) or not all(isinstance(each, fx.Node) for each in given):
+    def _check_list(self, node: fx.Node, given: Sequence[Any]) -> None:
+        if not all(isinstance(each, fx.Node) for each in given):
             raise Uneven(f"{node.name} reads something of every layer, and not as a list")
         places = [self.columns.place.get(each) for each in given]
         found = windows(places, EDGE, self.layers + 1)
         if sum(map(self._goes, given)) != self.layers * sum(len(window.part) for window in found):
             raise Uneven(f"{node.name} reads something of a layer more than once")
-
-    def _check_reduced(self, node: fx.Node, user: fx.Node) -> None:
-        """A list must become one number, without a gradient, in a way that does not depend on its length."""
-        if user.target in TESTS:
-            for each in user.users:
-                self._check_reduced(user, each)
-            return
-        seen = user.meta.get("example_value")
-        one = isinstance(seen, Tensor) and seen.dim() == 0 and not seen.requires_grad
-        if user.target not in TO_ONE_NUMBER or len(taken(user)) != 1 or not one:
-            raise Uneven(f"{user.name} reads a list of something of every layer, {node.name}")
 
     def _cut_calls(self) -> None:
         nodes = [node for node in self.gm.graph.nodes if node.op != "placeholder"]
@@ -332,7 +326,7 @@ class _Reduction:
             if place is not None and isinstance(value, Tensor) and index not in unseen and value._version:
                 raise Uneven(f"{node.name} is written in AOTAutograd's sight")
 
-    def made(self, count: int) -> tuple[fx.GraphModule, Rerolled]:
+    def made(self, count: int) -> tuple[fx.GraphModule, Missing]:
         """The module without what goes, and the plan."""
         graph = fx.Graph()
         made: dict[fx.Node, fx.Node] = {}
@@ -343,7 +337,7 @@ class _Reduction:
         module.meta = dict(self.gm.meta)
         if hasattr(self.gm, "_param_name_to_source"):
             module._param_name_to_source = self.gm._param_name_to_source
-        plan = Rerolled(self.layers, count - self.layers, numbers=self.numbers)
+        plan = Missing(self.layers, count - self.layers, numbers=self.numbers)
         for column, elements in enumerate(self.columns.of):
             if self._is_input(column):
                 plan.inputs.append({at: self.inputs[node] for at, node in elements.items()})

@@ -88,22 +88,22 @@ def _may_be_unseen(graph: fx.Graph, calls: list[fx.Node]) -> bool:
         for source in _written(call):
             if source.op != "placeholder":
                 return False
-            for storage in storages(source):
+            for storage in _storages(source):
                 written[storage].append(call)
     if any(not _in_order(each) for each in written.values()) or _written_by_others(calls):
         return False
     inputs: dict[int, int] = defaultdict(int)
     for node in graph.find_nodes(op="placeholder"):
-        for storage in set(storages(node)):
+        for storage in set(_storages(node)):
             inputs[storage] += 1
     if any(inputs[storage] != 1 for storage in written):
         return False
     behind: set[int] = set()
     for node in graph.nodes:
         own = set(_written(node)) if node.target in _OF_SEEN else set()
-        if behind and any(not behind.isdisjoint(storages(each)) for each in node.all_input_nodes if each not in own):
+        if behind and any(not behind.isdisjoint(_storages(each)) for each in node.all_input_nodes if each not in own):
             return False
-        behind.update(storage for source in own for storage in storages(source))
+        behind.update(storage for source in own for storage in _storages(source))
     return True
 
 
@@ -141,18 +141,17 @@ def _written(call: fx.Node) -> Iterator[fx.Node]:
         yield from found
 
 
-def storages(node: fx.Node) -> Iterator[int]:
+def _storages(node: fx.Node) -> Iterator[int]:
     """Of the tensors that a node stands for, or that it is part of."""
     for value in tree_leaves(node.meta.get("example_value")):
         if isinstance(value, Tensor):
-            yield from storages_of(value)
+            yield from _of_tensor(value)
 
 
-def storages_of(value: Tensor) -> Iterator[int]:
-    """Of a tensor, or of what it consists of."""
+def _of_tensor(value: Tensor) -> Iterator[int]:
     parts = _parts(value)
     for part in parts:
-        yield from storages_of(part)
+        yield from _of_tensor(part)
     if not parts and has_storage(value):
         yield value.untyped_storage()._cdata
 

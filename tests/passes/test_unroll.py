@@ -143,3 +143,118 @@ def test_layers_that_are_not_alike_are_all_traced(case: str) -> None:
     if case == "shared":
         model.blocks[5].linear.weight = model.blocks[3].linear.weight
     assert traced(run(model)[2]) is None
+
+
+# -- steps whose layers look alike to Dynamo, and that depend on how many there are ----------------------------------
+
+Step = Callable[[Tensor, list[Tensor]], Any]
+FEW = KEPT + 2
+
+
+def layer(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden + torch.tanh(hidden @ weight)
+
+
+def counted(x: Tensor, weights: list[Tensor]) -> Any:
+    count = torch.zeros(())
+    for weight in weights:
+        x, count = layer(x, weight), count + torch.ones(())
+    return x / count
+
+
+def counted_in_place(x: Tensor, weights: list[Tensor]) -> Any:
+    count = torch.zeros(())
+    for weight in weights:
+        x = layer(x, weight)
+        count.add_(1)
+    return x / count
+
+
+def averaged_by_all(x: Tensor, weights: list[Tensor]) -> Any:
+    """As a batch norm that layers share counts its batches, and averages over them."""
+    mean, var, batches = torch.zeros(4), torch.ones(4), torch.zeros(())
+    for weight in weights:
+        batches.add_(1)
+        x = nn.functional.batch_norm(layer(x, weight), mean, var, training=True)
+    return x, mean, var, batches
+
+
+def mean_of_all(x: Tensor, weights: list[Tensor]) -> Any:
+    found = []
+    for weight in weights:
+        x = layer(x, weight)
+        found.append(x.norm())
+    return torch.stack(found).mean()
+
+
+def one_value_of_all(x: Tensor, weights: list[Tensor]) -> Any:
+    """What every layer counts is one node behind tracing, and the list of it does not grow."""
+    found, mask = [], x > 0
+    for weight in weights:
+        found.append(mask.sum())
+        x = layer(x, weight)
+    return x, torch.stack(found).sum()
+
+
+def linked_by_nothing(x: Tensor, weights: list[Tensor]) -> Any:
+    """A count that hangs on layers by an empty slice alone, which tracing drops."""
+    count = torch.zeros(3)
+    for weight in weights:
+        count = count + 1
+        x = torch.cat([layer(x, weight).flatten(), count[:0]]).view(3, 4)
+    return x, count
+
+
+def one_weight(x: Tensor, weights: list[Tensor]) -> Any:
+    for _ in weights:
+        x = layer(x, weights[0])
+    return x
+
+
+def dropped_out(x: Tensor, weights: list[Tensor]) -> Any:
+    for weight in weights:
+        x = layer(x, weight) + nn.functional.dropout(weight, 1.0).sum()
+    return x
+
+
+def apart_from_gradients(x: Tensor, weights: list[Tensor]) -> Any:
+    """Gradients that are one value for all layers."""
+    total = torch.zeros(())
+    for weight in weights:
+        x, total = layer(x, weight.detach()), total + weight.sum()
+    return torch.stack([each.norm() for each in torch.autograd.grad(x.sum() + total, weights)]).norm()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        counted, counted_in_place, averaged_by_all, one_value_of_all, linked_by_nothing, one_weight,
+        apart_from_gradients, mean_of_all, dropped_out,
+    ],
+    ids=lambda step: step.__name__,
+)  # fmt: skip
+def test_what_follows_from_how_many_layers_there_are_is_right(step: Step) -> None:
+    found = compared(step)
+    assert found is None or step in (mean_of_all, dropped_out)  # of these, what tracing makes depends on no number
+
+
+def compared(step: Step) -> dict[str, int] | None:
+    """What is told of layers that were put back; a step's result must be the one that it has uncompiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    weights = [torch.randn(4, 4, requires_grad=step is apart_from_gradients) for _ in range(FEW)]
+    compiled = torch.compile(step, backend=Interpreted(outline=False, reroll=True), fullgraph=True)
+    torch.testing.assert_close(compiled(x, weights), step(x, weights), rtol=1e-5, atol=1e-6)
+    return traced(qg.report(compiled))
+
+
+def test_what_does_not_is_traced_for_seven_of_them() -> None:
+    def step(x: Tensor, weights: list[Tensor]) -> Any:
+        norms = []
+        for weight in weights:
+            x = layer(x, weight)
+            norms.append(x.norm())
+        return x, torch.stack(norms).norm()
+
+    assert compared(step) == {"traced": KEPT, "copied": FEW - KEPT}
