@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from qgalore_compile._torch import compile_fx
 from qgalore_compile.composites import COMPOSITES, without_number
@@ -48,8 +49,15 @@ SHORTEST = 3
 """Nodes of a layer in Dynamo's graph."""
 
 GRADIENTS = torch.autograd.grad
+ATTENTION = functional.scaled_dot_product_attention
 STACKS: frozenset[Any] = frozenset({torch.stack, torch.cat})
 """What may gather something of all layers beside the gradient: norms."""
+
+
+DROPOUT: frozenset[Any] = frozenset({
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout, torch.dropout,
+})  # fmt: skip
 
 
 class Reduced(NamedTuple):
@@ -156,6 +164,7 @@ def reroll(gm: fx.GraphModule, unseen_writes: Sequence[int], least: int = LEAST)
     for known, count in _layers(gm, spell, least):
         try:
             columns = Columns(gm.graph, known, count, taken, spell)
+            _check_draws(columns)
             made = [_Reduction(gm, columns, count - kept, set(unseen_writes)).made(count) for kept in (KEPT, KEPT + 1)]
         except Uneven as error:
             reasons.append(str(error))
@@ -254,6 +263,19 @@ def _layers(gm: fx.GraphModule, spell: _Spelling, least: int) -> Iterator[tuple[
         if in_a_row and len(each.starts) >= least:
             yield [{layer: nodes[start + place] for layer, start in enumerate(each.starts)}
                    for place in range(each.length)], len(each.starts)  # fmt: skip
+
+
+def _check_draws(columns: Columns) -> None:
+    """What layers draw is numbered, which shows when all has been traced: sooner where it is dropout."""
+    for elements in columns.of:
+        node = elements[columns.core[0]]
+        drops = node.target in DROPOUT and _given(node, 1, "p", 0.5) and _given(node, 2, "training", True)
+        if drops or (node.target is ATTENTION and _given(node, 4, "dropout_p", 0.0)):
+            raise Uneven(f"{node.name} draws")
+
+
+def _given(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 class _Reduction:

@@ -108,6 +108,36 @@ def test_there_must_be_layers_enough(least: int) -> None:
             reroll.reroll(recorded(plain), [], least)
 
 
+@pytest.mark.parametrize(
+    ("dropped", "goes"),
+    [
+        pytest.param(lambda x: torch.nn.functional.dropout(x, 0.1), False, id="ten-percent"),
+        pytest.param(lambda x: torch.nn.functional.dropout(x, 0.1, True), False, id="training"),
+        pytest.param(lambda x: torch.nn.functional.dropout(x, p=0.0), True, id="none"),
+        pytest.param(lambda x: torch.nn.functional.dropout(x, 0.1, training=False), True, id="evaluating"),
+        pytest.param(lambda x: attended(x, dropout_p=0.1), False, id="attention"),
+        pytest.param(lambda x: attended(x, None, 0.1), False, id="attention-by-place"),
+        pytest.param(lambda x: attended(x), True, id="attention-none"),
+    ],
+)
+def test_what_drops_out_is_seen_before_anything_is_traced(dropped: Callable[[Any], Any], goes: bool) -> None:
+    def step(x: Any, weights: Sequence[Any]) -> Any:
+        for weight in weights:
+            x = layer(dropped(x), weight)
+        return x
+
+    if goes:
+        assert reroll.reroll(recorded(step), [])
+    else:
+        with pytest.raises(Uneven, match="draws"):
+            reroll.reroll(recorded(step), [])
+
+
+def attended(x: Any, *args: Any, **kwargs: Any) -> Any:
+    q = x.view(2, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, *args, **kwargs).flatten()
+
+
 def test_an_error_in_the_graph_of_fewer_layers_is_no_error_of_the_step(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
