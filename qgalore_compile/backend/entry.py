@@ -248,15 +248,9 @@ def qgalore(
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
     with composites.kept(kept and tracing.differentiates(gm)), units.together(), dependencies.in_place():
-        compiled = reroll.compiled(
-            gm,
-            example_inputs,
-            manager,
-            unseen_writes,
-            known=compilation.rerolled(name),
-            config_patches=patches,
-            **compile_fx_arguments,
-        )
+        settings = {"config_patches": patches, **compile_fx_arguments}
+        before = compilation.rerolled(name)
+        compiled = reroll.compiled(gm, example_inputs, manager, unseen_writes, known=before, **settings)
     _wait_for(manager)
     compilation.finish(record, manager, name)
     if compiles:

@@ -169,6 +169,15 @@ def test_no_record_is_no_damaged_one(folder: Path) -> None:
     assert not compilation.is_damaged("key")
 
 
+@pytest.mark.parametrize(("program", "expected"), [({"rerolled": {"traced": 7, "copied": 3}}, True), ({}, False)])
+def test_whether_layers_were_put_back_is_remembered(folder: Path, program: dict[str, Any], expected: bool) -> None:
+    assert compilation.rerolled("key") is None
+    manager = ran()
+    manager.context.program.update(program)
+    compilation.finish(Compilation(), manager, "key")
+    assert compilation.rerolled("key") is expected
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
 def test_a_cache_that_is_full_or_read_only_costs_the_record_alone(
     folder: Path, error: OSError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

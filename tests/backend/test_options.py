@@ -23,7 +23,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import qgalore_compile as qg
-from qgalore_compile.backend import entry
+from qgalore_compile.backend import entry, reroll
 from qgalore_compile.backend.entry import OptionError, Options, launches_of, qgalore
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.passes import PASSES
@@ -71,6 +71,21 @@ def test_disable_and_exact_choose_the_passes() -> None:
     assert "dead_allocations" not in {
         each.name for each in Options.parse({"disable": "dead_allocations"}).passes().passes
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({}, reroll.WORTH),
+        ({"reroll": None}, reroll.WORTH),
+        ({"reroll": True}, reroll.LEAST),
+        ({"reroll": False}, 0),
+        ({"exact": True}, 0),
+        ({"exact": True, "reroll": True}, reroll.LEAST),
+    ],
+)
+def test_reroll_says_from_how_many_equal_layers_on_fewer_are_traced(options: dict[str, Any], least: int) -> None:
+    assert Options.parse(options).passes().rerolls == least
 
 
 def test_no_dead_full_size_allocation_is_left_and_disabling_the_pass_leaves_it() -> None:
