@@ -70,10 +70,11 @@ def _check_expected(graph: fx.Graph, expected: list[str] | None) -> None:
 
 
 def spelled_out(graph: fx.Graph) -> list[str]:
-    """A graph but for names: a line a node, which names others by their places."""
-    place = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    """A graph but for names and inputs that nobody reads: a line a node, which names others by their places."""
+    nodes = [node for node in graph.nodes if node.users or node.op != "placeholder"]
+    place = {node: f"%{index}" for index, node in enumerate(nodes)}
     lines = []
-    for node in graph.nodes:
+    for node in nodes:
         target = "" if node.op == "placeholder" else node.target
         if node.op == "get_attr" and graph.owning_module is not None:
             held = attrgetter(str(node.target))(graph.owning_module)

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import logging
 import operator
-import secrets
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,12 +26,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qgalore_compile._torch import compile_fx
+from qgalore_compile.backend import one_more
 from qgalore_compile.composites import COMPOSITES, without_number
 from qgalore_compile.passes import PassManager
 from qgalore_compile.passes.columns import EDGE, Columns, Missing, Rerolled, Uneven, windows
 from qgalore_compile.passes.nodes import arguments, looks
 from qgalore_compile.passes.repeats import repeats
-from qgalore_compile.passes.unroll import spelled_out
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def compiled(
     if manager.unrolls and known is not False:
         try:
             reduced = reroll(gm, unseen_writes, manager.rerolls)
-            expected = None if known else _traced(reduced.more, example_inputs, manager, settings)
+            expected = None if known else one_more.traced(reduced.more, example_inputs, manager, settings)
             fewer, manager.rerolled = reduced.fewer, Rerolled(*reduced.missing, expected)
         except Uneven as error:
             log.debug("all layers are traced: %s", error)
@@ -109,43 +108,6 @@ def compiled(
         log.info("all layers are traced after all, which takes longer: %s", manager.context.uneven or error)
     manager.rerolled = None
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, **settings))
-
-
-class _Traced(BaseException):
-    """Ends a compilation whose graph is known.  No Exception, which Inductor would wrap."""
-
-
-class _Probe(PassManager):
-    """Runs what stands in front of ``unroll``, and keeps the graph as text."""
-
-    def __init__(self, of: PassManager) -> None:
-        self.__dict__.update(of.__dict__)
-        self.passes = tuple(takewhile(lambda each: each.name != "unroll", of.passes))
-        self.salt = f"/{secrets.token_hex()}"  # nothing of it comes from a cache
-        self.compiles = False
-        self.seen: list[str] = []
-
-    def __call__(self, graph: fx.Graph) -> None:
-        super().__call__(graph)
-        self.seen = spelled_out(graph)
-        raise _Traced
-
-
-def _traced(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], manager: PassManager, settings: dict[str, Any]
-) -> list[str]:
-    """The graph that ``unroll`` would be given of a module, as text."""
-    probe = _Probe(manager)
-    patches = dict(settings["config_patches"])
-    name = "post_grad_custom_post_pass"
-    patches[name] = [probe if each is manager else each for each in patches[name]]
-    try:
-        compile_fx(gm, example_inputs, **{**settings, "config_patches": patches})
-    except _Traced:
-        return probe.seen
-    except Exception as error:
-        raise Uneven(f"with fewer layers it cannot be traced: {error}") from error
-    raise Uneven("no pass of ours ran")
 
 
 def reroll(gm: fx.GraphModule, unseen_writes: Sequence[int], least: int = LEAST) -> Reduced:
