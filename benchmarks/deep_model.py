@@ -7,8 +7,8 @@ The model is transformers' Llama in bfloat16 with SmolLM2-135M's sizes (30 layer
 49,152) and random weights, which cost what trained ones do.  A step sees 2 × 128 tokens.  Sides:
 
 - "adamw": the model compiled by Inductor, ``torch.optim.AdamW(fused=True)`` outside, as people run it;
-- "qgalore", "flat": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step, with the
-  option `reroll`; the second without it and without `outline`.
+- "qgalore", "flat": INT8 weights and `QGaLoreAdamW` at rank 144, the whole step; the second without `reroll` and
+  `outline`.
 
 Each side is a process of its own with an empty cache.  Subspaces of a layer fall due in each of the first steps, one
 layer after the other; steady steps are those behind.  Resident memory is the operating system's, behind the fourth
@@ -68,7 +68,7 @@ def make_step(side: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Ca
         return training_step(lambda tokens: compiled(input_ids=tokens, labels=tokens).loss, adamw)
     qg.quantize_(model)
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
-    options = {"outline": False} if side == "flat" else {"reroll": True}
+    options = {"outline": False, "reroll": False} if side == "flat" else {}
     step = training_step(lambda tokens: model(input_ids=tokens, labels=tokens).loss, opt)
     return torch.compile(step, backend="qgalore", fullgraph=True, options=options)
 
