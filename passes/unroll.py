@@ -8,7 +8,7 @@ Tier      exact: the graph is the one that all layers would have been traced to.
 
 One layer is put back first, and the graph compared with the one that was traced with one layer more: a number of layers
 that became a constant, an average that all of them write, terms that were merged or folded would show.  From seven to
-eight is as from eight to nine, so that what holds there holds for all (an induction, whose step is checked once).
+eight is as from eight to nine: an induction, whose step is checked once.
 
 The layers that are there are compared (:mod:`qgalore_compile.passes.columns`), from their inputs: forward,
 backward, updates.  The missing ones become copies of the layer that stands before the gap, which read their own inputs
