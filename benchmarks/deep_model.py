@@ -60,7 +60,7 @@ def make_model(layers: int, dtype: torch.dtype) -> Any:
 
 
 def make_step(side: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """A side's step."""
+    """A side's step; also of "inductor", the whole step under plain Inductor (`depth.py`)."""
     model = make_model(layers, dtype)
     if side == "adamw":
         compiled = torch.compile(model)
@@ -69,8 +69,9 @@ def make_step(side: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Ca
     qg.quantize_(model)
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
     options = {"outline": False, "reroll": False} if side == "flat" else {}
+    backend = "inductor" if side == "inductor" else "qgalore"
     step = training_step(lambda tokens: model(input_ids=tokens, labels=tokens).loss, opt)
-    return torch.compile(step, backend="qgalore", fullgraph=True, options=options)
+    return torch.compile(step, backend=backend, fullgraph=True, options=options)
 
 
 def measure(side: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:

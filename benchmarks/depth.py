@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -30,32 +30,16 @@ from unittest import mock
 
 import torch
 import typer
-from common import RESULTS, Out, last_line, machine, training_step, write_result
-from deep_model import BATCH, SEQ, make_model
+from common import RESULTS, Out, last_line, machine, write_result
+from deep_model import BATCH, SEQ, make_step
 from matplotlib.figure import Figure
-from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics
-
-import qgalore_compile as qg
 
 SIDES = ("adamw", "inductor", "before", "qgalore")
 STAGES = ("tracing", "autograd", "passes", "inductor", "compilers", "step")
 COLOURS = ("#4c78a8", "#72b7b2", "#54a24b", "#e45756", "#b279a2", "#9d9da1")
 MOST = 8
 """Layers up to which the step is compiled by plain Inductor, which takes minutes for more."""
-
-
-def make_step(side: str, layers: int) -> Callable[[Tensor], Tensor]:
-    """A side's step."""
-    model = make_model(layers, torch.float32)
-    if side == "adamw":
-        compiled = torch.compile(model)
-        adamw = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
-        return training_step(lambda tokens: compiled(input_ids=tokens, labels=tokens).loss, adamw)
-    qg.quantize_(model)
-    opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
-    step = training_step(lambda tokens: model(input_ids=tokens, labels=tokens).loss, opt)
-    return torch.compile(step, backend="inductor" if side == "inductor" else "qgalore", fullgraph=True)
 
 
 def stages(seconds: float, kept: Mapping[str, list[float]]) -> dict[str, float]:
@@ -82,7 +66,7 @@ def stages(seconds: float, kept: Mapping[str, list[float]]) -> dict[str, float]:
 
 def measure(side: str, layers: int) -> dict[str, float]:
     """In this process."""
-    step = make_step(side, layers)
+    step = make_step(side, layers, torch.float32)
     tokens = torch.randint(49_152, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
     step(tokens)

@@ -59,7 +59,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Rerolled:
-    """Layers that were taken out of a graph, and what proves that they can be put back.
+    """Layers that were taken out of a graph, and what the graph is compared with when they are put back.
 
     Attributes:
         one: the first that is put back.

@@ -57,6 +57,7 @@ DROPOUT: frozenset[Any] = frozenset({
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
     functional.feature_alpha_dropout, torch.dropout,
 })  # fmt: skip
+"""What draws by probability and in training alone."""
 
 
 class Reduced(NamedTuple):

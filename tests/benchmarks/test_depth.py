@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,7 @@ def test_the_picture_is_written_where_sides_have_other_depths(script: ModuleType
 def test_a_side_makes_a_step_and_compiles_nothing_yet(
     script: ModuleType, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "make_model", lambda *_: nn.Sequential(nn.Linear(256, 256)))
-    monkeypatch.setattr(script.qg, "param_groups", lambda model, **_: model.parameters())
+    shared = sys.modules[script.make_step.__module__]
+    monkeypatch.setattr(shared, "make_model", lambda *_: nn.Sequential(nn.Linear(256, 256)))
+    monkeypatch.setattr(shared.qg, "param_groups", lambda model, **_: model.parameters())
     assert callable(script.make_step(side, 1))
