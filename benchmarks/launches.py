@@ -57,9 +57,7 @@ def make(model: str, float32: bool) -> tuple[Run, list[Tensor]]:
 
 
 def _deep(layers: int, float32: bool) -> tuple[Run, list[Tensor]]:
-    model = make_model(layers)
-    if float32:
-        model = model.float()
+    model = make_model(layers, torch.float32 if float32 else torch.bfloat16)
     qg.quantize_(model)
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144, update_proj_gap=NEVER), lr=1e-4)
     step = torch.compile(

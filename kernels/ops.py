@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qgalore_compile._ops import define, numbered
+from qgalore_compile._ops import called_directly, define, numbered
 from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.ir.program import BlockProgram
@@ -49,12 +49,14 @@ run_program = define(
     "run_program(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run, _nothing, _ROW_MAJOR
 )
 """Run a :class:`BlockProgram` (its text) over its whole space; tensors as for ``gemm.named``."""
+called_directly(run_program, _run)
 numbered(run_program, "numbers", _run, _nothing)
 
 run_gemm = define(
     "run_gemm(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_gemm, _nothing, _ROW_MAJOR
 )
 """Run a :class:`GemmProgram` (its text); tensors as for ``GemmProgram.share``."""
+called_directly(run_gemm, _run_gemm)
 numbered(run_gemm, "numbers", _run_gemm, _nothing)
 
 
@@ -72,6 +74,7 @@ def _gemm_fake(program: str, read: Sequence[Tensor]) -> Tensor:
 
 gemm = define("gemm(str program, Tensor[] read) -> Tensor", _gemm, _gemm_fake)
 """The product of a :class:`GemmProgram` (its text) without an epilogue; at least one operand is a tensor as it is."""
+called_directly(gemm, _gemm)
 
 
 @cache

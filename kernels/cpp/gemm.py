@@ -43,7 +43,7 @@ def kernels(text: str) -> tuple[cpu.Kernel | None, ...]:
 def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a ``GemmProgram`` with an epilogue; arguments as for ``GemmProgram.share``."""
     plan = _plan(text, PRODUCT_BYTES, OPERAND_BYTES)
-    pointers, held = plan.pointers(written, read), (ctypes.c_int64 * len(numbers))(*numbers)
+    addresses, held = plan.addresses(written, read), cpu.packed(numbers)
     wholes = [(left.whole(read), right.whole(read)) for left, right in plan.sides]
     decoded: list[tuple[int, int] | None] = [None] * len(plan.sides)  # the rows that each left operand's buffer holds
     for columns, tiles in plan.tiles:
@@ -54,8 +54,8 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
                 rows = left.block(read, wholes[index][0], tile.rows, again=decoded[index] == tile.rows)
                 decoded[index] = tile.rows
                 torch.mm(rows, rights[index], out=product)
-                pointers[plan.places[index]] = product.data_ptr() - tile.offsets[index]
-            plan.kernel.launch(pointers, tile.pitches, held, *tile.bounds)
+                addresses[plan.places[index]] = product.data_ptr() - tile.offsets[index]
+            plan.kernel.launch(plan.kernel.pack(*addresses), tile.pitches, held, *tile.bounds)
 
 
 class _Tile(NamedTuple):
@@ -124,9 +124,9 @@ class _Plan:
         bounds = (*rows, columns[0] // width, -(-columns[1] // width))
         return _Tile(rows, (rows[1] - rows[0], pitch), pitches, offsets, bounds)
 
-    def pointers(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> Any:
-        """Addresses for the epilogue, those of the products left out."""
-        return self.kernel.pointers(self._order, [*written, *read[self._rest :]])
+    def addresses(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> list[int]:
+        """Of the epilogue's buffers, those of the products left out."""
+        return self.kernel.addresses(self._order, [*written, *read[self._rest :]])
 
 
 @cache
@@ -281,9 +281,9 @@ class _Side:
         assert self.dtype is not None
         value = _scratch(self._use, decoding.size, self.dtype, self._transposed)
         if not again:
-            pointers = self._kernel.pointers(self._order, read[self.first : self.last])
-            pointers[self._place] = value.data_ptr() - decoding.offset
-            self._kernel.launch(pointers, decoding.pitches, None, *decoding.bounds)
+            addresses = self._kernel.addresses(self._order, read[self.first : self.last])
+            addresses[self._place] = value.data_ptr() - decoding.offset
+            self._kernel.launch(self._kernel.pack(*addresses), decoding.pitches, None, *decoding.bounds)
         return value
 
     def _decoding(self, at: tuple[int, int]) -> _Decoding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,16 +129,18 @@ class Kernel:
         return (*written, *(place for place in places if place not in written))
 
     @cached_property
-    def _addresses(self) -> Any:
-        return ctypes.c_void_p * len(self.program.buffers)
+    def pack(self) -> Any:
+        """From an address by buffer, as arguments, to what a launch takes: an array of ctypes takes three times as
+        long to fill."""
+        return struct.Struct(f"{len(self.program.buffers)}P").pack
 
     @cached_property
     def _whole(self) -> tuple[Any, int, int]:
         return (ctypes.c_int64 * len(self.pitches))(*self.pitches), self.program.space.rows, self.program.space.groups
 
-    def pointers(self, order: Sequence[int], tensors: Sequence[Tensor]) -> Any:
-        """Addresses by buffer, for a launch: of one tensor for each place in ``order``."""
-        addresses = self._addresses()
+    def addresses(self, order: Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
+        """Addresses by buffer, to be packed: of one tensor for each place in ``order``, 0 for others."""
+        addresses = [0] * len(self.program.buffers)
         for place, tensor in zip(order, tensors, strict=True):
             addresses[place] = tensor.data_ptr()
         return addresses
@@ -145,14 +148,14 @@ class Kernel:
     def launch(
         self, pointers: Any, pitches: Any, numbers: Any, row_0: int, row_1: int, group_0: int, group_1: int
     ) -> None:
-        """Run the program on some rows and groups, given :meth:`pointers` and arrays of int64."""
+        """Run the program on some rows and groups, given packed addresses and arrays of int64."""
         self._run(pointers, pitches, numbers, row_0, row_1, group_0, group_1)
 
     def run(self, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Run the program on its whole space; contiguous tensors as for ``gemm.named``."""
         pitches, rows, groups = self._whole
-        held = (ctypes.c_int64 * len(numbers))(*numbers) if numbers else None
-        self._run(self.pointers(self.order, [*written, *read]), pitches, held, 0, rows, 0, groups)
+        pointers = self.pack(*self.addresses(self.order, [*written, *read]))
+        self._run(pointers, pitches, packed(numbers), 0, rows, 0, groups)
 
     def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
         """What a launch takes, from one contiguous tensor for each buffer."""
@@ -186,6 +189,11 @@ class Arguments:
     def run(self, row_0: int, row_1: int, group_0: int, group_1: int) -> None:
         """Run the program on some rows and groups."""
         self._kernel._run(self._pointers, self._pitches, self._numbers, row_0, row_1, group_0, group_1)
+
+
+def packed(numbers: Sequence[int]) -> bytes | None:
+    """Numbers as a launch takes them, an array of int64."""
+    return struct.pack(f"{len(numbers)}q", *numbers) if numbers else None
 
 
 @cache

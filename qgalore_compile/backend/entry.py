@@ -27,6 +27,7 @@ from qgalore_compile._torch import (
 from qgalore_compile.backend import (
     compilation,
     dependencies,
+    direct,
     host_reads,
     leavings,
     reroll,
@@ -247,7 +248,7 @@ def qgalore(
     # the record is damaged, code from a cache would be refused for want of it: the passes run, and write it anew.
     damaged = chosen.strict and compilation.is_damaged(name)
     manager.salt = f"/{secrets.token_hex() if damaged else name}"
-    with composites.kept(kept and tracing.differentiates(gm)), units.together(), dependencies.in_place():
+    with composites.kept(kept and tracing.differentiates(gm)), _inductor():
         settings = {"config_patches": patches, **compile_fx_arguments}
         before = compilation.rerolled(name)
         compiled = reroll.compiled(gm, example_inputs, manager, unseen_writes, known=before, **settings)
@@ -271,6 +272,13 @@ def _wait_for(manager: PassManager) -> None:
 def _post_passes() -> Sequence[Any]:
     """Passes of the user's own, in the place where ours will run."""
     return get_custom_graph_passes(inductor_config.post_grad_custom_post_pass)
+
+
+@contextmanager
+def _inductor() -> Iterator[None]:
+    """Inductor, with what it does otherwise for these graphs."""
+    with units.together(), dependencies.in_place(), direct.called():
+        yield
 
 
 def _cuda_graphs(

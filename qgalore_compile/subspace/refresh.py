@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile import rng
-from qgalore_compile._ops import define, numbered
+from qgalore_compile._ops import called_directly, define, numbered
 from qgalore_compile.formats import Format
 from qgalore_compile.subspace.finder import Gradient, captured_energy, leading_subspace, sketched_subspace
 from qgalore_compile.subspace.gather import gathered, is_carrier
@@ -242,6 +242,8 @@ _refresh_with_moments_op = define(
     lambda *args, **kwargs: None,
     torch.Tag.cudagraph_unsafe,
 )
+called_directly(_refresh_op, _refresh)
+called_directly(_refresh_with_moments_op, _refresh_with_moments)
 numbered(_refresh_op, "param", _refresh, lambda *args: None)
 numbered(_refresh_with_moments_op, "param", _refresh_with_moments, lambda *args: None)
 REFRESHES = (_refresh_op, _refresh_with_moments_op)

@@ -55,7 +55,7 @@ def calls_of_code(code: str) -> list[str]:
             arguments[product[1]] = inputs
         elif product := re.match(r"\s+buf\d+ = (qgalore_\w+)\(", line):
             found.append(" ".join([product[1], *arguments[product[1]]]))
-        elif product := re.search(r"torch\.ops\.qgalore\.(refresh|run_program|run_gemm)", line):
+        elif product := re.search(r"qgalore_calls\.(refresh|run_program|run_gemm)", line):
             found.append(product[1])
     return found
 
