@@ -8,6 +8,7 @@ eager step.  ``qg.export`` writes the trained model as safetensors.
 
 from qgalore_compile import _startup as _startup
 from qgalore_compile.backend.sizes import mark_dynamic
+from qgalore_compile.checkpoints import load, load_pretrained, save
 from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
@@ -17,6 +18,7 @@ from qgalore_compile.reports.check import CheckResult, check
 from qgalore_compile.reports.report import Report, explain, report
 from qgalore_compile.weights import Int8Weight, dequantize_, quantize_
 from qgalore_compile.weights.coverage import CoverageWarning
+from qgalore_compile.weights.initialization import initialize_
 
 __all__ = [
     "CheckResult",
@@ -30,10 +32,14 @@ __all__ = [
     "dequantize_",
     "explain",
     "export",
+    "initialize_",
+    "load",
+    "load_pretrained",
     "mark_dynamic",
     "on_progress",
     "param_groups",
     "quantize_",
     "report",
+    "save",
 ]
 __version__ = "0.1.0"

@@ -18,7 +18,10 @@ SNIPPETS = {
     for heading, section in HEADINGS.findall(GUIDE)
     for code in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 }
-EXPORT = SNIPPETS.pop("Exporting a model")  # the one that builds no optimizer
+# those that build no optimizer
+EXPORT = SNIPPETS.pop("Exporting a model")
+NEVER_IN_FLOAT = SNIPPETS.pop("A model that is never in float")
+SAVING = SNIPPETS.pop("Saving, and going on")
 
 
 def test_there_is_a_snippet_for_each_place_to_come_from() -> None:
@@ -50,3 +53,28 @@ def test_the_export_writes_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     weights = names["weights"]
     assert isinstance(weights, dict)
     assert weights.keys() == model.state_dict().keys()
+
+
+def test_a_model_is_loaded_and_another_drawn_in_int8(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=19, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    names: dict[str, object] = {"folder": tmp_path, "config": config}
+    exec(NEVER_IN_FLOAT.split("\n\nwith")[0], names)
+    loaded = names["model"]
+    exec(NEVER_IN_FLOAT, names)
+    for model in (loaded, names["model"]):
+        assert isinstance(model.lm_head.weight, torch.nn.Parameter)  # type: ignore[attr-defined]
+        assert isinstance(model.model.layers[1].mlp.up_proj.weight, qg.Int8Weight)  # type: ignore[attr-defined]
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = qg.quantize_(Llama(LlamaConfig(32, 56, 2, 2, vocab_size=19)))
+    opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=4))
+    scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
+    names: dict[str, object] = {"model": model, "opt": opt, "scheduler": scheduler, "step": 3}
+    exec(SAVING, names)
+    assert names["extra"]["step"] == 3  # type: ignore[index]

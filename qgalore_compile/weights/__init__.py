@@ -11,6 +11,8 @@ collectives.py        torch.distributed on a weight
 callers.py            callers in PyTorch that are refused by name
 targets.py            which layers are meant
 conversion.py         ``quantize_``, ``dequantize_``
+filling.py            values for parameters on the meta device, in blocks of rows
+initialization.py     ``initialize_``: first values, drawn weight by weight
 coverage.py           what was taken, in words
 ====================  =================================================================================================
 """

@@ -1,0 +1,265 @@
+"""``load_pretrained``: a float checkpoint, streamed into a quantised model one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qgalore_compile.formats import Format
+from qgalore_compile.weights.conversion import quantize_
+from qgalore_compile.weights.filling import blocks, empty, fill_, put
+from qgalore_compile.weights.initialization import initialize_buffers
+from qgalore_compile.weights.targets import Targets
+from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file: which, under which name, and what it looks like."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_pretrained(
+    model: nn.Module | type[Any],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    group_size: int = 256,
+    targets: Targets | None = None,
+    format: Format | str | None = None,
+) -> Any:
+    """Load safetensors into a model whose linear weights are quantised as they come: the float model never exists.
+
+    ::
+
+        model = qg.load_pretrained(AutoModelForCausalLM, "SmolLM2-135M")
+
+    What is there at any time is the quantised model, a tensor of the file, and some float rows.  The weights are those
+    that loading in float and :func:`~qgalore_compile.quantize_` would give, bit for bit.
+
+    Args:
+        model: a class of transformers, of which a model is built from the folder's config without memory; or a model,
+            changed in place, on the meta device or not, quantised already or not.
+        folder: with ``model.safetensors``, or shards and ``model.safetensors.index.json``; or one file.
+        dtype: of floats, and what quantised weights dequantise to, of a model that is built here; default: the
+            config's.
+        device: where what is on the meta device goes.
+        group_size, targets, format: as for :func:`~qgalore_compile.quantize_`, of a model that is not quantised yet.
+
+    Returns:
+        The model, in training mode as a new one is.
+
+    Raises:
+        ValueError: the file lacks a weight of the model or has one that the model lacks, or one of another shape; a
+            file is missing or damaged; a weight holds NaN or Inf; nothing gives values to a buffer.  Names and shapes
+            are looked at before anything is loaded.
+        TypeError: ``model`` is neither a model nor a class with a config.
+    """
+    source = Path(folder)
+    found = _entries(source)
+    built = _build(model, source, dtype) if isinstance(model, type) else model
+    if not isinstance(built, nn.Module):
+        raise TypeError(f"load_pretrained takes a model or a class of transformers, not {type(model).__name__}")
+    if not isinstance(model, type) and dtype is not None:
+        raise ValueError("dtype is for a model that is built here; convert yours: model.to(dtype)")
+    quantised = any(isinstance(each, QuantizedWeight) for each in built.parameters())
+    if quantised and (group_size != 256 or targets is not None or format is not None):
+        raise ValueError("the model is quantised already: leave group_size, targets and format out")
+    places = _places(built)
+    pairs = _matched(built, places, found)
+    if not quantised:
+        quantize_(built, group_size=group_size, targets=targets, format=format)
+    if not all(place.is_meta for place in places.values()):
+        _check_finite(built, pairs)
+    with _as_before_on_error(built), _tied_stay(built):
+        for name, entry in pairs.items():
+            _load(*_owner(built, name), entry, name, device)
+        if any(buffer.is_meta for buffer in built.buffers()):
+            initialize_buffers(built, device)
+    return built
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def _entries(source: Path) -> dict[str, _Entry]:
+    """The tensors of a folder, or of one file, by name."""
+    return {entry.name: entry for path in _files(source) for entry in _entries_of(path)}
+
+
+def _entries_of(path: Path) -> list[_Entry]:
+    try:
+        with safe_open(path, "pt") as file:
+            looks = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return [_Entry(path, name, tuple(look.get_shape()), str(look.get_dtype())) for name, look in looks.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    index, single = source / _INDEX, source / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of shards: {error!r}") from error
+        if missing := [name for name in names if not (source / name).is_file()]:
+            raise ValueError(f"{index} names {', '.join(missing[:3])}, which {'are' if len(missing) > 1 else 'is'} "
+                             "not there; fetch all shards")  # fmt: skip
+        return [source / name for name in names]
+    if single.is_file():
+        return [single]
+    others = sorted(each.name for each in source.glob("*.bin")) if source.is_dir() else []
+    hint = f"; {', '.join(others[:2])} is pickled: save it anew with safetensors" if others else ""
+    raise ValueError(f"{source} holds neither model.safetensors nor {_INDEX}{hint}")
+
+
+def _build(kind: type[Any], source: Path, dtype: torch.dtype | None) -> Any:
+    """A model of a class of transformers from the folder's config, on the meta device."""
+    if not (hasattr(kind, "from_config") or hasattr(kind, "_from_config")):
+        raise TypeError(f"load_pretrained: {kind.__name__} has no from_config; build the model on the meta device and "
+                        "hand it over")  # fmt: skip
+    from transformers import AutoConfig  # the class is of transformers, so that is there
+
+    config = AutoConfig.from_pretrained(source if source.is_dir() else source.parent)
+    if (quantisation := getattr(config, "quantization_config", None)) is not None:
+        raise ValueError(f"{source} is quantised already ({_method(quantisation)}); load the float checkpoint")
+    make = getattr(kind, "from_config", None) or kind._from_config
+    with torch.device("meta"):
+        return make(config, dtype=dtype or getattr(config, "dtype", None) or torch.get_default_dtype())
+
+
+def _method(quantisation: Any) -> str:
+    held = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    return str(held.get("quant_method", "an unknown method"))
+
+
+# -- what belongs where ------------------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones under each of theirs."""
+    persistent = model.state_dict(keep_vars=True)
+    return {name: value for name, value in persistent.items() if isinstance(value, Tensor)}
+
+
+def _matched(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
+    """For each tensor of the model its entry; ValueError, in words, where they do not fit."""
+    renamed = _renamed(model, places, found)
+    ignored = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    more = [name for name in renamed if name not in places and not any(each.search(name) for each in ignored)]
+    given = {id(places[name]) for name in renamed if name in places}
+    missing = [name for name, tensor in places.items() if name not in renamed and id(tensor) not in given]
+    other = [
+        f"{name} is {entry.shape} and {tuple(places[name].shape)} in the model"
+        for name, entry in renamed.items()
+        if name in places and entry.shape != tuple(places[name].shape)
+    ]
+    kinds = [
+        f"{name} is {entry.dtype}, and of floating point in the model"
+        for name, entry in renamed.items()
+        if name in places and places[name].is_floating_point() and entry.dtype not in _FLOATS
+    ]
+    problems = [f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+                for what, names in (("it lacks", missing), ("the model lacks", more), ("", other), ("", kinds))
+                if names]  # fmt: skip
+    if problems:
+        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(map(str.strip, problems)))
+    return {name: entry for name, entry in renamed.items() if name in places}
+
+
+def _renamed(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Entries under the model's names: of a base model loaded from a whole one's file, or the other way round."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if prefix == "." or any(name in places for name in found):
+        return found
+    shorter = {name.removeprefix(prefix): entry for name, entry in found.items() if name.startswith(prefix)}
+    if any(name in places for name in shorter):
+        return shorter
+    longer = {prefix + name: entry for name, entry in found.items()}
+    return longer if any(name in places for name in longer) else found
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+@contextmanager
+def _tied_stay(model: nn.Module) -> Iterator[None]:
+    """Whoever shared a parameter before shares what has come in its place afterwards."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, key))
+    before = {identity: module._parameters[key] for identity, ((module, key), *_) in owners.items()}  # kept alive
+    yield
+    for identity, every in owners.items():
+        new = [module._parameters[key] for module, key in every if module._parameters[key] is not before[identity]]
+        for module, key in every if new else ():
+            module._parameters[key] = new[0]
+
+
+def _load(module: nn.Module, key: str, entry: _Entry, name: str, device: torch.device | str) -> None:
+    held = module._parameters.get(key)
+    place = module._buffers[key] if held is None else held
+    assert place is not None
+    stored = empty(place.detach(), device) if place.is_meta else place.detach()
+    for rows in blocks(stored):
+        fill_(stored, rows, _read(entry, rows), name)
+    if place.is_meta:
+        put(module, key, stored)
+
+
+def _read(entry: _Entry, rows: slice) -> Tensor:
+    """Some rows of a tensor.  The file is opened for each: the pages of an open one count as this process's memory."""
+    try:
+        with safe_open(entry.file, "pt") as file:
+            whole: Tensor = file.get_tensor(entry.name) if rows == slice(None) else file.get_slice(entry.name)[rows]
+            return whole
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{entry.file} cannot be read: {error}") from error
+
+
+def _check_finite(model: nn.Module, pairs: dict[str, _Entry]) -> None:
+    """Raise ValueError where a weight that is to be quantised cannot be, before one that has values is overwritten."""
+    for name, entry in pairs.items():
+        place = model.get_parameter(name) if name in dict(model.named_parameters()) else None
+        if isinstance(place, QuantizedWeight):
+            for rows in blocks(place):
+                if not has_int8_form(_read(entry, rows)):
+                    raise ValueError(f"{name} of shape {entry.shape} {NO_INT8_FORM}")
+
+
+@contextmanager
+def _as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """Where it fails, what was on the meta device is there again."""
+    before = [(held, key, value) for module in model.modules() for held in (module._parameters, module._buffers)
+              for key, value in held.items() if value is not None and value.is_meta]  # fmt: skip
+    try:
+        yield
+    except BaseException:
+        for held, key, value in before:
+            held[key] = value  # type: ignore[assignment]
+        raise
