@@ -1,0 +1,240 @@
+"""``QGaLoreTrainer``: transformers' ``Trainer`` with the whole step, accumulation and update included, one graph."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgalore_compile._torch import Unsupported, UserError
+from qgalore_compile.checkpoints.saved import load, save
+from qgalore_compile.integrations.needed import need
+from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.groups import param_groups
+
+with need("transformers and accelerate", "transformers accelerate"):
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainerCallback
+
+logger = logging.getLogger("qgalore_compile")
+
+FILE = "qgalore.safetensors"
+"""In a checkpoint's folder: weights as they are stored, the optimizer, the LR scheduler."""
+_OF_OPTIMIZER = ("moments", "nonfinite", "seed")
+_BEFORE_THE_UPDATE = ("on_pre_optimizer_step", "on_substep_end")
+
+
+class QGaLoreTrainer(Trainer):  # type: ignore[misc]
+    """A ``Trainer`` that compiles forward, backward, accumulation, clipping and update of a step as one graph.
+
+    ::
+
+        model = qg.load_pretrained(AutoModelForCausalLM, folder)
+        trainer = QGaLoreTrainer(model, TrainingArguments("out", learning_rate=1e-4), train_dataset=data,
+                                 qgalore=dict(rank=128))
+        trainer.train()
+
+    All else is ``Trainer``'s: data, LR schedule, evaluation, logs (with ``refreshes`` and ``skipped_steps``), callbacks,
+    ``resume_from_checkpoint``, which goes on bit for bit.  A checkpoint holds ``model.safetensors``, in float, for
+    ``from_pretrained``, and ``qgalore.safetensors``, to go on from.
+
+    What differs: the gradients exist inside the graph alone, so callbacks cannot read them; the loss of a step that is
+    accumulated is known with its last micro-batch; ``max_grad_norm`` and the logged ``grad_norm`` are of projected
+    gradients (:class:`~qgalore_compile.QGaLoreAdamW`).  Where the whole step cannot be one graph (several processes, a
+    callback between backward and update, Python that cannot be traced), ``opt.step`` alone is compiled, and a warning
+    says so in a line.
+
+    Args:
+        *args, **kwargs: of ``Trainer``.
+        qgalore: keys of :func:`~qgalore_compile.param_groups` (``rank`` is needed, ``targets``, ``plain``, ``rule``, …)
+            and ``moments``, ``nonfinite``, ``seed`` of the optimizer.  lr, betas, eps, weight_decay and max_grad_norm
+            are the training arguments'.  Left out where ``optimizers`` has a ``QGaLoreAdamW``.
+        options: of the backend, as ``torch.compile(options=…)`` takes them.
+
+    Raises:
+        ValueError: training arguments that cannot be (DeepSpeed, FSDP, ``torch_compile``, an ``optim`` of
+            transformers), or none or two optimizers.
+    """
+
+    backend: Any = "qgalore"
+
+    def __init__(
+        self,
+        *args: Any,
+        qgalore: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._keys = None if qgalore is None else dict(qgalore)
+        self._options = None if options is None else dict(options)
+        self._batches: list[dict[str, Any]] = []
+        self._whole: Callable[..., Tensor] | None = None
+        self._alone: Callable[..., Any] | None = None
+        super().__init__(*args, **kwargs)
+        self._check_arguments()
+        config = getattr(self.model, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+            logger.info("QGaLoreTrainer: use_cache=False, for a step that trains fills no cache of keys and values")
+
+    def _check_arguments(self) -> None:
+        given = isinstance(self.optimizer, QGaLoreAdamW)
+        if self.optimizer is not None and not given:
+            raise ValueError(f"QGaLoreTrainer trains with QGaLoreAdamW, and optimizers has a "
+                             f"{type(self.optimizer).__name__}: use transformers' Trainer for it")  # fmt: skip
+        if given == (self._keys is not None):
+            raise ValueError("give either qgalore=dict(rank=…), from which the optimizer is built, or "
+                             "optimizers=(a QGaLoreAdamW, scheduler or None)")  # fmt: skip
+        if self._keys is not None and "rank" not in self._keys:
+            raise ValueError("qgalore lacks rank: qgalore=dict(rank=128), say")
+        limit = self.args.max_grad_norm or None
+        if given and self.optimizer.max_grad_norm != limit:
+            raise ValueError(f"the optimizer clips at max_grad_norm={self.optimizer.max_grad_norm}, the training "
+                             f"arguments say {limit}: give both the same (0 in the arguments is None)")  # fmt: skip
+        if self.args.torch_compile:
+            raise ValueError("torch_compile=True compiles the model alone; leave it out: QGaLoreTrainer compiles the step")
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(f"QGaLoreTrainer does not do {kind.value}: one process, or DistributedDataParallel")
+
+    # -- optimizer and step ------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that was given, or one from ``qgalore`` and the training arguments."""
+        if self.optimizer is None:
+            assert self._keys is not None
+            keys, args = dict(self._keys), self.args
+            own = {key: keys.pop(key) for key in _OF_OPTIMIZER if key in keys}
+            groups = param_groups(self.model if model is None else model, **{"weight_decay": args.weight_decay, **keys})
+            self.optimizer = QGaLoreAdamW(
+                groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                max_grad_norm=args.max_grad_norm or None, **own,
+            )  # fmt: skip
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Before it: what ``optimizer.step()`` does from here on, which the scheduler will count."""
+        self.optimizer.step = MethodType(lambda _, *given: self._after_step(), self.optimizer)  # bound, for schedulers
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def _qgalore(self) -> QGaLoreAdamW:
+        """The optimizer inside of accelerate's."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._batches.clear()
+        why = self._not_whole()
+        if why is not None:
+            self._compile_update(why)
+        else:
+            self._whole = torch.compile(self._step, backend=self.backend, fullgraph=True, options=self._options)
+        return prepared
+
+    def _not_whole(self) -> str | None:
+        """Why the whole step is not compiled; None where it is."""
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            return f"{max(self.args.world_size, self.args.n_gpu)} devices"
+        for callback in self.callback_handler.callbacks:
+            for name in _BEFORE_THE_UPDATE:
+                if getattr(type(callback), name) is not getattr(TrainerCallback, name):
+                    return f"{type(callback).__name__}.{name} comes between backward and update"
+        return None
+
+    def _compile_update(self, why: str) -> None:
+        logger.warning("QGaLoreTrainer compiles opt.step alone: %s", why)
+        self._whole = None
+        self._alone = torch.compile(self._qgalore.step, backend=self.backend, options=self._options)
+
+    def _step(self, batches: Sequence[dict[str, Any]], items: Tensor | None) -> Tensor:
+        """What is compiled: forward and backward of each micro-batch, and the update."""
+        total = torch.zeros((), device=self.args.device)
+        for batch in batches:
+            loss = self.compute_loss(self.model_wrapped, dict(batch), num_items_in_batch=items)
+            if not self._is_scaled(items):
+                loss = loss / len(batches)
+            loss.backward()
+            total = total + loss.detach()
+        self._qgalore.step()
+        self._qgalore.zero_grad()
+        return total
+
+    def _is_scaled(self, items: Tensor | None) -> bool:
+        """Whether a loss is of the whole step's tokens already, as in ``Trainer.training_step``."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Collect a micro-batch; with the last one of a step, run the step.  The loss is then that of all of them."""
+        if self._whole is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        model.train()
+        self._batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches = list(self._batches)
+        self._batches.clear()
+        items = num_items_in_batch
+        if items is not None and not isinstance(items, Tensor):
+            items = torch.tensor(items, device=self.args.device)  # a number would be a constant of the graph
+        try:
+            return self._whole(batches, items)
+        except (Unsupported, UserError) as error:  # of tracing: nothing has run
+            self._compile_update((str(error).splitlines() or [type(error).__name__])[0])
+        losses = [super(QGaLoreTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches]
+        return torch.stack(losses).sum()
+
+    def _after_step(self) -> None:
+        """In the place of ``optimizer.step()``: a step that was compiled whole has updated already."""
+        if self._whole is None and self._alone is not None and self.accelerator.sync_gradients:
+            self._alone()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._qgalore.last_grad_norm  # the optimizer clips; written with each step, and read behind it
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        return self._qgalore.last_grad_norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With refreshes of all weights so far, and steps that were skipped for a gradient that was not finite."""
+        if "loss" in logs:
+            schedule = self._qgalore.schedule()
+            logs["refreshes"] = sum(record.refreshes for record in schedule)
+            logs["skipped_steps"] = int(self._qgalore.skipped_steps)
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save(os.path.join(output_dir, FILE), self.model, self._qgalore, scheduler=self.lr_scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (Path(resume_from_checkpoint) / FILE).is_file():
+            raise ValueError(f"{resume_from_checkpoint} has no {FILE}: QGaLoreTrainer did not write it, or with "
+                             "save_only_model; qg.load_pretrained loads its weights for a new run")  # fmt: skip
+        # with the optimizer, once there is one
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            extra = load(os.path.join(checkpoint, FILE), self.model, self._qgalore)
+            self.lr_scheduler.load_state_dict(extra["scheduler"])
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None or not (Path(best) / FILE).is_file():
+            super()._load_best_model()
+            return
+        generator = torch.get_rng_state()
+        load(os.path.join(best, FILE), self.model)
+        torch.set_rng_state(generator)
