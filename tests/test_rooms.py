@@ -13,6 +13,7 @@ PACKAGES[ROOT / "qgalore_compile"] = "qgalore_compile"
 
 FLOORS = (
     ("cli", "pretrain", "train_config"),
+    ("integrations",),
     ("checkpoints",),
     ("exports",),
     ("training",),

@@ -5,6 +5,7 @@ file                  what it does
 ====================  =================================================================================================
 pretrained.py         ``qg.load_pretrained``: a float checkpoint streamed into a quantised model
 saved.py              ``qg.save``, ``qg.load``: a model and its optimizer in one file, to go on from bit for bit
+other_optimizers.py   optimizers of PyTorch and of others, loaded whole or not at all
 tree.py               nested values as JSON and tensors, and back
 ====================  =================================================================================================
 """

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qgalore_compile.exports.tensors import unwrapped
 from qgalore_compile.formats import Format
 from qgalore_compile.weights.conversion import quantize_
 from qgalore_compile.weights.filling import blocks, empty, fill_, put
 from qgalore_compile.weights.initialization import initialize_buffers
-from qgalore_compile.weights.targets import Targets
+from qgalore_compile.weights.targets import Targets, select_linears
 from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form
 
 _INDEX = "model.safetensors.index.json"
@@ -52,7 +53,8 @@ def load_pretrained(
 
         model = qg.load_pretrained(AutoModelForCausalLM, "SmolLM2-135M")
 
-    What is there at any time is the quantised model, a tensor of the file, and some float rows.  The weights are those
+    What is there at any time is the quantised model and some float rows; of a format with double quantisation, which
+    keeps a weight's rows together, a float weight.  The weights are those
     that loading in float and :func:`~qgalore_compile.quantize_` would give, bit for bit.
 
     Args:
@@ -75,26 +77,32 @@ def load_pretrained(
     """
     source = Path(folder)
     found = _entries(source)
-    built = _build(model, source, dtype) if isinstance(model, type) else model
-    if not isinstance(built, nn.Module):
-        raise TypeError(f"load_pretrained takes a model or a class of transformers, not {type(model).__name__}")
-    if not isinstance(model, type) and dtype is not None:
-        raise ValueError("dtype is for a model that is built here; convert yours: model.to(dtype)")
-    quantised = any(isinstance(each, QuantizedWeight) for each in built.parameters())
+    built = _build(model, source, dtype, found) if isinstance(model, type) else model
+    _check_asked(model, built, dtype)
+    bare = unwrapped(built)
+    quantised = any(isinstance(each, QuantizedWeight) for each in bare.parameters())
     if quantised and (group_size != 256 or targets is not None or format is not None):
         raise ValueError("the model is quantised already: leave group_size, targets and format out")
-    places = _places(built)
-    pairs = _matched(built, places, found)
-    if not quantised:
-        quantize_(built, group_size=group_size, targets=targets, format=format)
-    if not all(place.is_meta for place in places.values()):
-        _check_finite(built, pairs)
-    with _as_before_on_error(built), _tied_stay(built):
-        for name, entry in pairs.items():
-            _load(*_owner(built, name), entry, name, device)
-        if any(buffer.is_meta for buffer in built.buffers()):
-            initialize_buffers(built, device)
+    places = _places(bare)
+    pairs = _matched(bare, places, found)
+    chosen = set() if quantised else {f"{name}.weight" for name, _ in select_linears(bare, targets)}
+    _check_finite(places, pairs, chosen)
+    with _as_before_on_error(bare):
+        if not quantised:
+            quantize_(bare, group_size=group_size, targets=targets, format=format)
+        with _tied_stay(bare):
+            for name, entry in pairs.items():
+                _load(*_owner(bare, name), entry, name, device)
+        if any(buffer.is_meta for buffer in bare.buffers()):
+            initialize_buffers(bare, device)
     return built
+
+
+def _check_asked(given: object, built: object, dtype: torch.dtype | None) -> None:
+    if not isinstance(built, nn.Module):
+        raise TypeError(f"load_pretrained takes a model or a class of transformers, not {type(given).__name__}")
+    if given is built and dtype is not None:
+        raise ValueError("dtype is for a model that is built here; convert yours: model.to(dtype)")
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -118,6 +126,8 @@ def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     index, single = source / _INDEX, source / "model.safetensors"
+    if single.is_file():  # first, as transformers: an index beside it was left behind by an earlier, sharded one
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -127,26 +137,41 @@ def _files(source: Path) -> list[Path]:
             raise ValueError(f"{index} names {', '.join(missing[:3])}, which {'are' if len(missing) > 1 else 'is'} "
                              "not there; fetch all shards")  # fmt: skip
         return [source / name for name in names]
-    if single.is_file():
-        return [single]
     others = sorted(each.name for each in source.glob("*.bin")) if source.is_dir() else []
     hint = f"; {', '.join(others[:2])} is pickled: save it anew with safetensors" if others else ""
     raise ValueError(f"{source} holds neither model.safetensors nor {_INDEX}{hint}")
 
 
-def _build(kind: type[Any], source: Path, dtype: torch.dtype | None) -> Any:
+def _build(kind: type[Any], source: Path, dtype: torch.dtype | None, found: dict[str, _Entry]) -> Any:
     """A model of a class of transformers from the folder's config, on the meta device."""
-    if not (hasattr(kind, "from_config") or hasattr(kind, "_from_config")):
+    make = getattr(kind, "from_config", None) or getattr(kind, "_from_config", None)
+    if make is None:
         raise TypeError(f"load_pretrained: {kind.__name__} has no from_config; build the model on the meta device and "
                         "hand it over")  # fmt: skip
-    from transformers import AutoConfig  # the class is of transformers, so that is there
+    from transformers import AutoConfig, GenerationConfig  # the class is of transformers, so that is there
 
-    config = AutoConfig.from_pretrained(source if source.is_dir() else source.parent)
+    folder = source if source.is_dir() else source.parent
+    config = (getattr(kind, "config_class", None) or AutoConfig).from_pretrained(folder)
     if (quantisation := getattr(config, "quantization_config", None)) is not None:
         raise ValueError(f"{source} is quantised already ({_method(quantisation)}); load the float checkpoint")
-    make = getattr(kind, "from_config", None) or kind._from_config
+    of_file = next((_FLOATS[entry.dtype] for entry in found.values() if entry.dtype in _FLOATS), None)
+    own = dtype or getattr(config, "dtype", None) or of_file or torch.get_default_dtype()
     with torch.device("meta"):
-        return make(config, dtype=dtype or getattr(config, "dtype", None) or torch.get_default_dtype())
+        model = make(config, dtype=own)
+    _keep_in_float32(model, own)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """What an architecture says of itself, as T5 of the products that overflow in float16."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = {*strict, *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())}
+    if dtype in (torch.float16, torch.bfloat16) and kept:
+        for name, module in model.named_modules():
+            if kept & set(name.split(".")):
+                module.float()
 
 
 def _method(quantisation: Any) -> str:
@@ -176,16 +201,32 @@ def _matched(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entr
         if name in places and entry.shape != tuple(places[name].shape)
     ]
     kinds = [
-        f"{name} is {entry.dtype}, and of floating point in the model"
+        f"{name} is {entry.dtype} and {str(places[name].dtype).removeprefix('torch.')} in the model"
         for name, entry in renamed.items()
-        if name in places and places[name].is_floating_point() and entry.dtype not in _FLOATS
+        if name in places and places[name].is_floating_point() != (entry.dtype in _FLOATS)
     ]
     problems = [f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
                 for what, names in (("it lacks", missing), ("the model lacks", more), ("", other), ("", kinds))
                 if names]  # fmt: skip
     if problems:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(map(str.strip, problems)))
-    return {name: entry for name, entry in renamed.items() if name in places}
+    pairs = {name: entry for name, entry in renamed.items() if name in places}
+    _check_tied(model, places, pairs)
+    return pairs
+
+
+def _check_tied(model: nn.Module, places: dict[str, Tensor], pairs: dict[str, _Entry]) -> None:
+    """Raise ValueError where names that are one tensor in the model have different values in the file."""
+    first: dict[int, str] = {}
+    for name, entry in pairs.items():
+        other = first.setdefault(id(places[name]), name)
+        if other != name and not all(
+            torch.equal(_read(entry, rows), _read(pairs[other], rows)) for rows in blocks(places[name])
+        ):
+            raise ValueError(
+                f"{other} and {name} have different values in the checkpoint, and are one tensor in "
+                f"{type(model).__name__}: build the model untied (tie_word_embeddings=False in the config)"
+            )
 
 
 def _renamed(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
@@ -205,20 +246,26 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
+def _held(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer of every module: the dict that holds it, its key there, and itself."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, value in held.items():
+                if value is not None:
+                    yield held, key, value
+
+
 @contextmanager
 def _tied_stay(model: nn.Module) -> Iterator[None]:
-    """Whoever shared a parameter before shares what has come in its place afterwards."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, key))
-    before = {identity: module._parameters[key] for identity, ((module, key), *_) in owners.items()}  # kept alive
+    """Whoever shared a tensor before shares what has come in its place afterwards."""
+    owners: dict[int, list[tuple[dict[str, Any], str, Tensor]]] = {}
+    for held, key, value in _held(model):
+        owners.setdefault(id(value), []).append((held, key, value))
     yield
-    for identity, every in owners.items():
-        new = [module._parameters[key] for module, key in every if module._parameters[key] is not before[identity]]
-        for module, key in every if new else ():
-            module._parameters[key] = new[0]
+    for every in owners.values():
+        new = [held[key] for held, key, before in every if held[key] is not before]
+        for held, key, _ in every if new else ():
+            held[key] = new[0]
 
 
 def _load(module: nn.Module, key: str, entry: _Entry, name: str, device: torch.device | str) -> None:
@@ -242,24 +289,24 @@ def _read(entry: _Entry, rows: slice) -> Tensor:
         raise ValueError(f"{entry.file} cannot be read: {error}") from error
 
 
-def _check_finite(model: nn.Module, pairs: dict[str, _Entry]) -> None:
-    """Raise ValueError where a weight that is to be quantised cannot be, before one that has values is overwritten."""
+def _check_finite(places: dict[str, Tensor], pairs: dict[str, _Entry], chosen: set[str]) -> None:
+    """Raise ValueError where a weight that is to be quantised, or is, cannot be, before anything has changed."""
     for name, entry in pairs.items():
-        place = model.get_parameter(name) if name in dict(model.named_parameters()) else None
-        if isinstance(place, QuantizedWeight):
-            for rows in blocks(place):
-                if not has_int8_form(_read(entry, rows)):
-                    raise ValueError(f"{name} of shape {entry.shape} {NO_INT8_FORM}")
+        place = places[name]
+        if name not in chosen and not isinstance(place, QuantizedWeight):
+            continue
+        for rows in blocks(place):
+            if not has_int8_form(_read(entry, rows).to(place.dtype)):
+                raise ValueError(f"{name} of shape {entry.shape} {NO_INT8_FORM}")
 
 
 @contextmanager
 def _as_before_on_error(model: nn.Module) -> Iterator[None]:
     """Where it fails, what was on the meta device is there again."""
-    before = [(held, key, value) for module in model.modules() for held in (module._parameters, module._buffers)
-              for key, value in held.items() if value is not None and value.is_meta]  # fmt: skip
+    before = [each for each in _held(model) if each[2].is_meta]
     try:
         yield
     except BaseException:
         for held, key, value in before:
-            held[key] = value  # type: ignore[assignment]
+            held[key] = value
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qgalore_compile.checkpoints.other_optimizers import load_other
 from qgalore_compile.checkpoints.tree import put_together, taken_apart
 from qgalore_compile.exports.safetensors_file import Source, write_file
 from qgalore_compile.exports.tensors import unwrapped
-from qgalore_compile.files import refuse_other_than_file
 from qgalore_compile.optim.adamw import QGaLoreAdamW
-from qgalore_compile.optim.checkpoint import check_optimizer
 from qgalore_compile.training.saved_run import check_model
 
 FORMAT = "1"
-_OWN = ("model", "optimizer", "rng", "extra")
+_TREE = "qgalore"
+"""The tensor that holds all that is not one, as JSON."""
 
 
 def save(
@@ -48,21 +49,26 @@ def save(
 
     Raises:
         TypeError: a value that has no place in a checkpoint; names it.  Nothing is written.
+        ValueError: the path is a folder's.
         OSError: the file cannot be written; what was there is there still.
     """
     file = Path(path)
-    refuse_other_than_file(file)
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder, where a file belongs: {file / 'run.safetensors'}, say")
+    state = unwrapped(model).state_dict()
     values = {
-        "model": unwrapped(model).state_dict(),
+        "model": state,
+        "versions": dict(getattr(state, "_metadata", {})),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "rng": _generators(),
         "extra": extra,
     }
     tree, tensors = taken_apart(values)
-    text = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(tree, allow_nan=False, separators=(",", ":")).encode()
+    tensors[_TREE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header must not exceed 100 MB
     sources = [Source({name: torch.empty_like(value, device="meta")}, partial(dict, {name: value}))
                for name, value in tensors.items()]  # fmt: skip
-    metadata = {"format": "pt", "qgalore": FORMAT, "state": text, "sha256": _digest(text, sorted(tensors.items()))}
+    metadata = {"format": "pt", "qgalore": FORMAT, "sha256": _digest(sorted(tensors.items()))}
     write_file(file, sources, metadata)
 
 
@@ -89,26 +95,34 @@ def load(
 
     Raises:
         ValueError: no such file, or a damaged one, one of another version, or of another model or optimizer.  Nothing
-            has changed then.
+            has changed then.  What another library's optimizer refuses, it says in its own words.
     """
-    saved = _read(Path(path))
+    tree, tensors = _read(Path(path))
     bare = unwrapped(model)
     if any(each.is_meta for each in (*bare.parameters(), *bare.buffers())):
-        raise ValueError("the model is on the meta device: give it memory first, with model.to_empty(device='cpu')")
-    if optimizer is not None and saved["optimizer"] is None:
+        raise ValueError("the model is on the meta device: give it memory and what no file holds, with "
+                         "qg.initialize_(model)")  # fmt: skip
+    if optimizer is not None and tree["optimizer"] is None:
         raise ValueError(f"{path} holds no optimizer; load the model alone")
-    check_model(saved["model"], bare)
+    state = OrderedDict(put_together(tree["model"], tensors.__getitem__))
+    state._metadata = put_together(tree["versions"], tensors.__getitem__)  # type: ignore[attr-defined]
+    check_model(state, bare)
+    _check_tied(bare, tree["model"])
+    # The file's pages must not become anyone's state: what is not copied on the way is copied here.
+    generators, extra = (put_together(tree[key], lambda name: tensors[name].clone()) for key in ("rng", "extra"))
     if isinstance(optimizer, QGaLoreAdamW):
-        check_optimizer(optimizer, saved["optimizer"])
-    if optimizer is not None:
-        optimizer.load_state_dict(saved["optimizer"])  # another library's may refuse, before the model has changed
-    bare.load_state_dict(saved["model"])
-    _set_generators(saved["rng"])
-    extra: dict[str, Any] = saved["extra"]
-    return extra
+        optimizer.load_state_dict(put_together(tree["optimizer"], tensors.__getitem__))  # refuses before it changes
+    elif optimizer is not None:
+        load_other(optimizer, put_together(tree["optimizer"], lambda name: tensors[name].clone()))
+    bare.load_state_dict(state)
+    _set_generators(generators)
+    return extra  # type: ignore[no-any-return]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is no tensor, and the tensors by name, which are the file's pages."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and qg.save writes a file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -117,13 +131,21 @@ def _read(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-    text = metadata.get("state", "")
-    if _digest(text, sorted(tensors.items())) != metadata.get("sha256"):
+    if _TREE not in tensors or _digest(sorted(tensors.items())) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: its contents are not those that were written; use another copy")
-    saved = put_together(json.loads(text), tensors.__getitem__)
-    assert isinstance(saved, dict)
-    assert saved.keys() == set(_OWN)
-    return saved
+    tree = json.loads(bytes(tensors.pop(_TREE).numpy()))
+    assert isinstance(tree, dict)
+    return tree, tensors
+
+
+def _check_tied(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Raise ValueError where names that are one tensor in the model were several when it was saved."""
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(value), name)
+        if saved[other] != saved[name]:
+            raise ValueError(f"the saved model is another one than this: {other} and {name} are one tensor here, and "
+                             "were two")  # fmt: skip
 
 
 def _foreign(path: Path, metadata: Mapping[str, str]) -> str:
@@ -132,11 +154,11 @@ def _foreign(path: Path, metadata: Mapping[str, str]) -> str:
     return f"{path} is not of qg.save; of a float checkpoint qg.load_pretrained loads the weights"
 
 
-def _digest(text: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the text, and each tensor's name, dtype, shape and elements."""
-    digest = hashlib.sha256(text.encode())
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over each tensor's name, dtype, shape and elements."""
+    digest = hashlib.sha256()
     for name, value in tensors:
-        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         flat = value.detach().to("cpu").contiguous().view(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)

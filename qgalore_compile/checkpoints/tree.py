@@ -31,7 +31,7 @@ class _Apart:
         """A value as JSON; ``at``: its name, for tensors and messages."""
         if value is None or isinstance(value, (bool, str)):
             return value
-        if isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
+        if isinstance(value, (int, float, np.integer, np.floating, np.bool_)) and type(value) is not np.longdouble:
             return _number(value)
         if isinstance(value, Tensor):
             return self._tensor(value, at)

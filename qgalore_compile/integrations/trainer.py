@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
@@ -40,7 +41,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
                                  qgalore=dict(rank=128))
         trainer.train()
 
-    All else is ``Trainer``'s: data, LR schedule, evaluation, logs (with ``refreshes`` and ``skipped_steps``), callbacks,
+    All else is ``Trainer``'s: data, LR schedule, evaluation, callbacks, logs (with ``refreshes``, ``skipped_steps``),
     ``resume_from_checkpoint``, which goes on bit for bit.  A checkpoint holds ``model.safetensors``, in float, for
     ``from_pretrained``, and ``qgalore.safetensors``, to go on from.
 
@@ -63,6 +64,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
     """
 
     backend: Any = "qgalore"
+    optimizer: Any
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         self._alone: Callable[..., Any] | None = None
         super().__init__(*args, **kwargs)
         self._check_arguments()
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
             logger.info("QGaLoreTrainer: use_cache=False, for a step that trains fills no cache of keys and values")
@@ -98,7 +100,9 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(f"the optimizer clips at max_grad_norm={self.optimizer.max_grad_norm}, the training "
                              f"arguments say {limit}: give both the same (0 in the arguments is None)")  # fmt: skip
         if self.args.torch_compile:
-            raise ValueError("torch_compile=True compiles the model alone; leave it out: QGaLoreTrainer compiles the step")
+            raise ValueError(
+                "torch_compile=True compiles the model alone; leave it out: QGaLoreTrainer compiles the step"
+            )
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise ValueError(f"QGaLoreTrainer does not do {kind.value}: one process, or DistributedDataParallel")
@@ -116,7 +120,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
                 groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                 max_grad_norm=args.max_grad_norm or None, **own,
             )  # fmt: skip
-        return self.optimizer
+        return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Before it: what ``optimizer.step()`` does from here on, which the scheduler will count."""
@@ -155,16 +159,16 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
 
     def _step(self, batches: Sequence[dict[str, Any]], items: Tensor | None) -> Tensor:
         """What is compiled: forward and backward of each micro-batch, and the update."""
-        total = torch.zeros((), device=self.args.device)
+        losses = []
         for batch in batches:
             loss = self.compute_loss(self.model_wrapped, dict(batch), num_items_in_batch=items)
             if not self._is_scaled(items):
                 loss = loss / len(batches)
             loss.backward()
-            total = total + loss.detach()
+            losses.append(loss.detach())
         self._qgalore.step()
         self._qgalore.zero_grad()
-        return total
+        return torch.stack(losses).sum()
 
     def _is_scaled(self, items: Tensor | None) -> bool:
         """Whether a loss is of the whole step's tokens already, as in ``Trainer.training_step``."""
@@ -188,7 +192,9 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         if items is not None and not isinstance(items, Tensor):
             items = torch.tensor(items, device=self.args.device)  # a number would be a constant of the graph
         try:
-            return self._whole(batches, items)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # transformers'
+                return self._whole(batches, items)
         except (Unsupported, UserError) as error:  # of tracing: nothing has run
             self._compile_update((str(error).splitlines() or [type(error).__name__])[0])
         losses = [super(QGaLoreTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches]

@@ -1,27 +1,32 @@
-"""``initialize_``: the values that an architecture asks for, drawn weight by weight into a model on the meta device."""
+"""``initialize_``: the values that an architecture asks for, drawn weight by weight into a model on the meta device.
+
+A module's function may write what lies below it (a block that scales the last layer of its branch), and a quantised
+weight can be drawn in float alone.  So all functions run once on the meta device, where nothing is computed, and a
+weight is quantised behind the last one that writes it.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qgalore_compile._torch import TorchDispatchMode, tree_leaves
 from qgalore_compile.weights.filling import blocks, empty, fill_, put
 from qgalore_compile.weights.tensor import QuantizedWeight
 
 Init = Callable[[nn.Module], Any]
 
 
-@torch.no_grad()
 def initialize_(model: nn.Module, *, init: Init | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Give a model on the meta device its memory and first values, in place, one module after the other.
 
-    The model never exists in float: each weight that :func:`~qgalore_compile.quantize_` took is drawn in float alone
-    and quantised, as if all had been drawn first.  ::
+    The model never exists in float: each weight that :func:`~qgalore_compile.quantize_` took is drawn in float and
+    quantised when nothing writes it any more, as if all had been drawn first.  ::
 
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
@@ -33,36 +38,30 @@ def initialize_(model: nn.Module, *, init: Init | None = None, device: torch.dev
 
     Args:
         model: changed in place.  Weights that modules share are drawn once, and shared afterwards.
-        init: called with every module, children first, as ``model.apply(init)`` would; it writes the module's own
-            parameters and buffers in place.  By default a transformers model's own ``_init_weights``, of others each
-            module's ``reset_parameters``.
+        init: called with every module, children first, as ``model.apply(init)`` would; it writes in place.  By default
+            a transformers model's own ``_init_weights``, of others each module's ``reset_parameters``.
         device: where the values go.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no function initialises a module with something on the meta device; one leaves something without
-            values.  The model is then as it was.
+        ValueError: nothing initialises something on the meta device; names it.  The model is then as it was.
     """
-    places = Places(model)
-    chosen = _Chosen(model, init)
-    missing = [name for name, module in places.modules() if chosen.of(module) is None]
-    if missing:
-        raise ValueError(
-            f"nothing initialises {_listed(missing)}: the class has no reset_parameters; give init, a function that "
-            "writes a module's own parameters and buffers, or build the model with real buffers "
-            "(accelerate's init_empty_weights)"
-        )
-    try:
-        with chosen.guard():
-            for module in _children_first(model):
-                if places.own(module) or chosen.everywhere:
-                    _initialize(module, places, chosen, device)
-    except BaseException:
-        places.restore()
-        raise
+    places, chosen = Places(model), _Chosen(model, init)
+    _run(model, places, chosen, device)
     return model
+
+
+def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model's buffers on the meta device the values that follow from its configuration.
+
+    Raises:
+        ValueError: nothing does that; names them, and leaves the model as it was.
+    """
+    places, chosen = Places(model, parameters=False), _Chosen(model, None)
+    _run(model, places, chosen, device, ", which no file holds: build the model with real buffers (accelerate's "
+         "init_empty_weights), and hand it over")  # fmt: skip
 
 
 class _Own(NamedTuple):
@@ -77,61 +76,61 @@ class Places:
     """What of a model is on the meta device, by module, and what has come in its place."""
 
     def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
-        self._own: dict[nn.Module, list[_Own]] = {}
-        self._names: dict[nn.Module, str] = {}
-        self._shared: dict[int, Tensor] = {}
+        self.own: dict[nn.Module, list[_Own]] = {}
+        self._given: dict[int, Tensor] = {}
         for prefix, module in model.named_modules():
-            self._names[module] = prefix
             held = [*(module._parameters.items() if parameters else ()), *module._buffers.items()]
             own = [_Own(key, f"{prefix}.{key}".lstrip("."), tensor) for key, tensor in held
                    if tensor is not None and tensor.is_meta]  # fmt: skip
             if own:
-                self._own[module] = own
+                self.own[module] = own
 
-    def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those with something of their own there, by the name that messages give them."""
-        for module in self._own:
-            yield f"{self._names[module] or 'the model'} ({type(module).__name__})", module
-
-    def own(self, module: nn.Module) -> list[_Own]:
-        """A module's."""
-        return self._own.get(module, [])
-
-    def taken(self, module: nn.Module) -> list[_Own]:
-        """Those of a module's that no other module has been given already; the others are put there."""
-        found = []
-        for own in self.own(module):
-            if id(own.tensor) in self._shared:
-                self._put(module, own.key, self._shared[id(own.tensor)])
-            else:
-                found.append(own)
+    def names(self) -> dict[int, str]:
+        """The first name of each, by the tensor's identity."""
+        found: dict[int, str] = {}
+        for own in (each for every in self.own.values() for each in every):
+            found.setdefault(id(own.tensor), own.name)
         return found
 
+    def allocate(self, module: nn.Module, device: torch.device | str) -> list[tuple[_Own, Tensor]]:
+        """Put float memory in a module's places; those that another module shares get what that has.
+
+        Returns:
+            What is new.
+        """
+        new = []
+        for own in self.own.get(module, ()):
+            if id(own.tensor) in self._given:
+                _hold(module, own.key, self._given[id(own.tensor)])
+            else:
+                new.append((own, self.give(module, own, _blank(own.tensor, device))))
+        return new
+
     def give(self, module: nn.Module, own: _Own, tensor: Tensor) -> Tensor:
-        """Put a tensor in a place; what is there then."""
+        """Put a tensor in a place, and in those that share it; what is there then."""
         put(module, own.key, tensor)
         found = (module._parameters if own.key in module._parameters else module._buffers)[own.key]
         assert found is not None
-        self._shared[id(own.tensor)] = found
+        self._given[id(own.tensor)] = found
         return found
 
-    def _put(self, module: nn.Module, key: str, tensor: Tensor) -> None:
-        held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-        held[key] = tensor
+    def share(self) -> None:
+        """Whoever shared a tensor shares what has come in its place."""
+        for module, every in self.own.items():
+            for own in every:
+                if id(own.tensor) in self._given:
+                    _hold(module, own.key, self._given[id(own.tensor)])
 
     def restore(self) -> None:
         """All as it was."""
-        for module, every in self._own.items():
+        self._given.clear()
+        for module, every in self.own.items():
             for own in every:
-                self._put(module, own.key, own.tensor)
+                _hold(module, own.key, own.tensor)
 
 
 class _Chosen:
-    """The function that initialises each module.
-
-    Attributes:
-        everywhere: whether it is called with modules that have nothing of their own, too.
-    """
+    """The function that initialises each module."""
 
     def __init__(self, model: nn.Module, init: Init | None) -> None:
         self._init = init
@@ -141,13 +140,9 @@ class _Chosen:
             for module in model.modules():  # parents come before what they contain: the nearest one stays
                 if isinstance(module, transformers.PreTrainedModel):
                     self._theirs.update(dict.fromkeys(module.modules(), module._init_weights))
-        self.everywhere = init is not None or bool(self._theirs)
-        if self._theirs:
-            for tensor in (*model.parameters(), *model.buffers()):
-                if not tensor.is_meta:
-                    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def of(self, module: nn.Module) -> Init | None:
+        """What is called with a module."""
         if self._init is not None:
             return self._init
         if module in self._theirs:
@@ -155,34 +150,112 @@ class _Chosen:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         return None if reset is None else lambda _: reset()
 
-    def leaves_values(self, module: nn.Module) -> bool:
-        """Whether a module's function leaves alone what has values already."""
-        return module in self._theirs or (not module._parameters and self.of(module) is not None)
-
-    def guard(self) -> AbstractContextManager[Any]:
-        """Within it transformers leaves what it takes for initialised."""
+    @contextmanager
+    def called(self, spared: Sequence[Tensor]) -> Iterator[None]:
+        """Within it transformers leaves alone what it takes for initialised: what has values."""
         theirs = sys.modules.get("transformers.initialization") if self._theirs else None
-        guard = getattr(theirs, "guard_torch_init_functions", None)
-        return nullcontext() if guard is None else guard()
+        guard: Callable[[], AbstractContextManager[Any]] = getattr(theirs, "guard_torch_init_functions", nullcontext)
+        marked = [each for each in spared if self._theirs and not hasattr(each, "_is_hf_initialized")]
+        for each in marked:
+            each._is_hf_initialized = True  # type: ignore[attr-defined]
+        try:
+            with guard():
+                yield
+        finally:
+            for each in marked:
+                del each._is_hf_initialized  # type: ignore[attr-defined]
 
 
-def _initialize(module: nn.Module, places: Places, chosen: _Chosen, device: torch.device | str) -> None:
-    taken = places.taken(module)
-    if places.own(module) and not taken:
-        return  # it shares all of them
-    drawn = [(own, places.give(module, own, _blank(own.tensor, device))) for own in taken]
-    init = chosen.of(module)
-    if init is not None:
+@torch.no_grad()
+def _run(
+    model: nn.Module, places: Places, chosen: _Chosen, device: torch.device | str, otherwise: str = ": give init, a "
+    "function that writes a module's parameters and buffers in place",
+) -> None:  # fmt: skip
+    """Draw everything, or leave all as it was."""
+    order = [module for module in _children_first(model) if any(each in places.own for each in module.modules())]
+    real = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
+    with chosen.called(real):
+        last = _last_writers(order, places, chosen, real)
+        if missing := [name for identity, name in places.names().items() if identity not in last]:
+            raise ValueError(f"nothing gives values to {_listed(missing)}{otherwise}")
+        drawn: dict[int, tuple[nn.Module, _Own, Tensor]] = {}
+        try:
+            for index, module in enumerate(order):
+                new = places.allocate(module, device)
+                drawn |= {id(own.tensor): (module, own, value) for own, value in new}
+                if new or module not in places.own:  # a head that is tied to an embedding has the embedding's values
+                    _call(chosen.of(module), module, real)
+                for identity in [each for each in drawn if last[each] == index]:
+                    _settle(places, *drawn.pop(identity), device)
+            places.share()
+        except BaseException:
+            places.restore()
+            raise
+
+
+def _last_writers(
+    order: Sequence[nn.Module], places: Places, chosen: _Chosen, real: Sequence[Tensor]
+) -> dict[int, int]:
+    """For each tensor on the meta device the place, in an order of modules, of the last one whose function writes it;
+    found by running all of them there, where they compute nothing."""
+    state, last = torch.get_rng_state(), {}
+    stand_ins: dict[int, int] = {}  # the place of a tensor's memory, to its identity
+    try:
+        with _Writes() as writes:
+            for index, module in enumerate(order):
+                new = places.allocate(module, "meta")
+                stand_ins |= {value.untyped_storage()._cdata: id(own.tensor) for own, value in new}
+                writes.seen.clear()
+                if new or module not in places.own:
+                    _call(chosen.of(module), module, real)
+                for storage in writes.seen & stand_ins.keys():
+                    last[stand_ins[storage]] = index
+    finally:
+        places.restore()
+        torch.set_rng_state(state)
+    return last
+
+
+class _Writes(TorchDispatchMode):
+    """Sees which memory operations on the meta device write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[index] if index < len(args) else kwargs.get(argument.name)
+                self.seen |= {each.untyped_storage()._cdata for each in tree_leaves(given)
+                              if isinstance(each, Tensor) and each.is_meta}  # fmt: skip
+        return func(*args, **kwargs)
+
+
+def _call(init: Init | None, module: nn.Module, real: Sequence[Tensor]) -> None:
+    """Call a module's function; what had values before keeps them."""
+    if init is None:
+        return
+    below = {id(each) for each in (*module.parameters(), *module.buffers())}
+    kept = [(each, each.clone()) for each in real if id(each) in below]
+    try:
         init(module)
-    for own, value in drawn:
-        if _is_blank(value):
-            raise ValueError(f"{own.name} of shape {tuple(value.shape)} is left without values by what initialises "
-                             f"{type(module).__name__}; give init")  # fmt: skip
-        if isinstance(own.tensor, QuantizedWeight):
-            stored = empty(own.tensor, device)
-            for rows in blocks(stored):
-                fill_(stored, rows, value[rows], own.name)
-            places.give(module, own, stored)
+    finally:
+        for each, value in kept:
+            each.copy_(value)
+
+
+def _settle(places: Places, module: nn.Module, own: _Own, value: Tensor, device: torch.device | str) -> None:
+    """Check what was drawn, and quantise it where it is to be."""
+    if _is_blank(value):
+        raise ValueError(f"{own.name} of shape {tuple(value.shape)} is left without some of its values by what "
+                         f"initialises {type(module).__name__}; give init")  # fmt: skip
+    if isinstance(own.tensor, QuantizedWeight):
+        stored = empty(own.tensor, device)
+        for rows in blocks(stored):
+            fill_(stored, rows, value[rows], own.name)
+        places.give(module, own, stored)
 
 
 def _blank(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -203,25 +276,9 @@ def _is_blank(value: Tensor) -> bool:
     return bool((value == torch.iinfo(value.dtype).max).all())
 
 
-def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Give a model's buffers on the meta device the values that follow from its configuration.
-
-    Raises:
-        ValueError: nothing does that; names them, and leaves the model as it was.
-    """
-    places, chosen = Places(model, parameters=False), _Chosen(model, None)
-    missing = [own.name for _, module in places.modules() for own in places.own(module)
-               if not chosen.leaves_values(module)]  # fmt: skip
-    try:
-        if missing:
-            raise ValueError(f"nothing gives values to {_listed(missing)}, which no file holds: build the model with "
-                             "real buffers (accelerate's init_empty_weights), and hand it over")  # fmt: skip
-        with chosen.guard():
-            for _, module in list(places.modules()):
-                _initialize(module, places, chosen, device)
-    except BaseException:
-        places.restore()
-        raise
+def _hold(module: nn.Module, key: str, tensor: Tensor) -> None:
+    held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+    held[key] = tensor
 
 
 def _children_first(model: nn.Module) -> Iterator[nn.Module]:
@@ -238,5 +295,5 @@ def _children_first(model: nn.Module) -> Iterator[nn.Module]:
     yield from walk(model)
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

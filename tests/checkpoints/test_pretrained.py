@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qgalore_compile as qg
@@ -126,7 +126,11 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "lacks": (lambda state: state.pop("1.weight"), r"it lacks 1\.weight"),
     "more": (lambda state: state.update(extra=torch.ones(2)), "the model lacks extra"),
     "shape": (lambda state: state.update({"3.weight": torch.ones(3, 8)}), r"3\.weight is \(3, 8\) and \(3, 7\) in"),
-    "kind": (lambda state: state.update({"3.weight": torch.ones(3, 7).int()}), r"3\.weight is I32, and of floating"),
+    "kind": (
+        lambda state: state.update({"3.weight": torch.ones(3, 7).int()}),
+        r"3\.weight is I32 and float32 in",
+    ),
+    "count": (lambda state: state.update({"2.num_batches_tracked": torch.tensor(2.5)}), "tracked is F32 and int64 in"),
     "nan": (lambda state: state.update({"3.weight": torch.full((3, 7), torch.nan)}), r"3\.weight of shape \(3, 7\) ho"),
 }
 
@@ -164,6 +168,7 @@ def test_a_damaged_file_or_index_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         qg.load_pretrained(plain(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ValueError, match="is no index of shards"):
         qg.load_pretrained(plain(), tmp_path)
@@ -206,3 +211,63 @@ def test_settings_that_say_nothing_to_this_model_are_refused(tmp_path: Path) -> 
         qg.load_pretrained(qg.quantize_(plain()), tmp_path, group_size=8)
     with pytest.raises(ValueError, match="dtype is for a model that is built here"):
         qg.load_pretrained(plain(), tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_file_with_two_values_for_a_tied_tensor_is_refused(tmp_path: Path, same: bool) -> None:
+    saved(tmp_path, tie_word_embeddings=True)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone() + (0 if same else 1)
+    save_file(state, tmp_path / "model.safetensors")
+    if same:
+        qg.load_pretrained(transformers.LlamaForCausalLM, tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"have different values in the checkpoint, and are one tensor in LlamaFor"):
+        qg.load_pretrained(transformers.LlamaForCausalLM, tmp_path)
+
+
+def test_an_index_that_was_left_behind_counts_for_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, shard="2KB", rms_norm_eps=1e-5)
+    model = saved(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    found = qg.load_pretrained(transformers.LlamaForCausalLM, tmp_path, group_size=4)
+    assert_same(found, qg.quantize_(model, group_size=4))
+
+
+def test_what_cannot_be_quantised_in_the_models_own_dtype_is_told_first(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    state = written(model, tmp_path / "model.safetensors")
+    state["1.weight"] = torch.full((4, 4), 1e5)  # infinite in float16
+    save_file(state, tmp_path / "model.safetensors")
+    own = qg.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half(), group_size=4)
+    before = {name: value.clone() for name, value in parts(own).items()}
+    with pytest.raises(ValueError, match=r"1\.weight of shape \(4, 4\) holds NaN or Inf"):
+        qg.load_pretrained(own, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in parts(own).items())
+
+
+def test_a_model_that_fails_is_not_left_quantised(tmp_path: Path) -> None:
+    model, folder = broken(tmp_path, lambda state: state.update({"3.weight": torch.full((3, 7), torch.nan)}))
+    with pytest.raises(ValueError, match="holds NaN"):
+        qg.load_pretrained(model, folder)
+    assert not any(isinstance(each, qg.Int8Weight) for each in model.parameters())
+
+
+def test_an_architectures_own_float32_and_its_generation_config_are_kept(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    model.generation_config.temperature = 0.3
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path)
+    expected = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    found = qg.load_pretrained(transformers.T5ForConditionalGeneration, tmp_path, dtype=torch.float16)
+    kinds = [{name: each.dtype for name, each in of.named_parameters()} for of in (found, expected)]
+    assert kinds[0] == kinds[1]
+    assert found.generation_config.temperature == 0.3
+
+
+def test_a_file_says_its_dtype_where_the_config_does_not(tmp_path: Path) -> None:
+    saved(tmp_path, torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "dtype"}))
+    assert qg.load_pretrained(transformers.LlamaForCausalLM, tmp_path).dtype == torch.bfloat16

@@ -178,7 +178,7 @@ def test_another_model_or_optimizer_is_told_and_nothing_changes(tmp_path: Path) 
     with pytest.raises(ValueError, match="saved"):
         qg.load(path, other, again)
     assert_equal(snapshot(other, again), before)
-    with pytest.raises(ValueError, match="on the meta device"):
+    with pytest.raises(ValueError, match=r"on the meta device: give it memory .* qg\.initialize_"):
         qg.load(path, nn.Linear(3, 3, device="meta"))
 
 
@@ -200,3 +200,69 @@ def test_the_file_is_safetensors_with_the_models_own_names(tmp_path: Path) -> No
         names = set(file.keys())
     assert {f"model/{name}" for name, each in model.state_dict().items() if not isinstance(each, qg.Int8Weight)} < names
     assert any(name.endswith(".weight/codes") for name in names)
+
+
+def test_nothing_that_was_loaded_is_the_files_memory(tmp_path: Path) -> None:
+    path = tmp_path / "it.safetensors"
+    model = nn.Linear(4, 4)
+    opt = torch.optim.AdamW(model.parameters())
+    model(torch.ones(4)).sum().backward()
+    opt.step()
+    qg.save(path, model, opt, x=torch.ones(3), same=opt)
+    extra = qg.load(path, model, opt)
+    state = [value.clone() for each in opt.state.values() for value in each.values()]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(extra["x"], torch.ones(3))
+    assert all(torch.equal(value, before) for value, before in
+               zip([value for each in opt.state.values() for value in each.values()], state, strict=True))  # fmt: skip
+    before = extra["same"]["state"][0]["exp_avg"].clone()
+    opt.step()
+    assert torch.equal(extra["same"]["state"][0]["exp_avg"], before)
+
+
+def test_any_amount_of_text_is_read_again(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    qg.save(tmp_path / "it.safetensors", model, text="x" * 100_000_001)
+    assert len(qg.load(tmp_path / "it.safetensors", model)["text"]) == 100_000_001
+
+
+def test_a_model_that_is_tied_does_not_take_one_that_was_not(tmp_path: Path) -> None:
+    path = tmp_path / "it.safetensors"
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    qg.save(path, model)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.clone()
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight are one tensor here, and were two"):
+        qg.load(path, tied)
+    assert torch.equal(tied[0].weight, before)
+    qg.save(path, tied)
+    qg.load(path, tied)
+
+
+class Versioned(nn.Module):
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[prefix + "scale"] = 2 * state[prefix + "scale"]
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+def test_a_modules_version_is_kept(tmp_path: Path) -> None:
+    model = nn.Sequential(Versioned())
+    qg.save(tmp_path / "it.safetensors", model)
+    qg.load(tmp_path / "it.safetensors", model)
+    assert torch.equal(model[0].scale, torch.ones(2))
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder, where a file belongs"):
+        qg.save(tmp_path, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"is a folder, and qg\.save writes a file"):
+        qg.load(tmp_path, nn.Linear(2, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,7 @@ class Bare(nn.Module):
 def test_a_module_that_nothing_initialises_is_named_before_anything_is_drawn() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), Bare())
-    with pytest.raises(ValueError, match=r"nothing initialises 1 \(Bare\): the class has no reset_parameters"):
+    with pytest.raises(ValueError, match=r"nothing gives values to 1\.gain: give init, a function"):
         qg.initialize_(model)
     assert all(each.is_meta for each in model.parameters())
 
@@ -136,7 +137,7 @@ def test_what_is_left_without_values_is_named_and_the_model_is_as_it_was(left: s
             if module is model[0] or name != left:
                 value.fill_(1)
 
-    with pytest.raises(ValueError, match=rf"1\.{left} of shape .* is left without values by what initialises Linear"):
+    with pytest.raises(ValueError, match=rf"nothing gives values to 1\.{left}: give init"):
         qg.initialize_(model, init=init)
     assert all(own is old for own, old in zip(model.parameters(), before, strict=True))
 
@@ -153,3 +154,111 @@ def test_an_exception_of_the_function_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyError, match="mine"):
         qg.initialize_(model, init=init)
     assert all(each.is_meta for each in model.parameters())
+
+
+def test_what_is_written_in_part_is_named_and_the_model_is_as_it_was() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"weight of shape \(3, 3\) is left without some of its values"):
+        qg.initialize_(model, init=lambda layer: (layer.bias.zero_(), layer.weight[0].zero_()))
+    assert model.weight.is_meta
+
+
+class Branch(nn.Module):
+    """A block whose own function writes below it, as GPT-2's and T5's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).tril())
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down.weight, std=0.01)
+        nn.init.zeros_(self.up.bias)
+        self.mask.fill_(True)  # type: ignore[operator]
+
+
+def test_a_parent_may_write_what_lies_below_it() -> None:
+    torch.manual_seed(0)
+    expected = nn.Sequential(Branch(), Branch())
+    torch.manual_seed(0)
+    for branch in expected:
+        for module in (branch.up, branch.down, branch):
+            module.reset_parameters()  # type: ignore[operator]
+    torch.manual_seed(0)
+    found = qg.initialize_(on_meta(lambda: nn.Sequential(Branch(), Branch())))
+    assert_same(found, qg.quantize_(expected, group_size=4))
+
+
+def test_flags_that_nothing_sets_are_named() -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).tril())
+
+    with torch.device("meta"):
+        model = Masked()
+    with pytest.raises(ValueError, match="nothing gives values to mask"):
+        qg.initialize_(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_function_that_draws_all_leaves_alone_what_has_values(fails: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = nn.Parameter(torch.empty(4, device="meta"))
+    before = {name: value.clone() for name, value in model.named_parameters() if not value.is_meta}
+
+    def init(module: nn.Module) -> None:
+        for value in module.parameters(recurse=False):
+            value.normal_()
+        if fails and not model[1].bias.is_meta:
+            raise KeyError("mine")
+
+    with contextlib.suppress(KeyError):
+        qg.initialize_(model, init=init)
+    assert model[1].bias.is_meta == fails
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    assert not any(hasattr(value, "_is_hf_initialized") for value in now.values())
+
+
+def test_torchs_own_transformer_draws_below_itself() -> None:
+    def transformer() -> nn.Module:
+        return nn.Transformer(8, 2, 1, 1, 8, batch_first=True)
+
+    with torch.device("meta"):
+        model = transformer()
+    torch.manual_seed(0)
+    found = qg.initialize_(model)
+    spread = nn.init.calculate_gain("linear") * (6 / 16) ** 0.5  # xavier_uniform_ of 8 × 8
+    weight = found.encoder.layers[0].linear1.weight.detach()  # type: ignore[union-attr,index]
+    assert float(weight.abs().max()) > 8**-0.5  # nn.Linear's own draws end there
+    assert float(weight.abs().max()) <= spread
+
+
+@pytest.mark.parametrize("family", ["T5", "CLIP", "GPT2"])
+def test_transformers_models_that_write_below_themselves_are_drawn(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if family == "T5":
+        model = transformers.T5ForConditionalGeneration
+        config = transformers.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    elif family == "CLIP":
+        model = transformers.CLIPTextModel
+        config = transformers.CLIPTextConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+        )
+    else:
+        model, config = (
+            transformers.GPT2LMHeadModel,
+            transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2),
+        )
+    everything = {} if family == "GPT2" else {"targets": lambda name, linear: "head" not in name}
+    if family == "GPT2":
+        with torch.device("meta"):
+            found = model(config)
+    else:
+        found = on_meta(lambda: model(config), **everything)
+    torch.manual_seed(0)
+    qg.initialize_(found)
+    assert all(bool(each.isfinite().all()) for each in decoded(found).values())
+    assert not any(each.is_meta for each in (*found.parameters(), *found.buffers()))
