@@ -21,6 +21,7 @@ SNIPPETS = {
 # those that build no optimizer
 EXPORT = SNIPPETS.pop("Exporting a model")
 NEVER_IN_FLOAT = SNIPPETS.pop("A model that is never in float")
+TRAINER = SNIPPETS.pop("Transformers' Trainer")  # tests/integrations/test_trainer.py
 SAVING = SNIPPETS.pop("Saving, and going on")
 
 
@@ -68,6 +69,19 @@ def test_a_model_is_loaded_and_another_drawn_in_int8(tmp_path: Path) -> None:
     for model in (loaded, names["model"]):
         assert isinstance(model.lm_head.weight, torch.nn.Parameter)  # type: ignore[attr-defined]
         assert isinstance(model.model.layers[1].mlp.up_proj.weight, qg.Int8Weight)  # type: ignore[attr-defined]
+
+
+def test_the_trainer_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=19, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = qg.quantize_(transformers.LlamaForCausalLM(config))
+    names: dict[str, object] = {"model": model, "data": []}
+    exec(TRAINER.replace("trainer.train()", ""), names)
+    assert isinstance(names["trainer"].create_optimizer(), qg.QGaLoreAdamW)  # type: ignore[attr-defined]
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

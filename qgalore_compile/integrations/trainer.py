@@ -21,7 +21,7 @@ from qgalore_compile.optim.groups import param_groups
 
 with need("transformers and accelerate", "transformers accelerate"):
     from accelerate.utils import DistributedType
-    from transformers import Trainer, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -81,7 +81,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._check_arguments()
         config: Any = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", False):
+        if isinstance(self.model, PreTrainedModel) and getattr(config, "use_cache", False):
             config.use_cache = False
             logger.info("QGaLoreTrainer: use_cache=False, for a step that trains fills no cache of keys and values")
 
