@@ -8,7 +8,7 @@ weight is quantised behind the last one that writes it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -150,6 +150,12 @@ class _Chosen:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         return None if reset is None else lambda _: reset()
 
+    def call(self, module: nn.Module) -> None:
+        """Call it, where there is one."""
+        init = self.of(module)
+        if init is not None:
+            init(module)
+
     @contextmanager
     def called(self, spared: Sequence[Tensor]) -> Iterator[None]:
         """Within it transformers leaves alone what it takes for initialised: what has values."""
@@ -175,7 +181,7 @@ def _run(
     order = [module for module in _children_first(model) if any(each in places.own for each in module.modules())]
     real = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
     with chosen.called(real):
-        last = _last_writers(order, places, chosen, real)
+        last, kept = _writers(order, places, chosen, real)
         if missing := [name for identity, name in places.names().items() if identity not in last]:
             raise ValueError(f"nothing gives values to {_listed(missing)}{otherwise}")
         drawn: dict[int, tuple[nn.Module, _Own, Tensor]] = {}
@@ -184,7 +190,8 @@ def _run(
                 new = places.allocate(module, device)
                 drawn |= {id(own.tensor): (module, own, value) for own, value in new}
                 if new or module not in places.own:  # a head that is tied to an embedding has the embedding's values
-                    _call(chosen.of(module), module, real)
+                    with _unchanged(kept[index]):
+                        chosen.call(module)
                 for identity in [each for each in drawn if last[each] == index]:
                     _settle(places, *drawn.pop(identity), device)
             places.share()
@@ -193,54 +200,62 @@ def _run(
             raise
 
 
-def _last_writers(
+def _writers(
     order: Sequence[nn.Module], places: Places, chosen: _Chosen, real: Sequence[Tensor]
-) -> dict[int, int]:
-    """For each tensor on the meta device the place, in an order of modules, of the last one whose function writes it;
-    found by running all of them there, where they compute nothing."""
-    state, last = torch.get_rng_state(), {}
+) -> tuple[dict[int, int], list[list[Tensor]]]:
+    """What the functions of modules write, found by calling them on the meta device, where they compute nothing.
+
+    Returns:
+        For each tensor on the meta device the place, in that order of modules, of the last one whose function writes
+        it; and for each module the tensors with values that it would overwrite.
+    """
+    state = torch.get_rng_state()
+    last: dict[int, int] = {}
+    kept: list[list[Tensor]] = []
     stand_ins: dict[int, int] = {}  # the place of a tensor's memory, to its identity
+    held = {each.untyped_storage()._cdata: each for each in real if not isinstance(each, QuantizedWeight)}
     try:
-        with _Writes() as writes:
+        with _Writes(held.keys()) as writes:
             for index, module in enumerate(order):
                 new = places.allocate(module, "meta")
                 stand_ins |= {value.untyped_storage()._cdata: id(own.tensor) for own, value in new}
                 writes.seen.clear()
                 if new or module not in places.own:
-                    _call(chosen.of(module), module, real)
-                for storage in writes.seen & stand_ins.keys():
-                    last[stand_ins[storage]] = index
+                    chosen.call(module)
+                last |= {stand_ins[storage]: index for storage in writes.seen & stand_ins.keys()}
+                kept.append([held[storage] for storage in writes.seen & held.keys()])
     finally:
         places.restore()
         torch.set_rng_state(state)
-    return last
+    return last, kept
 
 
 class _Writes(TorchDispatchMode):
-    """Sees which memory operations on the meta device write."""
+    """Sees whose memory operations write; of some tensors, whose memory is given, it leaves them undone."""
 
-    def __init__(self) -> None:
+    def __init__(self, untouched: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._untouched = untouched
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        written = []
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
-                self.seen |= {each.untyped_storage()._cdata for each in tree_leaves(given)
-                              if isinstance(each, Tensor) and each.is_meta}  # fmt: skip
-        return func(*args, **kwargs)
+                written += [each for each in tree_leaves(given) if isinstance(each, Tensor)]
+        storages = {each.untyped_storage()._cdata for each in written if not isinstance(each, QuantizedWeight)}
+        self.seen |= storages
+        return written[0] if storages & set(self._untouched) else func(*args, **kwargs)
 
 
-def _call(init: Init | None, module: nn.Module, real: Sequence[Tensor]) -> None:
-    """Call a module's function; what had values before keeps them."""
-    if init is None:
-        return
-    below = {id(each) for each in (*module.parameters(), *module.buffers())}
-    kept = [(each, each.clone()) for each in real if id(each) in below]
+@contextmanager
+def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What had values before keeps them."""
+    kept = [(each, each.clone()) for each in tensors]
     try:
-        init(module)
+        yield
     finally:
         for each, value in kept:
             each.copy_(value)
