@@ -21,14 +21,15 @@ from qgalore_compile.optim.groups import param_groups
 
 with need("transformers and accelerate", "transformers accelerate"):
     from accelerate.utils import DistributedType
-    from transformers import PreTrainedModel, Trainer, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 logger = logging.getLogger("qgalore_compile")
 
 FILE = "qgalore.safetensors"
 """In a checkpoint's folder: weights as they are stored, the optimizer, the LR scheduler."""
 _OF_OPTIMIZER = ("moments", "nonfinite", "seed")
-_BEFORE_THE_UPDATE = ("on_pre_optimizer_step", "on_substep_end")
+_WITH_GRADIENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
+"""Events at which a callback may look at gradients."""
 
 
 class QGaLoreTrainer(Trainer):  # type: ignore[misc]
@@ -59,8 +60,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         options: of the backend, as ``torch.compile(options=…)`` takes them.
 
     Raises:
-        ValueError: training arguments that cannot be (DeepSpeed, FSDP, ``torch_compile``, an ``optim`` of
-            transformers), or none or two optimizers.
+        ValueError: training arguments that cannot be (``fp16``, ``torch_compile``, an ``optim`` of transformers,
+            DeepSpeed, FSDP), or none or two optimizers.
     """
 
     backend: Any = "qgalore"
@@ -103,6 +104,11 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(
                 "torch_compile=True compiles the model alone; leave it out: QGaLoreTrainer compiles the step"
             )
+        if self.args.fp16:
+            raise ValueError("fp16=True scales the loss, which QGaLoreTrainer does not: use bf16=True, or neither")
+        if self.args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
+            raise ValueError(f"optim={str(self.args.optim.value)!r} is an optimizer of transformers: leave it out, "
+                             "QGaLoreAdamW's settings are in qgalore=dict(…)")  # fmt: skip
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise ValueError(f"QGaLoreTrainer does not do {kind.value}: one process, or DistributedDataParallel")
@@ -147,9 +153,9 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             return f"{max(self.args.world_size, self.args.n_gpu)} devices"
         for callback in self.callback_handler.callbacks:
-            for name in _BEFORE_THE_UPDATE:
+            for name in _WITH_GRADIENTS:
                 if getattr(type(callback), name) is not getattr(TrainerCallback, name):
-                    return f"{type(callback).__name__}.{name} comes between backward and update"
+                    return f"{type(callback).__name__}.{name} may look at gradients"
         return None
 
     def _compile_update(self, why: str) -> None:
@@ -175,6 +181,11 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of the next step: those that an epoch which was broken off has left are none of it."""
+        self._batches.clear()
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

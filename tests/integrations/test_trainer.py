@@ -184,7 +184,7 @@ def test_what_cannot_be_one_graph_is_said_in_a_line_and_trains_alike(
     assert line.startswith("QGaLoreTrainer compiles opt.step alone: ")
     assert "\n" not in line
     if callbacks:
-        assert "Reads.on_pre_optimizer_step comes between backward and update" in line
+        assert "Reads.on_pre_optimizer_step may look at gradients" in line
         assert len(reads.norms) == 3
         assert min(reads.norms) > 0
     expected = plain(tmp_path, data, max_steps=3)
@@ -239,6 +239,8 @@ def optimizer_of(model: nn.Module, limit: float | None) -> tuple[Any, None]:
         ({"qgalore": KEYS, "clips": 1.0}, {}, "give either qgalore"),
         ({"clips": None}, {}, r"the optimizer clips at max_grad_norm=None, the training arguments say 1\.0"),
         ({"sgd": True, "qgalore": KEYS}, {}, "trains with QGaLoreAdamW, and optimizers has a SGD"),
+        ({"qgalore": KEYS}, {"optim": "adafactor"}, "optim='adafactor' is an optimizer of transformers"),
+        ({"qgalore": KEYS}, {"fp16": True}, "fp16=True scales the loss"),
         ({"qgalore": KEYS}, {"torch_compile": True}, "torch_compile=True compiles the model alone"),
     ],
 )
@@ -252,6 +254,18 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
         own["optimizers"] = (torch.optim.SGD(model.parameters()), None)
     with pytest.raises(ValueError, match=message):
         Traced(model, arguments(tmp_path, **args), train_dataset=texts(8), **own)
+
+
+def test_micro_batches_of_a_step_that_was_broken_off_are_not_of_the_next(tmp_path: Path) -> None:
+    trainer = Traced(make(), arguments(tmp_path), train_dataset=texts(8), qgalore=KEYS)
+    trainer._whole = lambda batches, items: torch.tensor(float(len(batches)))
+    trainer.optimizer = trainer.create_optimizer()
+    for last in (False, False, True):  # a micro-batch of a step that ends there, then a step of two
+        if not trainer._batches or last is False:
+            trainer.get_batch_samples(iter([]), 0, "cpu")
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        loss = trainer.training_step(trainer.model, padded(texts(2)))
+    assert float(loss) == 2
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
