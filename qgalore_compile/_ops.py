@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qgalore_compile._torch import OpOverload, after_inplace_or_view, profiler_enabled
+from qgalore_compile._torch import OpOverload, after_inplace_or_view, dispatch_modes, profiler_enabled
 
 _library = torch.library.Library("qgalore", "FRAGMENT")
 
@@ -48,10 +48,11 @@ DIRECT: dict[Any, str] = {}
 
 
 def called_directly(op: OpOverload[..., Any], implementation: Callable[..., Any]) -> None:
-    """Let generated code call an operator's implementation; while a profiler runs, the operator, which it can see."""
+    """Let generated code call an operator's implementation; where a profiler or a dispatch mode (fake tensors, counters
+    of operations) looks on, the operator."""
 
     def call(*given: Any) -> Any:
-        return op(*given) if profiler_enabled() else implementation(*given)
+        return op(*given) if profiler_enabled() or dispatch_modes() else implementation(*given)
 
     DIRECT[op] = name = op.name().removeprefix("qgalore::").replace(".", "_")
     setattr(calls, name, call)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch._C import _after_ADInplaceOrView_keyset as after_inplace_or_view
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
 from torch._C import _has_storage as has_storage
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,

@@ -91,8 +91,7 @@ def load_pretrained(
         if not quantised:
             quantize_(bare, group_size=group_size, targets=targets, format=format)
         with _tied_stay(bare):
-            for name, entry in pairs.items():
-                _load(*_owner(bare, name), entry, name, device)
+            _load_all(bare, _places(bare), pairs, device)
         if any(buffer.is_meta for buffer in bare.buffers()):
             initialize_buffers(bare, device)
     return built
@@ -268,15 +267,25 @@ def _tied_stay(model: nn.Module) -> Iterator[None]:
             held[key] = new[0]
 
 
-def _load(module: nn.Module, key: str, entry: _Entry, name: str, device: torch.device | str) -> None:
-    held = module._parameters.get(key)
-    place = module._buffers[key] if held is None else held
-    assert place is not None
-    stored = empty(place.detach(), device) if place.is_meta else place.detach()
-    for rows in blocks(stored):
-        fill_(stored, rows, _read(entry, rows), name)
-    if place.is_meta:
-        put(module, key, stored)
+def _load_all(
+    model: nn.Module, places: dict[str, Tensor], pairs: dict[str, _Entry], device: torch.device | str
+) -> None:
+    """Fill every place, tied ones once.  Memory for all of them comes first: between tensors that come and go, small
+    parts of weights would keep a tenth of the process's memory from use."""
+    stored: dict[int, Tensor] = {}
+    for name in pairs:
+        place = places[name]
+        if id(place) not in stored:
+            stored[id(place)] = empty(place.detach(), device) if place.is_meta else place.detach()
+    filled: set[int] = set()
+    for name, entry in pairs.items():
+        place = places[name]
+        if id(place) not in filled:
+            filled.add(id(place))
+            for rows in blocks(stored[id(place)]):
+                fill_(stored[id(place)], rows, _read(entry, rows), name)
+            if place.is_meta:
+                put(*_owner(model, name), stored[id(place)])
 
 
 def _read(entry: _Entry, rows: slice) -> Tensor:

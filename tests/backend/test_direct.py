@@ -14,10 +14,11 @@ import torch
 from support import assert_unchanged, data, small, snapshot, step_of
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qgalore_compile._ops import DIRECT, NUMBERED, calls
+from qgalore_compile._ops import DIRECT, NUMBERED, called_directly, calls
 from qgalore_compile.kernels import ops
 from qgalore_compile.subspace.refresh import REFRESHES
 
@@ -57,11 +58,26 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_one_nothing_is_dispatched_but_what_the_function_itself_calls() -> None:
+def test_a_dispatch_mode_sees_them_too() -> None:
     with _Dispatched() as mode:
         calls.gemm(PRODUCT, [torch.ones(3, 4), torch.ones(4, 5)])
-    assert "aten::mm" in mode.seen
-    assert not [name for name in mode.seen if name.startswith("qgalore")]
+    assert "qgalore::gemm" in mode.seen
+    with FakeTensorMode() as fake:
+        left, right = (fake.from_tensor(torch.ones(size)) for size in ((3, 4), (4, 5)))
+        assert calls.gemm(PRODUCT, [left, right]).shape == (3, 5)
+
+
+class _Unseen:
+    """An operator that nobody is to call."""
+
+    def name(self) -> str:
+        return "qgalore::of_this_test"
+
+
+def test_where_nobody_looks_on_the_function_is_called() -> None:
+    with mock.patch.dict(vars(calls)), mock.patch.dict(DIRECT):
+        called_directly(_Unseen(), lambda left, right: left + right)  # type: ignore[arg-type]
+        assert calls.of_this_test(2, 3) == 5
 
 
 @contextmanager
