@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch._dynamo.config as dynamo_config
     import torch._dynamo.convert_frame as convert_frame
     import torch._dynamo.variables.builder as builder
+    import torch._functorch._activation_checkpointing.remat_using_tags_for_fwd_loss_bwd_graph_pass as rematerialization
     import torch._functorch._aot_autograd.graph_compile as graph_compile
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
@@ -67,6 +68,11 @@ if TYPE_CHECKING:
     from torch._dynamo.variables.lists import BaseListVariable
     from torch._dynamo.variables.optimizer import OptimizerVariable
     from torch._dynamo.variables.tensor import TensorVariable
+    from torch._functorch._activation_checkpointing.remat_using_tags_for_fwd_loss_bwd_graph_pass import (
+        is_impure_node_for_dce,
+    )
+    from torch._functorch.compile_utils import raise_getitems
+    from torch._functorch.partitioners import cleanup_recompute_tags, force_save_bw_mutation_src, must_recompute
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
     from torch._inductor import list_mode_options
     from torch._inductor.async_compile import AsyncCompile
@@ -88,6 +94,8 @@ if TYPE_CHECKING:
     from torch._inductor.utils import clear_on_fresh_cache
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
+
+_REMATERIALIZATION = "torch._functorch._activation_checkpointing.remat_using_tags_for_fwd_loss_bwd_graph_pass"
 
 LATE = {
     "OptimizerVariable": "torch._dynamo.variables.optimizer:OptimizerVariable",
@@ -113,6 +121,12 @@ LATE = {
     "TensorVariable": "torch._dynamo.variables.tensor:TensorVariable",
     "dynamo_config": "torch._dynamo.config",
     "functorch_config": "torch._functorch.config",
+    "rematerialization": _REMATERIALIZATION,
+    "is_impure_node_for_dce": f"{_REMATERIALIZATION}:is_impure_node_for_dce",
+    "raise_getitems": "torch._functorch.compile_utils:raise_getitems",
+    "cleanup_recompute_tags": "torch._functorch.partitioners:cleanup_recompute_tags",
+    "force_save_bw_mutation_src": "torch._functorch.partitioners:force_save_bw_mutation_src",
+    "must_recompute": "torch._functorch.partitioners:must_recompute",
     "graph_compile": "torch._functorch._aot_autograd.graph_compile",
     "inductor_config": "torch._inductor.config",
     "inductor_ir": "torch._inductor.ir",

@@ -10,6 +10,7 @@ sizes.py              which sizes of a batch vary; ``qg.mark_dynamic``
 unseen.py             writes of an optimizer's operators that AOTAutograd need not see
 reroll.py             equal layers, taken out before AOTAutograd walks over them
 one_more.py           what tracing makes of one layer more, to compare with
+recompute.py          checkpointed parts of a model, computed again where a backward reads them
 direct.py             generated code that calls operators' functions, without PyTorch's dispatcher
 dependencies.py       what Inductor's scheduler knows of a node, added to in place
 cuda_graphs.py        a step that is replayed where no subspace is due (option ``cudagraphs``)

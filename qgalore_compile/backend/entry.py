@@ -30,6 +30,7 @@ from qgalore_compile.backend import (
     direct,
     host_reads,
     leavings,
+    recompute,
     reroll,
     spent,
     strict,
@@ -277,7 +278,7 @@ def _post_passes() -> Sequence[Any]:
 @contextmanager
 def _inductor() -> Iterator[None]:
     """Inductor, with what it does otherwise for these graphs."""
-    with units.together(), dependencies.in_place(), direct.called():
+    with units.together(), dependencies.in_place(), direct.called(), recompute.everywhere():
         yield
 
 
