@@ -69,7 +69,7 @@ def opaque(graph: fx.Graph, record: PassRecord, context: Context) -> None:
             record.skip(gemm, problem)
             continue
         record.match(gemm)
-        outliner.outline("product", region)
+        outliner.outline("product", _without_random_bits(region))
     context.program["functions"] = dict(outliner.calls)
 
 

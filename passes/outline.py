@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qgalore_compile import rng
 from qgalore_compile._ops import NUMBERED
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.crossing import crossing, is_view
@@ -339,7 +340,7 @@ class _Calls:
         self.graph, self.kept = graph, kept
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.numbers: dict[int, fx.Node] = {}
-        self.count: fx.Node | None = None
+        self.counts: dict[int, fx.Node] = {}
 
     def put(self, name: str, function: _Function, place: int) -> None:
         """Put a call of a function in the place of one of its sections."""
@@ -363,17 +364,24 @@ class _Calls:
                 self.graph.erase_node(anchor)
 
     def _number(self, number: int) -> fx.Node:
-        """A parameter's number as a 0-d tensor on the CPU: a part of one that counts from 0."""
+        """A parameter's number as a 0-d tensor on the CPU: a part of one that counts from 0, or from where the numbers
+        of its stream of random bits begin."""
         if number not in self.numbers:
-            if self.count is None:
-                with self.graph.inserting_before(next(each for each in self.graph.nodes if each.op != "placeholder")):
-                    self.count = make(
-                        self.graph, prims.iota.default, 1, start=0, step=1, dtype=torch.int64,
-                        device=torch.device("cpu"), requires_grad=False,
-                    )  # fmt: skip
-            length = max(value(self.count).shape[0], number + 1)
-            self.count.args = (length,)
-            self.count.meta["val"] = value(self.count).new_empty(length)
-            with self.graph.inserting_after(self.count):
-                self.numbers[number] = make(self.graph, aten.select.int, self.count, 0, number)
+            place = number % rng.PROJECTOR_STREAM  # above it, a stream's bits
+            count = self._count(number - place)
+            length = max(value(count).shape[0], place + 1)
+            count.args = (length,)
+            count.meta["val"] = value(count).new_empty(length)
+            with self.graph.inserting_after(count):
+                self.numbers[number] = make(self.graph, aten.select.int, count, 0, place)
         return self.numbers[number]
+
+    def _count(self, start: int) -> fx.Node:
+        """The tensor that counts from there."""
+        if start not in self.counts:
+            with self.graph.inserting_before(next(each for each in self.graph.nodes if each.op != "placeholder")):
+                self.counts[start] = make(
+                    self.graph, prims.iota.default, 1, start=start, step=1, dtype=torch.int64,
+                    device=torch.device("cpu"), requires_grad=False,
+                )  # fmt: skip
+        return self.counts[start]

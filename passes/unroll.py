@@ -33,7 +33,7 @@ from qgalore_compile._torch import FakeTensor, tree_leaves
 from qgalore_compile.passes.columns import EDGE, Columns, Missing, Place, Uneven, Window, windows
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.fresh import Fresh
-from qgalore_compile.passes.nodes import INVOKE, aten, looks, value
+from qgalore_compile.passes.nodes import INVOKE, aten, is_scalar, looks, value
 from qgalore_compile.passes.sections import Number, does, given_to
 
 GATHERS = frozenset({aten.cat.default, aten.stack.default})
@@ -78,7 +78,7 @@ def spelled_out(graph: fx.Graph) -> list[str]:
         target = "" if node.op == "placeholder" else node.target
         if node.op == "get_attr" and graph.owning_module is not None:
             held = attrgetter(str(node.target))(graph.owning_module)
-            target = held.code if isinstance(held, fx.GraphModule) else f"{target} {looks(held)}"
+            target = spelled_out(held.graph) if isinstance(held, fx.GraphModule) else f"{target} {looks(held)}"
         seen = "" if node.op == "output" else looks(node.meta.get("val"))
         lines.append(f"{node.op} {target} {fx.map_arg((node.args, node.kwargs), place.__getitem__)} {seen}")
     return lines
@@ -187,7 +187,9 @@ class _Unrolling:
             for original, own in zip(tree_leaves(value(old)), tree_leaves(value(new)), strict=True):
                 if isinstance(original, Tensor):
                     fresh.know(original, own)
-        copy.meta = {**node.meta, "val": fresh.of(value(node))}
+        copy.meta = dict(node.meta)
+        if "val" in node.meta:  # a function has none, and must have none
+            copy.meta["val"] = fresh.of(value(node))
         copy.meta.pop("eager_input_vals", None)  # what tracing saw the other layer given
         self.copies[column, at] = copy
 
@@ -209,7 +211,7 @@ class _Unrolling:
         varies = self._varying(column)
         if not any(varies):
             return node
-        found = {self.number_of[each] for each in taken(node) if each in self.number_of}
+        found = {number for number in map(self._number, taken(node)) if number is not None}
         if len(found) != 1:
             raise Uneven(f"{node.name} takes tensors of {len(found)} parameters")
         (number,), which = found, iter(varies)
@@ -220,6 +222,15 @@ class _Unrolling:
             if isinstance(leaf, Number) else leaf,
         )  # fmt: skip
         return node
+
+    def _number(self, node: fx.Node) -> int | None:
+        """The number of the parameter that an input is of, or a number that follows from such inputs: of a drawn
+        projector, the step divided by the steps that it stands for."""
+        if node not in self.number_of and node.op == "call_function" and is_scalar(node):
+            found = {number for number in map(self._number, taken(node)) if number is not None}
+            if len(found) == 1:
+                (self.number_of[node],) = found
+        return self.number_of.get(node)
 
     def _varying(self, column: int) -> list[bool]:
         """Of the numbers that a column's nodes are given, which are other ones in another layer."""

@@ -342,6 +342,23 @@ def test_an_int4_projector_is_decoded_inside() -> None:
     assert [shape(node) for node in module.graph.nodes if node.target is not INVOKE][-2] == (T, R)
 
 
+def test_products_with_drawn_projectors_share_a_function() -> None:
+    """Bits are drawn outside of it: a parameter's number is a constant of theirs."""
+
+    def step(at: Tensor, *xs: Tensor) -> list[Tensor]:
+        found = []
+        for param, x in enumerate(xs):
+            words = rng.random_bits((R, N // 4), seed=1, step=at, param=param)
+            bits = (words.unsqueeze(-1) >> torch.arange(4, dtype=torch.int32)) & 1
+            found.append(x @ (1 - 2 * bits.view(R, N)).to(torch.float32).t())
+        return found
+
+    module, record = check(step, torch.tensor(3), torch.randn(T, N), torch.randn(T, N))
+    assert len(record.matches) == 2
+    assert calls(module) == ["qgalore_product_0"] * 2
+    assert targets(module.graph).count(torch.ops.qgalore.random_bits.default) == 2
+
+
 def test_a_product_of_floating_point_matrices_is_left() -> None:
     module, record = check(lambda x, w: x @ w.t(), torch.randn(T, N), torch.randn(M, N))
     assert record.matches == record.skipped == []

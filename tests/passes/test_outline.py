@@ -342,6 +342,21 @@ def test_numbers_of_parameters_become_tensors() -> None:
     ]
 
 
+def test_numbers_of_a_stream_take_no_tensor_that_counts_up_to_it() -> None:
+    """Half a thousand million elements, that would be."""
+
+    def drawn(x: Tensor, count: Tensor, *weights: Tensor) -> Tensor:
+        for index, weight in enumerate(weights):
+            own = rng.random_bits((T, N), seed=3, step=count, param=index)
+            x = layer(x + own + rng.random_bits((T, N), seed=3, step=count, param=index | rng.PROJECTOR_STREAM), weight)
+        return x
+
+    x, *weights = inputs(3)
+    module, _ = outlined(drawn, [x, torch.tensor(7), *weights])
+    assert calls(module) == [3]
+    assert max(node.meta["val"].numel() for node in module.graph.nodes if "iota" in node.name) == 3
+
+
 def test_a_size_that_is_computed_is_told() -> None:
     def sized(x: Tensor, *weights: Tensor) -> Tensor:
         for weight in weights:

@@ -116,6 +116,8 @@ def told(report: Any) -> list[dict[str, Any]]:
         pytest.param(equal_blocks, {"micro_batches": 2, "max_grad_norm": 0.1}, id="accumulated-clipped"),
         pytest.param(two_kinds, {}, id="two-kinds"),
         pytest.param(equal_blocks, {"recompute": True}, id="checkpointed"),
+        pytest.param(equal_blocks, {"recompute": True, "micro_batches": 2}, id="checkpointed-accumulated"),
+        pytest.param(equal_blocks, {"rule": "apollo"}, id="drawn projectors"),
     ],
 )
 def test_graph_results_and_report_are_those_of_all_layers(
