@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.cpp import rows as rows_cpu
 from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.read.region import Refusal
@@ -45,6 +46,7 @@ class Lowering:
         run_program: runs a :class:`BlockProgram` (its text) on (written, read, numbers), as ``gemm.named`` takes them.
         run_gemm: runs a :class:`GemmProgram` with an epilogue likewise; tensors as for ``GemmProgram.share``.
         gemm: the product of one without an epilogue, from the tensors of its operands.
+        run_rows: runs a :class:`RowsProgram` (its text); None where none is made for its devices.
         passes: names of the passes that are for its devices alone.
         products: whether an epilogue may read several products.
         lengths: whether the length that a product sums over may be known only when the step runs.
@@ -58,6 +60,7 @@ class Lowering:
     run_program: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None]
     run_gemm: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None]
     gemm: Callable[[str, Sequence[Tensor]], Tensor]
+    run_rows: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None] | None = None
     passes: tuple[str, ...] = ()
     products: bool = False
     lengths: bool = False
@@ -119,7 +122,7 @@ def _run_on_cpu(text: str, written: Sequence[Tensor], read: Sequence[Tensor], nu
 def _prepare_for_cpu(text: str) -> Sequence[Prepared]:
     if text.startswith("gemm "):
         return [each for each in gemm_cpu.kernels(text) if each is not None]
-    return [cpu.kernel(text)]
+    return [rows_cpu.kernel(text) if text.startswith("rows ") else cpu.kernel(text)]
 
 
 CPP = Lowering(
@@ -130,7 +133,8 @@ CPP = Lowering(
     run_program=_run_on_cpu,
     run_gemm=gemm_cpu.run,
     gemm=gemm_cpu.product,
-    passes=("embedding_gradient",),
+    run_rows=rows_cpu.run,
+    passes=("embedding_gradient", "row_blocks"),
     products=True,
     lengths=True,
 )

@@ -17,6 +17,7 @@ from qgalore_compile._ops import called_directly, define, numbered
 from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
 from qgalore_compile.kernels.ir.program import BlockProgram
+from qgalore_compile.kernels.ir.rows import RowsProgram
 from qgalore_compile.kernels.lowering import Lowering
 
 
@@ -35,6 +36,12 @@ def _run(program: str, written: Sequence[Tensor], read: Sequence[Tensor], number
 
 def _run_gemm(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     _lowering(written).run_gemm(program, written, read, numbers)
+
+
+def _run_rows(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    found = _lowering(written)
+    assert found.run_rows is not None  # `row_blocks` asks
+    found.run_rows(program, written, read, numbers)
 
 
 def _nothing(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
@@ -60,6 +67,14 @@ called_directly(run_gemm, _run_gemm)
 numbered(run_gemm, "numbers", _run_gemm, _nothing)
 
 
+run_rows = define(
+    "run_rows(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_rows, _nothing, _ROW_MAJOR
+)
+"""Run a :class:`RowsProgram` (its text); tensors as for ``RowsProgram.share``."""
+called_directly(run_rows, _run_rows)
+numbered(run_rows, "numbers", _run_rows, _nothing)
+
+
 def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
     return _lowering(read).gemm(program, read)
 
@@ -78,6 +93,8 @@ called_directly(gemm, _gemm)
 
 
 @cache
-def program_of(text: str) -> BlockProgram | GemmProgram:
+def program_of(text: str) -> BlockProgram | GemmProgram | RowsProgram:
     """The program that an operator's first argument spells; one a process."""
+    if text.startswith("rows "):
+        return RowsProgram.parse(text)
     return parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)

@@ -13,6 +13,7 @@ gemm_dtype.py         rounding  takes products of a float32 model in bfloat16, w
 embedding_gradient.py rounding  sums an embedding's gradient over the batch's tokens, not over the vocabulary
 dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
+row_blocks.py         rounding  makes the gradient of an embedding or a head as its update reads it, block by block
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
 unroll.py             exact     puts back the equal layers that tracing and the passes before were not shown
@@ -63,6 +64,7 @@ product types      products have the types that they will be computed in
 whole gradients    gradients of what is not projected are computed as they will be
 live allocations   every allocation has a reader
 update calls       updates that a generated kernel takes are calls of it
+gradients read     gradients at full rank exist where they are read, or as a whole
 product calls      so are products with a quantised operand
 functions          what is left of both is a call of a function each
 layers             all layers are in the graph
@@ -89,6 +91,7 @@ from qgalore_compile.passes.order import order
 from qgalore_compile.passes.outline import outline
 from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
+from qgalore_compile.passes.row_blocks import row_blocks
 from qgalore_compile.passes.triton_calls import triton_calls
 from qgalore_compile.passes.unpad import unpad
 from qgalore_compile.passes.unroll import unroll
@@ -108,10 +111,17 @@ PASSES: tuple[Pass, ...] = (
     Pass("embedding_gradient", "rounding", embedding_gradient, (), ("whole gradients",)),
     Pass("dead_allocations", "exact", dead_allocations, (), ("live allocations",)),
     Pass("fuse", "rounding", fuse, ("updates", "product types", "whole gradients"), ("update calls",)),
+    Pass("row_blocks", "rounding", row_blocks, ("update calls",), ("gradients read",)),
     Pass("fuse_products", "rounding", fuse_products, ("product types", "update calls"), ("product calls",)),
     Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
     Pass("unroll", "exact", unroll, ("updates", "update calls", "product calls", "functions"), ("layers",)),
-    Pass("order", "exact", order, ("live allocations", "product calls", "functions", "layers"), ("order",)),
+    Pass(
+        "order",
+        "exact",
+        order,
+        ("live allocations", "gradients read", "product calls", "functions", "layers"),
+        ("order",),
+    ),
     Pass("decode_first", "rounding", decode_first, ("product calls", "order"), ("decodings",)),
     Pass("triton_calls", "exact", triton_calls, ("update calls", "product calls", "decodings"), ("calls",)),
     Pass("outline", "exact", outline, ("order", "calls", "live allocations"), ()),

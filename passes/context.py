@@ -106,6 +106,7 @@ class Context:
             (:func:`qgalore_compile.passes.reassociate.kept`).
         waiting: by layer whose update waits for a number over other layers, that number, once that has been asked
             (:mod:`qgalore_compile.passes.until_update`).
+        at_full_rank: names of parameters that are not projected, by the call of the kernel that updates one.
         program: what passes tell about the graph as a whole.
         rerolled: layers that the graph is without and shall have (:mod:`qgalore_compile.backend.reroll`).
         uneven: why they could not be put back.
@@ -120,6 +121,7 @@ class Context:
     notes: dict[str, LayerNote] = field(default_factory=dict)
     kept: dict[LayerUpdate, str | None] = field(default_factory=dict)
     waiting: dict[LayerUpdate, fx.Node] | None = None
+    at_full_rank: dict[fx.Node, str] = field(default_factory=dict)
     program: dict[str, Any] = field(default_factory=dict)
     layer_text: dict[str, str] = field(default_factory=dict)
     gemm: str = "same"

@@ -93,7 +93,9 @@ def fuse(graph: fx.Graph, record: PassRecord, context: Context) -> None:
         problem = no_lowering(parameter)
         if problem is None:
             try:
-                done |= _full_rank(graph, context, parameter, owned)
+                call, targets = _full_rank(graph, context, parameter, owned)
+                context.at_full_rank[call] = name
+                done |= targets
             except RefusedError as refused:
                 problem = str(refused)
         if problem is not None:
@@ -251,8 +253,10 @@ def _at_full_rank(graph: fx.Graph, context: Context, owned: set[fx.Node]) -> dic
     return large | drawing
 
 
-def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]) -> set[fx.Node]:
-    """Fuse the update of a parameter that is not projected, with its states: what the kernel writes."""
+def _full_rank(
+    graph: fx.Graph, context: Context, parameter: fx.Node, owned: set[fx.Node]
+) -> tuple[fx.Node, set[fx.Node]]:
+    """Fuse the update of a parameter that is not projected, with its states: the kernel's call, and what it writes."""
     mine: dict[fx.Node, fx.Node] = {}
     pending = [parameter]
     while pending:
@@ -284,9 +288,9 @@ def _full_rank(graph: fx.Graph, context: Context, parameter: fx.Node, owned: set
             continue
         refuse_own_results(found)
         refuse_without_kernel(found.program, [], parameter)
-        launch(graph, context, found, region)
+        call, _ = launch(graph, context, found, region)
         erase(graph, region)
-        return {output.target for output in outputs if output.target is not None}
+        return call, {output.target for output in outputs if output.target is not None}
 
 
 _LOCAL = {

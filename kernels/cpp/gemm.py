@@ -50,7 +50,7 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
         rights = [right.block(read, whole, columns) for (_, right), (_, whole) in zip(plan.sides, wholes, strict=True)]
         for tile in tiles:
             for index, (left, _) in enumerate(plan.sides):
-                product = _scratch(plan.uses[index], tile.size, plan.dtypes[index])
+                product = scratch(plan.uses[index], tile.size, plan.dtypes[index])
                 rows = left.block(read, wholes[index][0], tile.rows, again=decoded[index] == tile.rows)
                 decoded[index] = tile.rows
                 torch.mm(rows, rights[index], out=product)
@@ -167,7 +167,7 @@ _held = threading.local()
 _views = threading.local()
 
 
-def _scratch(use: str, size: tuple[int, int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def scratch(use: str, size: tuple[int, int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """An uninitialised matrix, or its transpose, in memory that a thread keeps from call to call, at most a block for
     each use.
 
@@ -279,7 +279,7 @@ class _Side:
             return whole[:, at[0] : at[1]] if self._kept else whole[at[0] : at[1]]
         decoding = self._decodings.get(at) or self._decoding(at)
         assert self.dtype is not None
-        value = _scratch(self._use, decoding.size, self.dtype, self._transposed)
+        value = scratch(self._use, decoding.size, self.dtype, self._transposed)
         if not again:
             addresses = self._kernel.addresses(self._order, read[self.first : self.last])
             addresses[self._place] = value.data_ptr() - decoding.offset

@@ -41,6 +41,24 @@ def space_of(node: fx.Node) -> Space:
     return Space(math.prod(sizes[:-1]), sizes[-1], min(form.width, sizes[-1]))
 
 
+def has_blocks(space: Space, count: int, width: int) -> bool:
+    """Whether the groups of a space are the blocks of ``width`` of ``count`` elements in row-major order: it is flat,
+    or no block goes on from one row to the next."""
+    if space.rows == 1 and space.columns == count <= min(space.width, width):
+        return True  # one short block
+    if space.rows * space.columns != count or space.width != width:
+        return False
+    return space.rows == 1 or space.columns % width == 0
+
+
+def has_groups(space: Space, node: fx.Node) -> bool:
+    """Whether the groups of an ``encode`` or ``decode`` node are those of a space."""
+    form = node_format(node)
+    if form.axis == "flat":
+        return has_blocks(space, math.prod(coded_shape(node)), form.width)
+    return space_of(node) == space
+
+
 def floats_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of the floats that an input stands for: of what is decoded from it, where it holds codes."""
     for user in node.users:

@@ -381,7 +381,8 @@ class _Reader(Atoms):
         if self.program.instructions[source.number].extent != "element":
             raise RefusedError(Refusal.BROADCAST, node)
         codes, absmax = dynamic8.encode(self.program, self._cast(source.number, "f32"), signed=signed)
-        self.pairs[node] = (Read(codes, source.dims), Read(absmax, self._split(("group",), (self.space.groups,))))
+        blocks = self._split(("row", "group"), (self.space.rows * self.space.groups,))
+        self.pairs[node] = (Read(codes, source.dims), Read(absmax, blocks))
 
     def _decode(self, node: fx.Node) -> None:
         codes, absmax, signed = arguments(node)
@@ -390,16 +391,14 @@ class _Reader(Atoms):
         self.values[node] = Read(number, self.values[codes].dims)
 
     def _needs_blocks(self, node: fx.Node, tensor: fx.Node) -> None:
-        """The blocks of a flattened tensor are groups of a flat space, or the tensor is one short block."""
-        count, (rows, columns, width) = math.prod(shape(tensor)), self.space
-        one_block = rows == 1 and columns == count <= min(width, formats.BLOCK_SIZE)
-        if not one_block and (rows, columns, width) != (1, count, formats.BLOCK_SIZE):
+        """The blocks of a flattened tensor are groups of the space, or the tensor is one short block."""
+        if not coded.has_blocks(self.space, math.prod(shape(tensor)), formats.BLOCK_SIZE):
             raise RefusedError(Refusal.SHAPE, node)
 
     def _encode_as(self, node: fx.Node) -> None:
         tensor, noise, _ = arguments(node)
         form, source = coded.node_format(node), self.values[tensor]
-        if coded.space_of(node) != self.space:
+        if not coded.has_groups(self.space, node):
             raise RefusedError(Refusal.SHAPE, node)
         if self.program.instructions[source.number].extent != "element":
             raise RefusedError(Refusal.BROADCAST, node)
@@ -409,14 +408,13 @@ class _Reader(Atoms):
             stored = form.store(InProgram(self.program, form.width), x, draws)
         except FormatError as error:
             raise RefusedError(Refusal.OPERATION, node) from error
-        groups = ("row", "group") if form.axis == "rows" else ("group",)
         values = []
         for index, (part, each) in enumerate(zip(form.parts, stored, strict=True)):
             result = next((user for user in node.users if user.args[1] == index), None)
             if result in self.packed:
                 dims: Any = self._packed_dims(result, part.memory)
             elif part.extent == "group":
-                dims = self._split(groups, form.shape_of(part, shape(tensor)))
+                dims = self._split(("row", "group"), form.shape_of(part, shape(tensor)))
             else:
                 dims = source.dims
             values.append(Read(each.number, dims))
@@ -425,7 +423,7 @@ class _Reader(Atoms):
     def _decode_as(self, node: fx.Node) -> None:
         stored, sizes, *_ = arguments(node)
         form = coded.node_format(node)
-        if coded.space_of(node) != self.space:
+        if not coded.has_groups(self.space, node):
             raise RefusedError(Refusal.SHAPE, node)
         parts = [Value(self.program, self.values[each].number) for each in stored]
         for part, each in zip(form.parts, parts, strict=True):

@@ -6,6 +6,8 @@ written.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,10 +96,9 @@ def update_(parameter: Parameter, projected: Projected, clip: Tensor | None, ok:
     formats = group.formats.moments_of(group, p)
     noise = None
     if formats.rounds and group["rounding"] == "stochastic":
-        # along the flattened tensor, as moments are; a stream beside the weight's
-        noise = random_bits((grad.numel(),), seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(
-            grad.shape
-        )
+        # a stream beside the weight's
+        shape = _drawn_as(p, low.shape)
+        noise = random_bits(shape, seed=group["seed"], step=step, param=position | MOMENT_STREAM).view(grad.shape)
     moments = RuleState(group, p.shape, state, formats, noise, step, ok, low.dtype, across)
     rule = group.rule
     update = moments.adam(grad) if rule is None else _whole(rule.step(grad, moments), parameter, clip, moments)
@@ -158,8 +159,15 @@ def _drawn(parameter: Parameter, side: Side) -> Tensor:
 
 
 def _draws(parameter: Parameter, step: Tensor) -> Tensor:
-    """16 random bits for each element of a weight.  Those of a weight that is updated at full rank lie along the
-    flattened tensor, as its moments do: of rows as short as a convolution's most draws would be left over."""
+    """16 random bits for each element of a weight."""
     p, _, group, _, position, _ = parameter
-    shape = p.shape if "rank" in group or isinstance(p, QuantizedWeight) else (p.numel(),)
+    shape = p.shape if "rank" in group else _drawn_as(p, p.shape)
     return random_bits(shape, seed=group["seed"], step=step, param=position).view(p.shape)
+
+
+def _drawn_as(weight: Tensor, drawn: Sequence[int]) -> Sequence[int]:
+    """In which shape bits are drawn for a tensor of a certain one, where they do not lie by a projected weight's rows:
+    along the flattened tensor, as moments do, since of rows as short as a convolution's most draws would be left over;
+    for a weight that is quantised by rows, and for the moments of one that is updated at full rank, by rows."""
+    by_rows = isinstance(weight, QuantizedWeight) and tuple(drawn) == tuple(weight.shape)
+    return drawn if by_rows else (math.prod(drawn),)

@@ -14,7 +14,9 @@ from qgalore_compile.kernels.ir.evaluate import evaluate
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, named
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
+from qgalore_compile.kernels.ir.rows import RowsProgram
 from qgalore_compile.kernels.lowering import Lowering
+from qgalore_compile.kernels.rows import filling
 
 Tensors = dict[str, Tensor]
 
@@ -151,15 +153,26 @@ def evaluate_region(text: str, written: Sequence[Tensor], read: Sequence[Tensor]
     kernel(named(kernel.program, written, read), numbers)
 
 
+def evaluate_rows(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """A program with its gradient as a whole."""
+    made = RowsProgram.parse(text)
+    operands, rest = made.share(read)
+    own = named(made.program, written, rest, leave=[made.gradient])
+    dtype = MEMORY[made.program.buffer(made.gradient).memory].dtype
+    gradient = torch.empty(made.rows, made.columns, dtype=dtype)
+    filling(made.terms, operands, made.rows)(gradient, 0, made.rows)
+    Evaluated(str(made.program))({**own, made.gradient: gradient}, numbers)
+
+
 def prepare_evaluation(text: str) -> list[Evaluated]:
-    """What is begun for a region; a product is evaluated when it is called."""
-    return [] if text.startswith("gemm ") else [Evaluated(text)]
+    """What is begun for a region; a product, and a program of rows, is evaluated when it is called."""
+    return [] if text.startswith(("gemm ", "rows ")) else [Evaluated(text)]
 
 
 EVALUATOR = Lowering(
     "evaluator", ("cpu",), accepts=lambda program, read, device: None, prepare=prepare_evaluation,
     run_program=evaluate_region, run_gemm=evaluate_gemm, gemm=evaluate_product, passes=lowering.CPP.passes,
-    products=True, lengths=True,
+    products=True, lengths=True, run_rows=evaluate_rows,
 )  # fmt: skip
 
 

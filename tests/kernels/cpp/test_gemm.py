@@ -178,15 +178,15 @@ def test_threads_that_run_one_text_do_not_meet() -> None:
 
 
 def test_a_use_has_one_block_whose_views_are_kept_until_a_larger_one_is_needed() -> None:
-    small, dtype = gemm_cpu._scratch("a test's", (2, 3), torch.float32), torch.float32
-    turned = gemm_cpu._scratch("a test's", (2, 3), dtype, transposed=True)
-    assert gemm_cpu._scratch("a test's", (2, 3), dtype) is small
+    small, dtype = gemm_cpu.scratch("a test's", (2, 3), torch.float32), torch.float32
+    turned = gemm_cpu.scratch("a test's", (2, 3), dtype, transposed=True)
+    assert gemm_cpu.scratch("a test's", (2, 3), dtype) is small
     assert turned.shape == (3, 2)
-    assert turned.data_ptr() == small.data_ptr() == gemm_cpu._scratch("a test's", (1, 6), dtype).data_ptr()
-    large = gemm_cpu._scratch("a test's", (4, 3), dtype)
+    assert turned.data_ptr() == small.data_ptr() == gemm_cpu.scratch("a test's", (1, 6), dtype).data_ptr()
+    large = gemm_cpu.scratch("a test's", (4, 3), dtype)
     held = gemm_cpu._held.__dict__["a test's"]
     assert large.data_ptr() == held.data_ptr()
-    assert gemm_cpu._scratch("a test's", (2, 3), dtype).data_ptr() == held.data_ptr()
+    assert gemm_cpu.scratch("a test's", (2, 3), dtype).data_ptr() == held.data_ptr()
     assert set(gemm_cpu._views.of["a test's"]) == {((4, 3), dtype, False), ((2, 3), dtype, False)}
 
 
