@@ -219,6 +219,19 @@ class Llama(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
+    @torch.no_grad()
+    def initialize(self, module: nn.Module) -> None:
+        """Write into a module of a model on the meta device what `Llama(config)` gives it: the function that
+        `qgalore_compile.initialize_` asks for. The draws come in another order than those of `Llama(config)`."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Llama):
+            tables = rotary_tables(self.config.max_seq_len, self.config.head_size, self.config.rope_theta)
+            for buffer, table in zip((module.rotary_cos, module.rotary_sin), tables, strict=True):
+                buffer.copy_(table)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) in the model's dtype or, given targets, their mean cross-entropy: 0-d fp32, nats per token.
 
