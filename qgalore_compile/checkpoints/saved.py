@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qgalore_compile.checkpoints.other_optimizers import load_other
 from qgalore_compile.checkpoints.tree import put_together, taken_apart
-from qgalore_compile.exports.safetensors_file import Source, write_file
+from qgalore_compile.exports.safetensors_file import Source, bytes_in, write_file
 from qgalore_compile.exports.tensors import unwrapped
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.training.saved_run import check_model
@@ -159,9 +159,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, value in tensors:
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        flat = value.detach().to("cpu").contiguous().view(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_in(value))
     return digest.hexdigest()
 
 

@@ -75,7 +75,7 @@ def write_file(path: Path, sources: Iterable[Source], metadata: Mapping[str, str
                 if (value.shape, value.dtype) != (look.shape, look.dtype):
                     raise RuntimeError(f"{name} was to be {look.shape} {look.dtype}, is {value.shape} {value.dtype}")
                 file.seek(len(header) + offsets[name])
-                file.write(_bytes(value))
+                file.write(bytes_in(value))
             del made, value
         file.truncate(len(header) + end)
 
@@ -94,9 +94,16 @@ def _layout(looks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[b
     return len(text).to_bytes(8, "little") + text, offsets, end
 
 
-def _bytes(value: Tensor) -> memoryview:
-    """The elements in the machine's order, which is the file's: safetensors are little-endian, and so is all hardware
-    that torch runs on today."""
+def bytes_in(value: Tensor) -> memoryview:
+    """A tensor's elements as a safetensors file holds them.
+
+    Args:
+        value: of any shape and dtype, on any device.
+
+    Returns:
+        ``value.nbytes`` bytes, row by row, in the machine's order, which is the file's: safetensors are little-endian,
+        and so is all hardware that torch runs on today.  Of a contiguous tensor on the CPU its own memory.
+    """
     flat = value.detach().to("cpu").contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
