@@ -25,7 +25,7 @@ FLOORS = (
     ("subspace", "weights"),
     ("formats",),
     ("rng", "composites"),
-    ("_ops", "files", "progress"),
+    ("_ops", "files", "progress", "words"),
     ("_torch", "_startup"),
 )
 """From the top; a room uses those of floors below its own, and of its own none but itself."""

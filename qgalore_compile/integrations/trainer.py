@@ -18,6 +18,7 @@ from qgalore_compile.checkpoints.saved import load, save
 from qgalore_compile.integrations.needed import need
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
+from qgalore_compile.words import first_line
 
 with need("transformers and accelerate", "transformers accelerate"):
     from accelerate.utils import DistributedType
@@ -207,7 +208,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
                 warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # transformers'
                 return self._whole(batches, items)
         except (Unsupported, UserError) as error:  # of tracing: nothing has run
-            self._compile_update((str(error).splitlines() or [type(error).__name__])[0])
+            self._compile_update(first_line(error))
         losses = [super(QGaLoreTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches]
         return torch.stack(losses).sum()
 

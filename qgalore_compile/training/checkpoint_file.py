@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from qgalore_compile.files import kind_of, replacing
+from qgalore_compile.words import first_line
 
 FORMAT = 2
 """1 had no digest, and a second moment that rounded to 0."""
@@ -99,7 +100,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whole, and yet not to be read: written by another release of torch, say
-        raise _unreadable(path, f"torch {torch.__version__}: {_first_line(error)}") from error
+        raise _unreadable(path, f"torch {torch.__version__}: {first_line(error)}") from error
     now = path.stat()
     if (now.st_ino, now.st_size, now.st_mtime_ns) != (verified.st_ino, verified.st_size, verified.st_mtime_ns):
         raise _unreadable(path, "another process changed it while it was read")
@@ -113,10 +114,6 @@ def _unreadable(path: Path, why: str) -> ValueError:
     return ValueError(
         f"{path} is no checkpoint that can be read: {why}; put a copy in its place, delete it, or choose another --out"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _verify(path: Path, file: BinaryIO, size: int) -> None:

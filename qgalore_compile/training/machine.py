@@ -10,6 +10,7 @@ import torch
 
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.llama import Llama
+from qgalore_compile.words import first_line
 
 
 def check_device(name: str) -> torch.device:
@@ -18,10 +19,9 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, as the device's code sees fit
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
-        raise ValueError(f"--device {name}: {why}; this machine has {have}") from error
+        raise ValueError(f"--device {name}: {first_line(error)}; this machine has {have}") from error
     return device
 
 
