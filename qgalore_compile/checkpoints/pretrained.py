@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 from qgalore_compile.exports.tensors import unwrapped
 from qgalore_compile.formats import Format
 from qgalore_compile.weights.conversion import quantize_
-from qgalore_compile.weights.filling import blocks, empty, fill_, put
+from qgalore_compile.weights.filling import blocks, empty, fill_
 from qgalore_compile.weights.initialization import initialize_buffers
+from qgalore_compile.weights.places import Places
 from qgalore_compile.weights.targets import Targets, select_linears
 from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form
 
@@ -83,15 +82,14 @@ def load_pretrained(
     quantised = any(isinstance(each, QuantizedWeight) for each in bare.parameters())
     if quantised and (group_size != 256 or targets is not None or format is not None):
         raise ValueError("the model is quantised already: leave group_size, targets and format out")
-    places = _places(bare)
-    pairs = _matched(bare, places, found)
+    tensors = _tensors(bare)
+    pairs = _matched(bare, tensors, found)
     chosen = set() if quantised else {f"{name}.weight" for name, _ in select_linears(bare, targets)}
-    _check_finite(places, pairs, chosen)
-    with _as_before_on_error(bare):
+    _check_finite(tensors, pairs, chosen)
+    with Places(bare).restored_on_error():
         if not quantised:
             quantize_(bare, group_size=group_size, targets=targets, format=format)
-        with _tied_stay(bare):
-            _load_all(bare, _places(bare), pairs, device)
+        _load_all(bare, pairs, device)
         if any(buffer.is_meta for buffer in bare.buffers()):
             initialize_buffers(bare, device)
     return built
@@ -181,46 +179,46 @@ def _method(quantisation: Any) -> str:
 # -- what belongs where ------------------------------------------------------------------------------------------------
 
 
-def _places(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, tied ones under each of theirs."""
     persistent = model.state_dict(keep_vars=True)
     return {name: value for name, value in persistent.items() if isinstance(value, Tensor)}
 
 
-def _matched(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
+def _matched(model: nn.Module, tensors: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
     """For each tensor of the model its entry; ValueError, in words, where they do not fit."""
-    renamed = _renamed(model, places, found)
+    renamed = _renamed(model, tensors, found)
     ignored = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    more = [name for name in renamed if name not in places and not any(each.search(name) for each in ignored)]
-    given = {id(places[name]) for name in renamed if name in places}
-    missing = [name for name, tensor in places.items() if name not in renamed and id(tensor) not in given]
+    more = [name for name in renamed if name not in tensors and not any(each.search(name) for each in ignored)]
+    given = {id(tensors[name]) for name in renamed if name in tensors}
+    missing = [name for name, tensor in tensors.items() if name not in renamed and id(tensor) not in given]
     other = [
-        f"{name} is {entry.shape} and {tuple(places[name].shape)} in the model"
+        f"{name} is {entry.shape} and {tuple(tensors[name].shape)} in the model"
         for name, entry in renamed.items()
-        if name in places and entry.shape != tuple(places[name].shape)
+        if name in tensors and entry.shape != tuple(tensors[name].shape)
     ]
     kinds = [
-        f"{name} is {entry.dtype} and {str(places[name].dtype).removeprefix('torch.')} in the model"
+        f"{name} is {entry.dtype} and {str(tensors[name].dtype).removeprefix('torch.')} in the model"
         for name, entry in renamed.items()
-        if name in places and places[name].is_floating_point() != (entry.dtype in _FLOATS)
+        if name in tensors and tensors[name].is_floating_point() != (entry.dtype in _FLOATS)
     ]
     problems = [f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
                 for what, names in (("it lacks", missing), ("the model lacks", more), ("", other), ("", kinds))
                 if names]  # fmt: skip
     if problems:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(map(str.strip, problems)))
-    pairs = {name: entry for name, entry in renamed.items() if name in places}
-    _check_tied(model, places, pairs)
+    pairs = {name: entry for name, entry in renamed.items() if name in tensors}
+    _check_tied(model, tensors, pairs)
     return pairs
 
 
-def _check_tied(model: nn.Module, places: dict[str, Tensor], pairs: dict[str, _Entry]) -> None:
+def _check_tied(model: nn.Module, tensors: dict[str, Tensor], pairs: dict[str, _Entry]) -> None:
     """Raise ValueError where names that are one tensor in the model have different values in the file."""
     first: dict[int, str] = {}
     for name, entry in pairs.items():
-        other = first.setdefault(id(places[name]), name)
+        other = first.setdefault(id(tensors[name]), name)
         if other != name and not all(
-            torch.equal(_read(entry, rows), _read(pairs[other], rows)) for rows in blocks(places[name])
+            torch.equal(_read(entry, rows), _read(pairs[other], rows)) for rows in blocks(tensors[name])
         ):
             raise ValueError(
                 f"{other} and {name} have different values in the checkpoint, and are one tensor in "
@@ -228,64 +226,37 @@ def _check_tied(model: nn.Module, places: dict[str, Tensor], pairs: dict[str, _E
             )
 
 
-def _renamed(model: nn.Module, places: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
+def _renamed(model: nn.Module, tensors: dict[str, Tensor], found: dict[str, _Entry]) -> dict[str, _Entry]:
     """Entries under the model's names: of a base model loaded from a whole one's file, or the other way round."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix == "." or any(name in places for name in found):
+    if prefix == "." or any(name in tensors for name in found):
         return found
     shorter = {name.removeprefix(prefix): entry for name, entry in found.items() if name.startswith(prefix)}
-    if any(name in places for name in shorter):
+    if any(name in tensors for name in shorter):
         return shorter
     longer = {prefix + name: entry for name, entry in found.items()}
-    return longer if any(name in places for name in longer) else found
+    return longer if any(name in tensors for name in longer) else found
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
-
-
-def _held(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Every parameter and buffer of every module: the dict that holds it, its key there, and itself."""
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for key, value in held.items():
-                if value is not None:
-                    yield held, key, value
-
-
-@contextmanager
-def _tied_stay(model: nn.Module) -> Iterator[None]:
-    """Whoever shared a tensor before shares what has come in its place afterwards."""
-    owners: dict[int, list[tuple[dict[str, Any], str, Tensor]]] = {}
-    for held, key, value in _held(model):
-        owners.setdefault(id(value), []).append((held, key, value))
-    yield
-    for every in owners.values():
-        new = [held[key] for held, key, before in every if held[key] is not before]
-        for held, key, _ in every if new else ():
-            held[key] = new[0]
-
-
-def _load_all(
-    model: nn.Module, places: dict[str, Tensor], pairs: dict[str, _Entry], device: torch.device | str
-) -> None:
-    """Fill every place, tied ones once.  Memory for all of them comes first: between tensors that come and go, small
+def _load_all(model: nn.Module, pairs: dict[str, _Entry], device: torch.device | str) -> None:
+    """Fill every tensor, tied ones once.  Memory for all of them comes first: between tensors that come and go, small
     parts of weights would keep a tenth of the process's memory from use."""
+    tensors, places = _tensors(model), Places(model)
     stored: dict[int, Tensor] = {}
     for name in pairs:
-        place = places[name]
-        if id(place) not in stored:
-            stored[id(place)] = empty(place.detach(), device) if place.is_meta else place.detach()
+        old = tensors[name]
+        if id(old) not in stored:
+            stored[id(old)] = empty(old.detach(), device) if old.is_meta else old.detach()
     filled: set[int] = set()
     for name, entry in pairs.items():
-        place = places[name]
-        if id(place) not in filled:
-            filled.add(id(place))
-            for rows in blocks(stored[id(place)]):
-                fill_(stored[id(place)], rows, _read(entry, rows), name)
-            if place.is_meta:
-                put(*_owner(model, name), stored[id(place)])
+        old = tensors[name]
+        if id(old) not in filled:
+            filled.add(id(old))
+            for rows in blocks(stored[id(old)]):
+                fill_(stored[id(old)], rows, _read(entry, rows), name)
+            if old.is_meta:
+                places.give(places.first[id(old)], stored[id(old)])
+    places.share()
 
 
 def _read(entry: _Entry, rows: slice) -> Tensor:
@@ -298,24 +269,12 @@ def _read(entry: _Entry, rows: slice) -> Tensor:
         raise ValueError(f"{entry.file} cannot be read: {error}") from error
 
 
-def _check_finite(places: dict[str, Tensor], pairs: dict[str, _Entry], chosen: set[str]) -> None:
+def _check_finite(tensors: dict[str, Tensor], pairs: dict[str, _Entry], chosen: set[str]) -> None:
     """Raise ValueError where a weight that is to be quantised, or is, cannot be, before anything has changed."""
     for name, entry in pairs.items():
-        place = places[name]
-        if name not in chosen and not isinstance(place, QuantizedWeight):
+        tensor = tensors[name]
+        if name not in chosen and not isinstance(tensor, QuantizedWeight):
             continue
-        for rows in blocks(place):
-            if not has_int8_form(_read(entry, rows).to(place.dtype)):
+        for rows in blocks(tensor):
+            if not has_int8_form(_read(entry, rows).to(tensor.dtype)):
                 raise ValueError(f"{name} of shape {entry.shape} {NO_INT8_FORM}")
-
-
-@contextmanager
-def _as_before_on_error(model: nn.Module) -> Iterator[None]:
-    """Where it fails, what was on the meta device is there again."""
-    before = [each for each in _held(model) if each[2].is_meta]
-    try:
-        yield
-    except BaseException:
-        for held, key, value in before:
-            held[key] = value
-        raise

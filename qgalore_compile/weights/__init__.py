@@ -12,6 +12,7 @@ callers.py            callers in PyTorch that are refused by name
 targets.py            which layers are meant
 conversion.py         ``quantize_``, ``dequantize_``
 filling.py            values for parameters on the meta device, in blocks of rows
+places.py             what is on the meta device, shared when it has come, put back where that fails
 initialization.py     ``initialize_``: first values, drawn weight by weight
 coverage.py           what was taken, in words
 ====================  =================================================================================================

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form, like
 
@@ -19,19 +19,6 @@ def empty(place: Tensor, device: torch.device | str) -> Tensor:
     if isinstance(place, QuantizedWeight):
         return like(place, lambda part: torch.empty_like(part, device=device))
     return torch.empty_like(place, device=device)
-
-
-def put(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """A tensor as a module's parameter or buffer, in the place of the one that it has under that name."""
-    if key in module._buffers:
-        module._buffers[key] = tensor
-        return
-    old = module._parameters[key]
-    assert old is not None
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    for name, value in vars(old).items():  # marks of other libraries
-        vars(new).setdefault(name, value)
-    module._parameters[key] = new
 
 
 def blocks(place: Tensor) -> Iterator[slice]:

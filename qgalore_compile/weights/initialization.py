@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qgalore_compile._torch import TorchDispatchMode, tree_leaves
-from qgalore_compile.weights.filling import blocks, empty, fill_, put
+from qgalore_compile.weights.filling import blocks, empty, fill_
+from qgalore_compile.weights.places import Place, Places
 from qgalore_compile.weights.tensor import QuantizedWeight
 
 Init = Callable[[nn.Module], Any]
@@ -62,71 +63,6 @@ def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
     places, chosen = Places(model, parameters=False), _Chosen(model, None)
     _run(model, places, chosen, device, ", which no file holds: build the model with real buffers (accelerate's "
          "init_empty_weights), and hand it over")  # fmt: skip
-
-
-class _Own(NamedTuple):
-    """Something on the meta device: its key in the module, and its name in the model."""
-
-    key: str
-    name: str
-    tensor: Tensor
-
-
-class Places:
-    """What of a model is on the meta device, by module, and what has come in its place."""
-
-    def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
-        self.own: dict[nn.Module, list[_Own]] = {}
-        self._given: dict[int, Tensor] = {}
-        for prefix, module in model.named_modules():
-            held = [*(module._parameters.items() if parameters else ()), *module._buffers.items()]
-            own = [_Own(key, f"{prefix}.{key}".lstrip("."), tensor) for key, tensor in held
-                   if tensor is not None and tensor.is_meta]  # fmt: skip
-            if own:
-                self.own[module] = own
-
-    def names(self) -> dict[int, str]:
-        """The first name of each, by the tensor's identity."""
-        found: dict[int, str] = {}
-        for own in (each for every in self.own.values() for each in every):
-            found.setdefault(id(own.tensor), own.name)
-        return found
-
-    def allocate(self, module: nn.Module, device: torch.device | str) -> list[tuple[_Own, Tensor]]:
-        """Put float memory in a module's places; those that another module shares get what that has.
-
-        Returns:
-            What is new.
-        """
-        new = []
-        for own in self.own.get(module, ()):
-            if id(own.tensor) in self._given:
-                _hold(module, own.key, self._given[id(own.tensor)])
-            else:
-                new.append((own, self.give(module, own, _blank(own.tensor, device))))
-        return new
-
-    def give(self, module: nn.Module, own: _Own, tensor: Tensor) -> Tensor:
-        """Put a tensor in a place, and in those that share it; what is there then."""
-        put(module, own.key, tensor)
-        found = (module._parameters if own.key in module._parameters else module._buffers)[own.key]
-        assert found is not None
-        self._given[id(own.tensor)] = found
-        return found
-
-    def share(self) -> None:
-        """Whoever shared a tensor shares what has come in its place."""
-        for module, every in self.own.items():
-            for own in every:
-                if id(own.tensor) in self._given:
-                    _hold(module, own.key, self._given[id(own.tensor)])
-
-    def restore(self) -> None:
-        """All as it was."""
-        self._given.clear()
-        for module, every in self.own.items():
-            for own in every:
-                _hold(module, own.key, own.tensor)
 
 
 class _Chosen:
@@ -182,22 +118,34 @@ def _run(
     real = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
     with chosen.called(real):
         last, kept = _writers(order, places, chosen, real)
-        if missing := [name for identity, name in places.names().items() if identity not in last]:
+        if missing := [place.name for identity, place in places.first.items() if identity not in last]:
             raise ValueError(f"nothing gives values to {_listed(missing)}{otherwise}")
-        drawn: dict[int, tuple[nn.Module, _Own, Tensor]] = {}
-        try:
+        drawn: dict[int, tuple[Place, Tensor]] = {}
+        with places.restored_on_error():
             for index, module in enumerate(order):
-                new = places.allocate(module, device)
-                drawn |= {id(own.tensor): (module, own, value) for own, value in new}
+                new = _allocate(places, module, device)
+                drawn |= {id(place.tensor): (place, value) for place, value in new}
                 if new or module not in places.own:  # a head that is tied to an embedding has the embedding's values
                     with _unchanged(kept[index]):
                         chosen.call(module)
                 for identity in [each for each in drawn if last[each] == index]:
                     _settle(places, *drawn.pop(identity), device)
             places.share()
-        except BaseException:
-            places.restore()
-            raise
+
+
+def _allocate(places: Places, module: nn.Module, device: torch.device | str) -> list[tuple[Place, Tensor]]:
+    """Put float memory in a module's places; those that another module shares get what that has.
+
+    Returns:
+        What is new.
+    """
+    new = [
+        (place, places.give(place, _blank(place.tensor, device)))
+        for place in places.own.get(module, ())
+        if places.given(place) is None
+    ]
+    places.share(module)
+    return new
 
 
 def _writers(
@@ -217,8 +165,8 @@ def _writers(
     try:
         with _Writes(held.keys()) as writes:
             for index, module in enumerate(order):
-                new = places.allocate(module, "meta")
-                stand_ins |= {value.untyped_storage()._cdata: id(own.tensor) for own, value in new}
+                new = _allocate(places, module, "meta")
+                stand_ins |= {value.untyped_storage()._cdata: id(place.tensor) for place, value in new}
                 writes.seen.clear()
                 if new or module not in places.own:
                     chosen.call(module)
@@ -261,16 +209,16 @@ def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
             each.copy_(value)
 
 
-def _settle(places: Places, module: nn.Module, own: _Own, value: Tensor, device: torch.device | str) -> None:
+def _settle(places: Places, place: Place, value: Tensor, device: torch.device | str) -> None:
     """Check what was drawn, and quantise it where it is to be."""
     if _is_blank(value):
-        raise ValueError(f"{own.name} of shape {tuple(value.shape)} is left without some of its values by what "
-                         f"initialises {type(module).__name__}; give init")  # fmt: skip
-    if isinstance(own.tensor, QuantizedWeight):
-        stored = empty(own.tensor, device)
+        raise ValueError(f"{place.name} of shape {tuple(value.shape)} is left without some of its values by what "
+                         f"initialises {type(place.module).__name__}; give init")  # fmt: skip
+    if isinstance(place.tensor, QuantizedWeight):
+        stored = empty(place.tensor, device)
         for rows in blocks(stored):
-            fill_(stored, rows, value[rows], own.name)
-        places.give(module, own, stored)
+            fill_(stored, rows, value[rows], place.name)
+        places.give(place, stored)
 
 
 def _blank(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -289,11 +237,6 @@ def _is_blank(value: Tensor) -> bool:
     if value.is_floating_point():
         return bool(value.detach().amin().isnan())
     return bool((value == torch.iinfo(value.dtype).max).all())
-
-
-def _hold(module: nn.Module, key: str, tensor: Tensor) -> None:
-    held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-    held[key] = tensor
 
 
 def _children_first(model: nn.Module) -> Iterator[nn.Module]:
