@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qgalore_compile.words import first_line
+from qgalore_compile.words import first_line, listed
 
 
 def test_an_error_is_told_by_its_first_line() -> None:
@@ -11,3 +11,14 @@ def test_an_error_is_told_by_its_first_line() -> None:
 
 def test_an_error_without_words_is_told_by_its_name() -> None:
     assert first_line(AssertionError()) == "AssertionError"
+
+
+def test_many_names_are_told_by_the_first_ones_and_how_many_more_there_are() -> None:
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed(list("abcdefgh")) == "a, b, c and 5 more"
+    assert listed(list("abcdefgh"), 4) == "a, b, c, d and 4 more"
+
+
+def test_clauses_are_told_apart_by_semicolons() -> None:
+    assert listed(["a is odd", "b is not"], between="; ") == "a is odd; b is not"
+    assert listed(list("abcd"), between="; ") == "a; b; c; and 1 more"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile.optim.checkpoint import parts
+from qgalore_compile.words import listed
 
 _OF_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 """State of PyTorch's optimizers that has its parameter's shape."""
@@ -32,7 +33,9 @@ def load_other(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             raise ValueError(f"{where} is of another optimizer than this {type(optimizer).__name__}: only one of them "
                              f"has {', '.join(sorted(map(str, other)))}")  # fmt: skip
         if "param_names" in group and group["param_names"] != mine.get("param_names", group["param_names"]):
-            raise ValueError(f"{where} holds other parameters than this one: {group['param_names'][:3]}, …")
+            raise ValueError(
+                f"{where} holds other parameters than this one: {listed(list(map(str, group['param_names'])))}"
+            )
         for key, parameter in zip(group["params"], mine["params"], strict=True):
             _check_state(where, state.get(key, {}), parameter, type(optimizer))
     held, defaults = dict(optimizer.state), [dict(group) for group in own]

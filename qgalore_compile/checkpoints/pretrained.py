@@ -21,6 +21,7 @@ from qgalore_compile.weights.initialization import initialize_buffers
 from qgalore_compile.weights.places import Places
 from qgalore_compile.weights.targets import Targets, select_linears
 from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form
+from qgalore_compile.words import listed
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -131,7 +132,7 @@ def _files(source: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of shards: {error!r}") from error
         if missing := [name for name in names if not (source / name).is_file()]:
-            raise ValueError(f"{index} names {', '.join(missing[:3])}, which {'are' if len(missing) > 1 else 'is'} "
+            raise ValueError(f"{index} names {listed(missing)}, which {'are' if len(missing) > 1 else 'is'} "
                              "not there; fetch all shards")  # fmt: skip
         return [source / name for name in names]
     others = sorted(each.name for each in source.glob("*.bin")) if source.is_dir() else []
@@ -202,7 +203,7 @@ def _matched(model: nn.Module, tensors: dict[str, Tensor], found: dict[str, _Ent
         for name, entry in renamed.items()
         if name in tensors and tensors[name].is_floating_point() != (entry.dtype in _FLOATS)
     ]
-    problems = [f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    problems = [f"{what} {listed(names)}"
                 for what, names in (("it lacks", missing), ("the model lacks", more), ("", other), ("", kinds))
                 if names]  # fmt: skip
     if problems:

@@ -29,6 +29,7 @@ from qgalore_compile.formats.base import dtype_of
 from qgalore_compile.weights import Targets, select_linears
 from qgalore_compile.weights.targets import obstacle
 from qgalore_compile.weights.tensor import NO_INT8_FORM, has_int8_form
+from qgalore_compile.words import listed
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPENSATIONS = ("lorc", "eora")
@@ -200,7 +201,7 @@ def _place(path: Path, beside: Iterable[str]) -> tuple[Path, str | None]:
     present = sorted(each.name for each in path.iterdir()) if path.exists() else []
     there = [name for name in present if name.endswith((_SUFFIX, f"{_SUFFIX}.index.json")) or name in beside]
     if there:
-        raise ValueError(f"{path} already holds {', '.join(there[:3])}; choose another folder, or empty it")
+        raise ValueError(f"{path} already holds {listed(there)}; choose another folder, or empty it")
     return path, None
 
 
@@ -222,7 +223,7 @@ def _chosen(model: nn.Module, targets: Targets | None, rank: int | None) -> dict
                 raise ValueError(f"{name}: {error}") from None
         chosen.setdefault(identity(linear.weight), []).append((name, linear))
     if obstacles and (targets is not None or not chosen):
-        raise ValueError("; ".join(obstacles[:3]) + (f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""))
+        raise ValueError(listed(obstacles, between="; "))
     return chosen
 
 

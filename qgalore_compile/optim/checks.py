@@ -10,6 +10,7 @@ import torch
 from qgalore_compile.optim import settings
 from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.weights.targets import foreign
+from qgalore_compile.words import listed
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES_ALLOWED = (
@@ -69,7 +70,7 @@ def check_device(group: dict[str, Any], names: Sequence[str], where: str, device
 def check_projection(group: dict[str, Any], names: Sequence[str], where: str) -> None:
     """Raise ValueError for a projected group that cannot be: the message names the parameter, its shape, the remedy."""
     shapes = [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)]
-    where = f"{where} ({', '.join(shapes[:3])}{', …' if len(shapes) > 3 else ''})"
+    where = f"{where} ({listed(shapes)})"
     settings.check_values(group, where, projected=True)
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.dim() != 2:

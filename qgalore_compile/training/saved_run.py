@@ -13,6 +13,7 @@ from qgalore_compile.optim import checkpoint
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.saved_state import REMEDY
 from qgalore_compile.weights import QuantizedWeight
+from qgalore_compile.words import listed
 
 
 def check_saved(
@@ -36,11 +37,7 @@ def check_model(saved: dict[str, Any], model: nn.Module) -> None:
     own = model.state_dict()
     if own.keys() != saved.keys():
         missing, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-        parts = [
-            f"it {has} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for has, names in (("lacks", missing), ("has", more))
-            if names
-        ]
+        parts = [f"it {has} {listed(names)}" for has, names in (("lacks", missing), ("has", more)) if names]
         raise ValueError(f"the saved model is another one than this run's: {'; '.join(parts)}")
     for name, tensor in own.items():
         if (looks := _looks(tensor)) != (found := _looks(saved[name])):
@@ -79,7 +76,7 @@ def _check_adamw(saved: dict[str, Any], optimizer: torch.optim.AdamW) -> None:
         for parameter, key in zip(mine["params"], group["params"], strict=True):
             _check_moments(key, state.get(key, {}), parameter)
     if more := state.keys() - {key for group in groups for key in group["params"]}:
-        raise ValueError(f"the saved optimizer has state of what is no parameter: {sorted(map(str, more))[:3]}")
+        raise ValueError(f"the saved optimizer has state of what is no parameter: {listed(sorted(map(str, more)))}")
 
 
 def _check_moments(key: object, saved: dict[str, Any], parameter: Tensor) -> None:

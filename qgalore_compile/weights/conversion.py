@@ -11,6 +11,7 @@ from qgalore_compile.formats import Format
 from qgalore_compile.weights.coverage import int8_line
 from qgalore_compile.weights.targets import Targets, obstacle, select_linears
 from qgalore_compile.weights.tensor import NO_INT8_FORM, QuantizedWeight, has_int8_form, weight_format
+from qgalore_compile.words import listed
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -74,7 +75,7 @@ def _chosen(model: nn.Module, targets: Targets | None) -> tuple[list[tuple[str, 
         else:
             obstacles.append(f"{name}: {why}")
     if obstacles and (targets is not None or not chosen or "sharded" in " ".join(obstacles)):
-        raise ValueError("; ".join(obstacles[:3]) + (f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""))
+        raise ValueError(listed(obstacles, between="; "))
     return chosen, obstacles
 
 

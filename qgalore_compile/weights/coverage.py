@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from qgalore_compile.weights.tensor import QuantizedWeight
+from qgalore_compile.words import listed
 
 logger = logging.getLogger("qgalore_compile")
 
@@ -51,11 +52,14 @@ def tell_projected(model: nn.Module, projected: list[Tensor], rank: int | None, 
         return
     full = [name for name, p in trainable.items() if id(p) in whole]
     if full:
-        reasons = [*reasons, f"rank {rank} reaches the smaller side of {_some(full)}, where projecting spares nothing"]
+        reasons = [
+            *reasons,
+            f"rank {rank} reaches the smaller side of {listed(full, 4)}, where projecting spares nothing",
+        ]
     ids = {id(p) for p in projected}
     rest = sorted((name for name in trainable if id(trainable[name]) not in ids), key=lambda n: -trainable[n].numel())
     if rest:
-        reasons = [*reasons, f"not projected are {_some([f'{n} {tuple(trainable[n].shape)}' for n in rest])}"]
+        reasons = [*reasons, f"not projected are {listed([f'{n} {tuple(trainable[n].shape)}' for n in rest], 4)}"]
     warnings.warn(f"{line}; {'; '.join(reasons)}", CoverageWarning, stacklevel=3)
 
 
@@ -63,7 +67,3 @@ def _amount(part: Iterable[Tensor], whole: Iterable[Tensor]) -> str:
     part = list(part)
     elements, of = sum(p.numel() for p in part), sum(p.numel() for p in whole)
     return f"{len(part)} weights, {100 * elements / of if of else 0:.0f} %"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -19,6 +19,7 @@ from qgalore_compile._torch import TorchDispatchMode, tree_leaves
 from qgalore_compile.weights.filling import blocks, empty, fill_
 from qgalore_compile.weights.places import Place, Places
 from qgalore_compile.weights.tensor import QuantizedWeight
+from qgalore_compile.words import listed
 
 Init = Callable[[nn.Module], Any]
 
@@ -119,7 +120,7 @@ def _run(
     with chosen.called(real):
         last, kept = _writers(order, places, chosen, real)
         if missing := [place.name for identity, place in places.first.items() if identity not in last]:
-            raise ValueError(f"nothing gives values to {_listed(missing)}{otherwise}")
+            raise ValueError(f"nothing gives values to {listed(missing, 4)}{otherwise}")
         drawn: dict[int, tuple[Place, Tensor]] = {}
         with places.restored_on_error():
             for index, module in enumerate(order):
@@ -251,7 +252,3 @@ def _children_first(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
     yield from walk(model)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
