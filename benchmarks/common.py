@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._inductor.utils import fresh_cache
 from torch.optim import Optimizer
 
@@ -105,6 +106,22 @@ def training_step(model: Callable[..., Tensor], opt: Optimizer) -> Callable[...,
         return loss.detach()
 
     return step
+
+
+def compile_whole(
+    step: Callable[..., Tensor], backend: str, options: Mapping[str, Any] | None = None
+) -> Callable[..., Tensor]:
+    """A step whose backward is in its graph, under any backend."""
+    compiled = torch.compile(step, backend=backend, fullgraph=True, options=None if options is None else dict(options))
+    if backend == "qgalore":
+        return compiled
+
+    def patched(*batch: Tensor) -> Tensor:
+        # Without it Dynamo breaks the graph at backward().  Backend "qgalore" brings it along, and Inductor does not.
+        with dynamo_config.patch(trace_autograd_ops=True):
+            return compiled(*batch)
+
+    return patched
 
 
 def last_line(script: str, arguments: Sequence[str], cache: str | Path) -> str:

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, last_line, machine, training_step, write_result
+from common import RESULTS, compile_whole, last_line, machine, training_step, write_result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -70,9 +70,8 @@ def make_step(side: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Ca
     opt = qg.QGaLoreAdamW(qg.param_groups(model, rank=144), lr=1e-4)
     options = {"outline": False, "reroll": False} if side == "flat" else {}
     backend = "inductor" if side == "inductor" else "qgalore"
-    torch._dynamo.config.trace_autograd_ops = True  # what backend "qgalore" brings along, and Inductor does not
     step = training_step(lambda tokens: model(input_ids=tokens, labels=tokens).loss, opt)
-    return torch.compile(step, backend=backend, fullgraph=True, options=options)
+    return compile_whole(step, backend, options)
 
 
 def measure(side: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 import typer
 from common import (
     RESULTS,
@@ -44,6 +43,7 @@ from common import (
     cell,
     command,
     compile_something,
+    compile_whole,
     interleaved,
     machine,
     ratios,
@@ -169,9 +169,7 @@ def _build_qgalore(model: nn.Module, settings: Settings) -> tuple[Step, list[Ten
 
 
 def compile_step(step: Step, side: Side) -> Step:
-    # Backend "qgalore" brings it along; Inductor does not, and Dynamo would break the graph at backward().
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(step, backend=side.backend, fullgraph=True, options=side.options)
+    return compile_whole(step, side.backend, side.options)
 
 
 def set_due(schedules: list[Tensor], due: bool) -> None:
