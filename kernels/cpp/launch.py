@@ -101,7 +101,6 @@ class Kernel:
         self._load: Any = CppCodeCache.load_async(
             print_cpp(program), needs_vec_isa=True, extra_flags=_FLAGS, submit_fn=progress.counted(compilers().submit)
         )
-        self._position = {buffer.name: index for index, buffer in enumerate(program.buffers)}
 
     @cached_property
     def _run(self) -> Any:
@@ -157,38 +156,9 @@ class Kernel:
         pointers = self.pack(*self.addresses(self.order, [*written, *read]))
         self._run(pointers, pitches, packed(numbers), 0, rows, 0, groups)
 
-    def arguments(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> Arguments:
-        """What a launch takes, from one contiguous tensor for each buffer."""
-        return Arguments(self, tensors, numbers)
-
     def __call__(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> None:
-        """Run the program on its whole space."""
-        space = self.program.space
-        self.arguments(tensors, numbers).run(0, space.rows, 0, space.groups)
-
-
-class Arguments:
-    """Pointers of one launch; keeps the tensors alive."""
-
-    def __init__(self, kernel: Kernel, tensors: Mapping[str, Tensor], numbers: Sequence[int]) -> None:
-        buffers = kernel.program.buffers
-        self._kernel, self._tensors = kernel, tensors
-        self._pointers = (ctypes.c_void_p * len(buffers))()
-        self._pitches = (ctypes.c_int64 * len(buffers))(*kernel.pitches)
-        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
-        for index, buffer in enumerate(buffers):
-            if buffer.name in tensors:
-                self._pointers[index] = tensors[buffer.name].data_ptr()
-
-    def place(self, name: str, block: Tensor, row: int, column: int) -> None:
-        """Give a buffer a block of its matrix, whose first element is that of ``row`` and ``column``."""
-        index, pitch = self._kernel._position[name], block.stride(0)
-        self._pitches[index] = pitch
-        self._pointers[index] = block.data_ptr() - (row * pitch + column) * block.element_size()
-
-    def run(self, row_0: int, row_1: int, group_0: int, group_1: int) -> None:
-        """Run the program on some rows and groups."""
-        self._kernel._run(self._pointers, self._pitches, self._numbers, row_0, row_1, group_0, group_1)
+        """Run the program on its whole space, given one contiguous tensor for each buffer by its name."""
+        self.run([tensors[self.program.buffers[place].name] for place in self.order], (), numbers)
 
 
 def packed(numbers: Sequence[int]) -> bytes | None:

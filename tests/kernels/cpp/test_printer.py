@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from collections.abc import Mapping, Sequence
 
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernels_support import assert_like, compiled, evaluated, every_format, filled, load, program
+from kernels_support import Tensors, assert_like, compiled, evaluated, every_format, filled, load, program
 from random_programs import random_program
+from torch import Tensor
 
 from qgalore_compile import formats, rng
 from qgalore_compile.kernels.cpp import launch as cpu
@@ -237,6 +240,22 @@ def normalised(space: Space) -> BlockProgram:
     return made
 
 
+def launch(
+    kernel: cpu.Kernel, tensors: Tensors, numbers: Sequence[int], rows: tuple[int, int], groups: tuple[int, int],
+    blocks: Mapping[str, tuple[Tensor, int, int]] | None = None,
+) -> None:  # fmt: skip
+    """Run a program on some rows and groups; a buffer among ``blocks`` is there from a row and column on."""
+    names = [buffer.name for buffer in kernel.program.buffers]
+    addresses = kernel.addresses(range(len(names)), [tensors[name] for name in names])
+    pitches = list(kernel.pitches)
+    for name, (block, row, column) in (blocks or {}).items():
+        place, pitch = names.index(name), block.stride(0)
+        pitches[place] = pitch
+        addresses[place] = block.data_ptr() - (row * pitch + column) * block.element_size()
+    held = (ctypes.c_int64 * len(pitches))(*pitches)
+    kernel.launch(kernel.pack(*addresses), held, cpu.packed(numbers), *rows, *groups)
+
+
 def test_blocks_of_rows_and_groups_are_parts_of_the_whole() -> None:
     space = Space(7, 45, 11)
     made = normalised(space)
@@ -245,7 +264,6 @@ def test_blocks_of_rows_and_groups_are_parts_of_the_whole() -> None:
     whole = compiled(made, tensors, numbers)
     kernel = cpu.kernel(str(made))
     parts = {name: tensor.clone() for name, tensor in tensors.items()}
-    arguments = kernel.arguments({name: tensor for name, tensor in parts.items() if name != "x"}, [1, 2])
     found = torch.zeros(7, 45)
     blocks = [(r, g) for r in (0, 3, 6) for g in (0, 2, 4)]
     random.Random(0).shuffle(blocks)
@@ -253,8 +271,7 @@ def test_blocks_of_rows_and_groups_are_parts_of_the_whole() -> None:
         rows, groups = (row, min(row + 3, 7)), (group, min(group + 2, space.groups))
         place = (slice(*rows), slice(group * 11, min(groups[1] * 11, 45)))
         block = tensors["x"][place].clone()  # of another pitch than the matrix
-        arguments.place("x", block, row, group * 11)
-        arguments.run(*rows, *groups)
+        launch(kernel, parts, [1, 2], rows, groups, {"x": (block, row, group * 11)})
         found[place] = block
     assert torch.equal(found, whole["x"])
     assert torch.equal(parts["most"], whole["most"])
@@ -273,11 +290,10 @@ def test_any_program_does_what_evaluate_does(seed: int) -> None:
     found, expected = compiled(made, tensors, numbers), evaluated(made, tensors, numbers)
     assert_like(found, expected, made)
     kernel, parts = cpu.kernel(str(made)), {name: tensor.clone() for name, tensor in tensors.items()}
-    arguments = kernel.arguments(parts, [numbers[name] for name in made.numbers])
     places = [(row, group) for row in range(made.space.rows) for group in range(made.space.groups)]
     random.Random(seed).shuffle(places)
     for row, group in places:
-        arguments.run(row, row + 1, group, group + 1)
+        launch(kernel, parts, [numbers[name] for name in made.numbers], (row, row + 1), (group, group + 1))
     for name, tensor in found.items():
         torch.testing.assert_close(parts[name], tensor, rtol=0, atol=0, equal_nan=True)
 
