@@ -54,8 +54,8 @@ def load_pretrained(
         model = qg.load_pretrained(AutoModelForCausalLM, "SmolLM2-135M")
 
     What is there at any time is the quantised model and some float rows; of a format with double quantisation, which
-    keeps a weight's rows together, a float weight.  The weights are those
-    that loading in float and :func:`~qgalore_compile.quantize_` would give, bit for bit.
+    keeps a weight's rows together, a float weight.  The weights are those that loading in float and
+    :func:`~qgalore_compile.quantize_` would give, bit for bit.
 
     Args:
         model: a class of transformers, of which a model is built from the folder's config without memory; or a model,
