@@ -33,7 +33,7 @@ _WITH_GRADIENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step
 """Events at which a callback may look at gradients."""
 
 
-class QGaLoreTrainer(Trainer):  # type: ignore[misc]
+class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, which differ between releases
     """A ``Trainer`` that compiles forward, backward, accumulation, clipping and update of a step as one graph.
 
     ::
@@ -107,12 +107,23 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
             )
         if self.args.fp16:
             raise ValueError("fp16=True scales the loss, which QGaLoreTrainer does not: use bf16=True, or neither")
-        if self.args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
+        default = TrainingArguments.__dataclass_fields__["optim"].default  # of this release; it is no attribute
+        if self.args.optim != default:
             raise ValueError(f"optim={str(self.args.optim.value)!r} is an optimizer of transformers: leave it out, "
                              "QGaLoreAdamW's settings are in qgalore=dict(…)")  # fmt: skip
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise ValueError(f"QGaLoreTrainer does not do {kind.value}: one process, or DistributedDataParallel")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``, without Dynamo's warnings of functions with a cache, which are transformers' own.
+
+        Around all of it: a filter that came and went with each step would have Python show again, in each, every
+        warning that it shows once.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+            return super().train(*args, **kwargs)
 
     # -- optimizer and step ------------------------------------------------------------------------------------------
 
@@ -127,7 +138,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
                 groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                 max_grad_norm=args.max_grad_norm or None, **own,
             )  # fmt: skip
-        return self.optimizer  # type: ignore[no-any-return]
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Before it: what ``optimizer.step()`` does from here on, which the scheduler will count."""
@@ -137,11 +149,14 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
     @property
     def _qgalore(self) -> QGaLoreAdamW:
         """The optimizer inside of accelerate's."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+        found: QGaLoreAdamW = getattr(self.optimizer, "optimizer", self.optimizer)
+        return found
+
+    # What follows by a name of Trainer's own with an underscore has no public one: Trainer calls nothing else there.
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Behind it the model is wrapped, and the optimizer there: what a step is made of."""
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self._batches.clear()
         why = self._not_whole()
         if why is not None:
             self._compile_update(why)
@@ -184,7 +199,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of the next step: those that an epoch which was broken off has left are none of it."""
+        """The micro-batches of the next step: those that were left where an epoch or a training was broken off are none
+        of it."""
         self._batches.clear()
         return super().get_batch_samples(*args, **kwargs)
 
@@ -193,9 +209,10 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Collect a micro-batch; with the last one of a step, run the step.  The loss is then that of all of them."""
         if self._whole is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+            own: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return own
         model.train()
-        self._batches.append(self._prepare_inputs(inputs))
+        self._batches.append(self._prepare_inputs(inputs))  # to the device, as Trainer's own step does
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches = list(self._batches)
@@ -204,9 +221,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
         if items is not None and not isinstance(items, Tensor):
             items = torch.tensor(items, device=self.args.device)  # a number would be a constant of the graph
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # transformers'
-                return self._whole(batches, items)
+            return self._whole(batches, items)
         except (Unsupported, UserError) as error:  # of tracing: nothing has run
             self._compile_update(first_line(error))
         losses = [super(QGaLoreTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches]
@@ -218,9 +233,11 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
             self._alone()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self._qgalore.last_grad_norm  # the optimizer clips; written with each step, and read behind it
+        """Where Trainer clips, and gradients are gone: the optimizer has, and keeps the norm until the next step."""
+        return self._qgalore.last_grad_norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        """For the log, where Trainer would compute it of gradients."""
         return self._qgalore.last_grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -231,7 +248,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]
             logs["skipped_steps"] = int(self._qgalore.skipped_steps)
         super().log(logs, *args, **kwargs)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    # -- checkpoints: where Trainer would pickle states, and load a float model ----------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
