@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def first_line(error: BaseException) -> str:
@@ -21,3 +22,10 @@ def listed(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     more = len(names) - most
     told = between.join(names[:most])
     return told if more <= 0 else f"{told}{'' if between == ', ' else between.rstrip()} and {more} more"
+
+
+def unknown_key(key: object, known: Iterable[str]) -> str:
+    """``unknown key 'ranck', closest to 'rank'; known keys: rank, …``: all of them, and the closest where one is."""
+    known = list(known)
+    closest = "".join(f", closest to {each!r}" for each in get_close_matches(str(key), known, 1))
+    return f"unknown key {key!r}{closest}; known keys: {', '.join(known)}"

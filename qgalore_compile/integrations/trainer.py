@@ -17,8 +17,10 @@ from qgalore_compile._torch import Unsupported, UserError
 from qgalore_compile.checkpoints.saved import load, save
 from qgalore_compile.integrations.needed import need
 from qgalore_compile.optim.adamw import QGaLoreAdamW
+from qgalore_compile.optim.checks import check_keys
 from qgalore_compile.optim.groups import param_groups
-from qgalore_compile.words import first_line
+from qgalore_compile.optim.settings import KEYS
+from qgalore_compile.words import first_line, unknown_key
 
 with need("transformers and accelerate", "transformers accelerate"):
     from accelerate.utils import DistributedType
@@ -61,8 +63,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
         options: of the backend, as ``torch.compile(options=…)`` takes them.
 
     Raises:
-        ValueError: training arguments that cannot be (``fp16``, ``torch_compile``, an ``optim`` of transformers,
-            DeepSpeed, FSDP), or none or two optimizers.
+        ValueError: ``qgalore`` has a key that is none; training arguments that cannot be (``fp16``, ``torch_compile``,
+            an ``optim`` of transformers, DeepSpeed, FSDP), or none or two optimizers.
     """
 
     backend: Any = "qgalore"
@@ -95,8 +97,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
         if given == (self._keys is not None):
             raise ValueError("give either qgalore=dict(rank=…), from which the optimizer is built, or "
                              "optimizers=(a QGaLoreAdamW, scheduler or None)")  # fmt: skip
-        if self._keys is not None and "rank" not in self._keys:
-            raise ValueError("qgalore lacks rank: qgalore=dict(rank=128), say")
+        if self._keys is not None:
+            _check_keys(self._keys)
         limit = self.args.max_grad_norm or None
         if given and self.optimizer.max_grad_norm != limit:
             raise ValueError(f"the optimizer clips at max_grad_norm={self.optimizer.max_grad_norm}, the training "
@@ -273,3 +275,18 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
         generator = torch.get_rng_state()
         load(os.path.join(best, FILE), self.model)
         torch.set_rng_state(generator)
+
+
+def _check_keys(keys: Mapping[str, Any]) -> None:
+    """Raise ValueError for what ``qgalore`` cannot have, which would else come up when the data is there and training
+    begins."""
+    known = dict.fromkeys([*KEYS, "targets", "plain", *_OF_OPTIMIZER])
+    arguments = TrainingArguments.__dataclass_fields__
+    for key in keys:
+        if key not in known:
+            own = f"; {key} is for TrainingArguments" if key in arguments else ""
+            raise ValueError(f"qgalore: {unknown_key(key, known)}{own}")
+    if "rank" not in keys:
+        raise ValueError("qgalore lacks rank: qgalore=dict(rank=128), say")
+    if isinstance(keys.get("plain"), Mapping):
+        check_keys(dict(keys["plain"]), "qgalore: plain")

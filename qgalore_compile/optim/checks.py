@@ -10,7 +10,7 @@ import torch
 from qgalore_compile.optim import settings
 from qgalore_compile.optim.settings import KEYS
 from qgalore_compile.weights.targets import foreign
-from qgalore_compile.words import listed
+from qgalore_compile.words import listed, unknown_key
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES_ALLOWED = (
@@ -29,7 +29,7 @@ def check_keys(group: dict[str, Any], where: str) -> None:
         if key in _OTHER_KEYS:
             continue
         if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}; known keys: {', '.join(KEYS)}")
+            raise ValueError(f"{where}: {unknown_key(key, KEYS)}")
         if KEYS[key].projected and "rank" not in group:
             raise ValueError(
                 f"{where}: {key!r} has a meaning only in a projected group; give it a rank, or drop {key!r}"

@@ -236,6 +236,14 @@ def optimizer_of(model: nn.Module, limit: float | None) -> tuple[Any, None]:
     [
         ({}, {}, "give either qgalore"),
         ({"qgalore": {}}, {}, "qgalore lacks rank"),
+        (
+            {"qgalore": {"rank": 8, "ranck": 8}},
+            {},
+            "qgalore: unknown key 'ranck', closest to 'rank'; .*targets, plain",
+        ),
+        ({"qgalore": {"rankk": 8}}, {}, "qgalore: unknown key 'rankk', closest to 'rank'; known"),
+        ({"qgalore": {"rank": 8, "max_grad_norm": 1}}, {}, "'max_grad_norm'.* max_grad_norm is for TrainingArguments"),
+        ({"qgalore": {"rank": 8, "plain": {"lrr": 1}}}, {}, "qgalore: plain: unknown key 'lrr', closest to 'lr'"),
         ({"qgalore": KEYS, "clips": 1.0}, {}, "give either qgalore"),
         ({"clips": None}, {}, r"the optimizer clips at max_grad_norm=None, the training arguments say 1\.0"),
         ({"sgd": True, "qgalore": KEYS}, {}, "trains with QGaLoreAdamW, and optimizers has a SGD"),

@@ -246,7 +246,7 @@ def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("beta", (0.9, 0.99), "unknown key 'beta'; known keys: .*betas"),
+    ("beta", (0.9, 0.99), "unknown key 'beta', closest to 'betas'; known keys: .*betas"),
     ("weight_decy", 0.1, "unknown key 'weight_decy'"),
     ("betas", (0.9, 1.0), r"both betas must be in \[0, 1\)"),
     ("betas", 0.9, "betas must be two numbers"),
