@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 
 from qgalore_compile._torch import Unsupported, UserError
@@ -20,6 +21,8 @@ from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.checks import check_keys
 from qgalore_compile.optim.groups import param_groups
 from qgalore_compile.optim.settings import KEYS
+from qgalore_compile.weights.targets import select_linears
+from qgalore_compile.weights.tensor import QuantizedWeight
 from qgalore_compile.words import first_line, unknown_key
 
 with need("transformers and accelerate", "transformers accelerate"):
@@ -88,6 +91,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
         if isinstance(self.model, PreTrainedModel) and getattr(config, "use_cache", False):
             config.use_cache = False
             logger.info("QGaLoreTrainer: use_cache=False, for a step that trains fills no cache of keys and values")
+        _tell_float(self.model)
 
     def _check_arguments(self) -> None:
         given = isinstance(self.optimizer, QGaLoreAdamW)
@@ -290,3 +294,20 @@ def _check_keys(keys: Mapping[str, Any]) -> None:
         raise ValueError("qgalore lacks rank: qgalore=dict(rank=128), say")
     if isinstance(keys.get("plain"), Mapping):
         check_keys(dict(keys["plain"]), "qgalore: plain")
+
+
+def _tell_float(model: nn.Module) -> None:
+    """Warn of a model in which nothing is quantised, where something could be."""
+    if any(isinstance(each, QuantizedWeight) for each in model.parameters()):
+        return
+    try:
+        weights = {id(linear.weight): linear.weight for _, linear in select_linears(model)}.values()
+    except ValueError:  # none that quantize_ would take by default: it can be no oversight
+        return
+    there, elements = sum(each.nbytes for each in weights), sum(each.numel() for each in weights)
+    dtypes = ", ".join(dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in weights))
+    logger.warning(
+        "QGaLoreTrainer: the model's weights are not INT8: its %d linear weights take %s as %s, and as INT8 about %s; "
+        "for that call qg.quantize_(model), or load it with qg.load_pretrained, before the trainer is made",
+        len(weights), decimal(there), dtypes, decimal(elements * 33 // 32),  # a scale and an offset for 256 codes
+    )  # fmt: skip

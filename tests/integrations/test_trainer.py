@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from qgalore_compile.integrations import QGaLoreTrainer  # noqa: E402
-from qgalore_compile.integrations.trainer import FILE  # noqa: E402
+from qgalore_compile.integrations.trainer import FILE, _tell_float  # noqa: E402
 
 KEYS: dict[str, Any] = {"rank": 4, "update_proj_gap": 3}
 
@@ -262,6 +263,33 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
         own["optimizers"] = (torch.optim.SGD(model.parameters()), None)
     with pytest.raises(ValueError, match=message):
         Traced(model, arguments(tmp_path, **args), train_dataset=texts(8), **own)
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [record.message for record in caplog.records if words in record.message]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_weights_that_are_not_quantised_are_told_once(
+    tmp_path: Path, quantised: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make() if quantised else qg.dequantize_(make())
+    with caplog.at_level(logging.WARNING, "qgalore_compile"):
+        trainer = Traced(model, arguments(tmp_path), train_dataset=texts(8), qgalore=KEYS)
+        trainer.create_optimizer()
+    told = lines_of(caplog, "not INT8")
+    if quantised:
+        assert told == []
+    else:
+        (line,) = told
+        words = r"its 7 linear weights take 7\.7 kB as float32, and as INT8 about 2\.0 kB; .*qg\.quantize_\(model\)"
+        assert re.search(words, line)
+        assert "\n" not in line
+
+
+def test_a_model_that_quantize_would_not_take_is_not_told_to_be_quantised(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_float(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
+    assert lines_of(caplog, "not INT8") == []
 
 
 def test_micro_batches_of_a_step_that_was_broken_off_are_not_of_the_next(tmp_path: Path) -> None:
