@@ -92,6 +92,8 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
             config.use_cache = False
             logger.info("QGaLoreTrainer: use_cache=False, for a step that trains fills no cache of keys and values")
         _tell_float(self.model)
+        if self.optimizer is not None:
+            _tell_unprojected(self.optimizer)
 
     def _check_arguments(self) -> None:
         given = isinstance(self.optimizer, QGaLoreAdamW)
@@ -144,6 +146,7 @@ class QGaLoreTrainer(Trainer):  # type: ignore[misc]  # mypy skips its types, wh
                 groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                 max_grad_norm=args.max_grad_norm or None, **own,
             )  # fmt: skip
+            _tell_unprojected(self.optimizer)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -311,3 +314,19 @@ def _tell_float(model: nn.Module) -> None:
         "for that call qg.quantize_(model), or load it with qg.load_pretrained, before the trainer is made",
         len(weights), decimal(there), dtypes, decimal(elements * 33 // 32),  # a scale and an offset for 256 codes
     )  # fmt: skip
+
+
+def _tell_unprojected(optimizer: QGaLoreAdamW) -> None:
+    """Warn where no weight is projected to fewer numbers than it has; one without a rank is its rule's as a whole."""
+    projected = [group for group in optimizer.param_groups if "rank" in group]
+    sides = [(group["rank"], min(each.shape)) for group in projected for each in group["params"]]
+    if any(rank is None or rank < side for rank, side in sides):
+        return
+    if not sides:
+        why = "no group of the optimizer has a rank; qg.param_groups(model, rank=…) makes groups that have"
+    else:
+        width = max(side for _, side in sides)
+        ranks = ", ".join(str(rank) for rank in dict.fromkeys(rank for rank, _ in sides))
+        why = (f"rank={ranks} reaches the smaller side, at most {width}, of all {len(sides)} weights; give a smaller "
+               f"one, a quarter of the model's width, say: rank={max(1, width // 4)}")  # fmt: skip
+    logger.warning("QGaLoreTrainer: nothing is projected, and moments are as large as without Q-GaLore: %s", why)

@@ -292,6 +292,38 @@ def test_a_model_that_quantize_would_not_take_is_not_told_to_be_quantised(caplog
     assert lines_of(caplog, "not INT8") == []
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("rank", [4, 128])
+def test_a_rank_that_projects_nothing_is_told_once_with_one_that_does(
+    tmp_path: Path, rank: int, given: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
+    groups = qg.param_groups(model, rank=rank)
+    own: dict[str, Any] = {"optimizers": (qg.QGaLoreAdamW(groups, max_grad_norm=1.0), None)}
+    with caplog.at_level(logging.WARNING, "qgalore_compile"):
+        trainer = Traced(model, arguments(tmp_path), train_dataset=texts(8),
+                         **(own if given else {"qgalore": {"rank": rank}}))  # fmt: skip
+        trainer.create_optimizer()
+        trainer.create_optimizer()
+    told = lines_of(caplog, "nothing is projected")
+    if rank == 4:
+        assert told == []
+    else:
+        (line,) = told
+        assert "rank=128 reaches the smaller side, at most 16, of all 7 weights; give a smaller one" in line
+        assert line.endswith("rank=4")
+        assert "\n" not in line
+
+
+def test_an_optimizer_without_a_rank_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    optimizer = qg.QGaLoreAdamW(model.parameters(), max_grad_norm=1.0)
+    with caplog.at_level(logging.WARNING, "qgalore_compile"):
+        Traced(model, arguments(tmp_path), train_dataset=texts(8), optimizers=(optimizer, None))
+    (line,) = lines_of(caplog, "nothing is projected")
+    assert "no group of the optimizer has a rank; qg.param_groups(model, rank=…)" in line
+
+
 def test_micro_batches_of_a_step_that_was_broken_off_are_not_of_the_next(tmp_path: Path) -> None:
     trainer = Traced(make(), arguments(tmp_path), train_dataset=texts(8), qgalore=KEYS)
     trainer._whole = lambda batches, items: torch.tensor(float(len(batches)))
