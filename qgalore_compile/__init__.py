@@ -3,7 +3,7 @@
 ``import qgalore_compile as qg``: ``qg.quantize_`` turns a model's linear weights into INT8, ``qg.param_groups`` and
 ``qg.QGaLoreAdamW`` make the optimizer, and ``torch.compile(step, backend="qgalore", fullgraph=True)`` compiles the
 whole training step.  ``qg.explain`` and ``qg.report`` tell what became of it, and ``qg.check`` compares it with the
-eager step.  ``qg.export`` writes the trained model as safetensors.
+eager step.  ``qg.plan`` tells what training would take in memory.  ``qg.export`` writes the trained model as safetensors.
 """
 
 from qgalore_compile import _startup as _startup
@@ -13,6 +13,7 @@ from qgalore_compile.exports import export
 from qgalore_compile.optim.adamw import QGaLoreAdamW
 from qgalore_compile.optim.groups import param_groups
 from qgalore_compile.optim.rules.base import Rule
+from qgalore_compile.planning import MemoryPlan, plan
 from qgalore_compile.progress import Progress, on_progress
 from qgalore_compile.reports.check import CheckResult, check
 from qgalore_compile.reports.report import Report, explain, report
@@ -24,6 +25,7 @@ __all__ = [
     "CheckResult",
     "CoverageWarning",
     "Int8Weight",
+    "MemoryPlan",
     "Progress",
     "QGaLoreAdamW",
     "Report",
@@ -38,6 +40,7 @@ __all__ = [
     "mark_dynamic",
     "on_progress",
     "param_groups",
+    "plan",
     "quantize_",
     "report",
     "save",

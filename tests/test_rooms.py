@@ -17,7 +17,7 @@ FLOORS = (
     ("checkpoints",),
     ("exports",),
     ("training",),
-    ("reports",),
+    ("reports", "planning"),
     ("backend",),
     ("passes",),
     ("kernels",),
