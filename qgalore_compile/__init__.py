@@ -3,7 +3,7 @@
 ``import qgalore_compile as qg``: ``qg.quantize_`` turns a model's linear weights into INT8, ``qg.param_groups`` and
 ``qg.QGaLoreAdamW`` make the optimizer, and ``torch.compile(step, backend="qgalore", fullgraph=True)`` compiles the
 whole training step.  ``qg.explain`` and ``qg.report`` tell what became of it, and ``qg.check`` compares it with the
-eager step.  ``qg.plan`` tells what training would take in memory.  ``qg.export`` writes the trained model as safetensors.
+eager step; ``qg.plan`` says beforehand what it will hold.  ``qg.export`` writes the trained model as safetensors.
 """
 
 from qgalore_compile import _startup as _startup

@@ -225,6 +225,43 @@ def compile_(
 
 
 @app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help=settings()["preset"].key.help)],
+    batch: Annotated[int | None, typer.Option(help="Sequences of a micro-batch. [default: the preset's]")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence. [default: the preset's]")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to keep to, such as 16GB: what to change is said.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and activations.")] = "bfloat16",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the step would run.")] = "cuda",
+    vocab_size: Annotated[int | None, typer.Option(help=settings()["vocab_size"].help)] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="Share embedding and head.")] = False,
+    rank: Annotated[int | None, typer.Option(help=settings()["rank"].help)] = None,
+    rule: Annotated[str | None, typer.Option(help=settings()["rule"].help)] = None,
+    weight_format: Annotated[str | None, typer.Option(help=settings()["weight_format"].help)] = None,
+    projector_format: Annotated[str | None, typer.Option(help=settings()["projector_format"].help)] = None,
+    moments: Annotated[str | None, typer.Option(help=settings()["moments"].help)] = None,
+    nonfinite: Annotated[str | None, typer.Option(help=settings()["nonfinite"].help)] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw it into this .png or .svg.")] = None,
+) -> None:
+    """Say what training a preset would take in memory, beside other ways to train it, without making the model.
+
+    Weights and states are exact, activations a model of what the compiler stores, the process an estimate.
+
+    Exit status: 0 it keeps to the budget, 1 it does not, 2 a wrong option, 70 a bug.
+    """
+    options = dict(locals())  # first statement: the parameters above, most of which are TrainConfig's
+    with user_errors():
+        from qgalore_compile.training.forecast import forecast
+
+        options.pop("plot")
+        found = forecast(TrainConfig.from_preset(**{**options, "tied": tied or None}), compare=True)
+        for line in found.lines():
+            typer.echo(line)
+        if plot is not None:
+            found.plot(plot)
+        raise typer.Exit(int(budget is not None and not found.fits))
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Folder of a run: --out of `qgalore train`.")],
     out: Annotated[str, typer.Argument(help="Folder to write, or one file, if it ends in .safetensors.")],

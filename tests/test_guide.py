@@ -23,6 +23,7 @@ EXPORT = SNIPPETS.pop("Exporting a model")
 NEVER_IN_FLOAT = SNIPPETS.pop("A model that is never in float")
 TRAINER = SNIPPETS.pop("Transformers' Trainer")  # tests/integrations/test_trainer.py
 SAVING = SNIPPETS.pop("Saving, and going on")
+WILL_IT_FIT = SNIPPETS.pop("Will it fit?")
 
 
 def test_there_is_a_snippet_for_each_place_to_come_from() -> None:
@@ -69,6 +70,14 @@ def test_a_model_is_loaded_and_another_drawn_in_int8(tmp_path: Path) -> None:
     for model in (loaded, names["model"]):
         assert isinstance(model.lm_head.weight, torch.nn.Parameter)  # type: ignore[attr-defined]
         assert isinstance(model.model.layers[1].mlp.up_proj.weight, qg.Int8Weight)  # type: ignore[attr-defined]
+
+
+def test_what_a_step_will_hold_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"model": Llama(LlamaConfig(32, 56, 2, 2, vocab_size=19))}
+    exec(WILL_IT_FIT, names)
+    assert (tmp_path / "plan.svg").exists()
+    assert isinstance(names["plan"], qg.MemoryPlan)
 
 
 def test_the_trainer_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

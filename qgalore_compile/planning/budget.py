@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from qgalore_compile.planning.forecast import Forecast
-    from qgalore_compile.planning.plan import Planner, Settings
+    from qgalore_compile.planning.planner import Planner, Settings
 
 _ENOUGH = 1.002
 """What a change must save to be proposed: a factor."""
@@ -54,7 +54,7 @@ def propose(settings: Settings, forecast: Forecast, budget: int, planner: Planne
 
 
 def _changed(settings: Settings, values: dict[str, Any]) -> Settings:
-    from qgalore_compile.planning.plan import changed
+    from qgalore_compile.planning.planner import changed
 
     return changed(settings, **values)
 

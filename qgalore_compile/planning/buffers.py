@@ -83,7 +83,8 @@ class _Walk:
         users, size = self.users.get(value, []), len(ops) + len(reads)
         dear = (heavy and self.device == "cpu") or size > _MOST_OPS[self.device] or len(reads) > _READS
         called = len(reads) > 1 and any(user.kind == "extern" for user in users)
-        if (len(users) > 1 and (dear or called)) or len(reads) > _MOST_READS[self.device]:
+        handed, many = value in self.recording.handed, len(reads) > _MOST_READS[self.device]
+        if handed or many or (len(users) > 1 and (dear or called)):
             self.store(value, index)
 
 
@@ -140,9 +141,9 @@ def fused(kernels: list[Kernel], recording: Recording, outputs: Collection[int])
             earliest = max((made[read] for read in kernel.reads if read in made), default=-1)
             for place in range(len(groups) - 1, max(earliest, 0) - 1, -1):
                 group = groups[place]
-                if group.fuses and sizes[place] == size and group.segment == kernel.segment:
-                    if kernel.reads & (group.reads | set(group.writes)):
-                        at = place
+                alike = group.fuses and sizes[place] == size and group.segment == kernel.segment
+                if alike and kernel.reads & (group.reads | set(group.writes)):
+                    at = place
         if at == len(groups):
             groups.append(replace(kernel, reads=set(kernel.reads), writes=list(kernel.writes)))
             sizes.append(size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Card(NamedTuple):
@@ -20,6 +20,7 @@ class Card(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes that a program can have."""
         return int(self.gb * 2**30 * 0.97)
 
 
@@ -59,6 +60,15 @@ def amount(budget: int | str) -> int:
     if bytes_ <= 0:
         raise ValueError(f"a budget of {budget!r} is nothing; write it as 16GB, 15.5GiB or 900MB")
     return bytes_
+
+
+def bad_amount(value: Any) -> str | None:
+    """What is wrong with the text of a budget, for a table of settings; None for one that can be."""
+    try:
+        amount(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def written(count: float) -> str:

@@ -168,9 +168,9 @@ class MemoryPlan:
             table.append([side.name, *row, f"{side.total / 1e9:.2f}", f"{card.gb} GB" if card else "none"])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         text = [f"{self.batch} × {self.seq} tokens, {self.device}; GB at the peak of a step"]
-        for row in table:
-            text.append("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
-                                  enumerate(zip(row, widths, strict=True))))  # fmt: skip
+        for first, *rest in table:
+            cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+            text.append("  ".join([first.ljust(widths[0]), *cells]))
         text.append(
             f"most: {written(self.peak)} of tensors, in {self.forecast.at}; {written(self.forecast.resident)} between "
             f"steps; the process beside them, {written(self.forecast.process)}, is an estimate"

@@ -27,7 +27,8 @@ def loss_of(model: nn.Module) -> Loss:
         return _by_labels
     if not positional:
         raise ValueError(
-            f"plan: {type(model).__name__}'s forward takes no tokens; pass loss=, a function of model, tokens and targets"
+            f"plan: {type(model).__name__}'s forward takes no tokens; pass loss=, a function of model, "
+            "tokens and targets"
         )
     return _by_targets if len(positional) > 1 and "target" in positional[1].name else _of_logits
 

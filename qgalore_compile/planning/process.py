@@ -7,10 +7,8 @@ what PyTorch's allocator reserves but does not hand out: 8.4 % in the run of ``d
 
 from __future__ import annotations
 
-INTERPRETER = 650_000_000
-COMPILED = 60_000_000
-TRACED = 8
-"""Layers that are traced, of however many equal ones (``backend/reroll.py``)."""
+INTERPRETER = 560_000_000
+COMPILED = 18_000_000
 
 CONTEXT = 500_000_000
 FRAGMENTS = 0.084

@@ -83,7 +83,8 @@ class Recording:
         values: what they read and write.
         gradients: of each parameter by name, the value that is its gradient.
         loss: the value of the loss.
-        dtypes: bytes of an element of each parameter's gradient.
+        elements: bytes of an element of each parameter's gradient.
+        handed: values that are stored, since one function hands them to another.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -91,6 +92,7 @@ class Recording:
     gradients: dict[str, int] = field(default_factory=dict)
     loss: int = -1
     elements: dict[str, int] = field(default_factory=dict)
+    handed: frozenset[int] = frozenset()
 
 
 class Recorder(TorchDispatchMode):

@@ -1,9 +1,9 @@
 """What computing a subspace anew takes, while it is computed.
 
-Counted on the CPU over the calls of ``subspace/finder.py`` at several shapes (``tests/planning/test_refreshes.py`` does it
-again): a factor of the larger side k with ``rank + 16`` columns l in float64 twice, and in float32 twice; of the
-smaller side d four in float64, with the Gram matrix and its eigenvectors; the gradient in float32 where it is formed, or
-the factors, where those are shorter floats.  A first sketch takes 24 bytes for each of its random numbers, which are
+Counted on the CPU over the calls of ``subspace/finder.py`` at several shapes (``tests/planning/test_refreshes.py`` does
+it again): a factor of the larger side k with ``rank + 16`` columns l in float64 twice, and in float32 twice; of the
+smaller side d four in float64, with the Gram matrix and its eigenvectors; the gradient in float32 where it is formed,
+or the factors, where those are shorter floats.  A first sketch takes 24 bytes for each of its random numbers, which are
 drawn in float64 on the host.
 """
 

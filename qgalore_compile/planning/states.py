@@ -1,6 +1,6 @@
 """What lies in memory between steps: weights and optimizer state, by category, exactly.
 
-Nothing is counted by a formula here.  The model is copied onto the meta device, quantised by ``quantize_`` and handed to
+Nothing is a formula here.  The model is copied onto the meta device, quantised by ``quantize_`` and handed to
 ``QGaLoreAdamW``, and what those make is added up: they make the same there as where there is memory.
 """
 

@@ -6,7 +6,7 @@ Inductor stores the residual stream in every second one), so the rest of the sta
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -72,6 +72,7 @@ class Moment:
 
     @property
     def total(self) -> int:
+        """Bytes of all categories."""
         return sum(self.bytes.values())
 
     def __str__(self) -> str:
@@ -148,11 +149,14 @@ def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: s
     wanted = [recording.gradients[name] for name in treatments]
     kernels = fused(kernels_of(recording, device, [recording.loss, *wanted]), recording, {recording.loss, *wanted})
     names = {recording.gradients[name]: name for name in treatments}
-    last = _last_reads(kernels, names, treatments)
+    last = _last_reads(kernels, names, treatments, recording.handed)
+    dies: dict[int, list[int]] = defaultdict(list)
+    for value, place in last.items():
+        dies[place].append(value)
     live = _Live(recording, names, {}, Counter())
     points: list[_Point] = []
     for place, kernel in enumerate(kernels):
-        dying = [value for value in kernel.reads if last.get(value) == place]
+        dying = dies[place]
         transient, refreshed, done = Counter[str](), 0, []
         for value in kernel.writes:
             if (name := names.get(value)) is None:
@@ -188,9 +192,19 @@ def _reuse(live: _Live, kernel: Kernel, dying: list[int], size: int) -> None:
             return
 
 
-def _last_reads(kernels: list[Kernel], names: Mapping[int, str], treatments: Mapping[str, Treatment]) -> dict[int, int]:
-    """The place of the call that reads each value last; none where an update does, behind all of them."""
+def _last_reads(
+    kernels: list[Kernel], names: Mapping[int, str], treatments: Mapping[str, Treatment], handed: frozenset[int]
+) -> dict[int, int]:
+    """The place of the call that reads each value last; none where an update does, behind all of them.
+
+    What a function is given its caller holds until it returns.
+    """
     last = {value: place for place, kernel in enumerate(kernels) for value in kernel.reads}
+    ends = {kernel.segment: place for place, kernel in enumerate(kernels)}
+    for kernel in kernels if handed else ():
+        if kernel.segment.layer >= 0:
+            for value in handed & kernel.reads:
+                last[value] = max(last[value], ends[kernel.segment])
     for kernel in kernels:
         for value in kernel.writes:
             if value in names and treatments[names[value]].factors and treatments[names[value]].waits:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qgalore_compile.optim.rules import RULES
 from qgalore_compile.optim.settings import KEYS, REQUIRED
+from qgalore_compile.planning.cards import bad_amount
 from qgalore_compile.training.llama import PRESETS, LlamaConfig, find_preset
 from qgalore_compile.training.setting import LARGEST, MODEL, OUTPUT, STEP, Setting, of_group, of_run, option
 from qgalore_compile.weights.tensor import bad_weight_format
@@ -16,7 +17,7 @@ from qgalore_compile.weights.tensor import bad_weight_format
 # What a run may change when it goes on from a checkpoint; all else decides what the run computes. The data may have
 # moved: whether it is the same text, its fingerprint says.
 _FREE_ON_RESUME = frozenset(
-    {"data", "out", "resume", "steps", "backend", "device", "eval_every", "log_every", "checkpoint_every"}
+    {"data", "out", "resume", "steps", "backend", "device", "budget", "eval_every", "log_every", "checkpoint_every"}
 )
 
 
@@ -130,6 +131,14 @@ class TrainConfig:
     resume: bool = of_run(OUTPUT, bool, False, "Continue from the checkpoint in --out.", switch="--resume")
     seed: int = of_run(OUTPUT, int, 0, "Of weights, batches and rounding.", check=_seed)
     device: str = of_run(OUTPUT, str, "cpu", "cpu, cuda, …")
+    budget: str | None = of_run(
+        OUTPUT,
+        str,
+        None,
+        "Memory that the run may take, such as 16GB: it does not start where the forecast is above.",
+        unset="what the machine has",
+        check=bad_amount,
+    )
     eval_every: int = of_run(OUTPUT, int, 50, "Steps between evaluations.", least=1)
     eval_tokens: int = of_run(OUTPUT, int, 32_768, "Bytes that an evaluation reads.", least=1)
     log_every: int = of_run(OUTPUT, int, 10, "Steps between lines, where output is no terminal.", least=1)

@@ -25,6 +25,7 @@ from qgalore_compile.training.checkpoint_file import load_checkpoint, save_check
 from qgalore_compile.training.config import TrainConfig
 from qgalore_compile.training.data import Corpus, bigram_loss, check_lengths, load_corpus
 from qgalore_compile.training.first_step import FirstStep
+from qgalore_compile.training.forecast import check_forecast
 from qgalore_compile.training.machine import check_device, check_memory
 from qgalore_compile.training.run import Run
 from qgalore_compile.training.schedule_plot import plot_schedule
@@ -114,7 +115,9 @@ def pretrain(
     """
     stop = Stop()
     output, out = Output(console or Console(), stop), Path(config.out)
-    check_memory(config, check_device(config.device))
+    device = check_device(config.device)
+    check_memory(config, device)
+    memory = check_forecast(config, device)
     if config.resume and not out.is_dir():
         load_checkpoint(out / CHECKPOINT)  # says that there is nothing to resume
     with lock_folder(out):
@@ -129,7 +132,7 @@ def pretrain(
                 raise ValueError(f"{out / CHECKPOINT}: {error}; choose another --out to start another run") from error
             del saved  # the tensors were copied; at 7B they are gigabytes
         remove_left_behind(out)
-        _introduce(output, run, bigram)
+        _introduce(output, run, bigram, memory)
         with stop.by_signals(lambda: run.started):
             _train(run, output, out, on_step)
             result = _result(run, bigram, stop.reason)
@@ -256,7 +259,7 @@ def _refuse_to_overwrite(path: Path) -> None:
 # -- what people read ------------------------------------------------------------------------------------------------
 
 
-def _introduce(output: Output, run: Run, bigram: float) -> None:
+def _introduce(output: Output, run: Run, bigram: float, memory: str | None) -> None:
     config, corpus = run.config, run.corpus
     parameters = sum(p.numel() for p in run.model.parameters())
     lines = [
@@ -265,6 +268,7 @@ def _introduce(output: Output, run: Run, bigram: float) -> None:
         f"{len(corpus.validation) / 1e6:,.2f} MB in {corpus.validation_files} to validate on",
         f"bigram   {bigram:.4f} nats per byte on the validation part",
         f"step     {config.optimizer} optimizer, {config.backend} backend, {config.tokens_per_step:,} tokens",
+        *filter(None, [memory]),
         f"output   {config.out}" + (f", continued at step {run.step}" if run.step else ""),
     ]
     for line in lines:

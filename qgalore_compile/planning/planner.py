@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from qgalore_compile.planning.budget import Proposal, propose
 from qgalore_compile.planning.cards import amount
 from qgalore_compile.planning.forecast import Forecast, MemoryPlan
 from qgalore_compile.planning.losses import Loss, checkpointed, loss_of
+from qgalore_compile.planning.outlined import is_outlined, outlined
 from qgalore_compile.planning.process import process_bytes
 from qgalore_compile.planning.recording import Recording, record
 from qgalore_compile.planning.rivals import RIVALS, Rival
@@ -75,7 +77,7 @@ def plan(
     *,
     batch: int,
     seq: int,
-    rank: int | None | str = QUARTER,
+    rank: int | str | None = QUARTER,
     weight_format: str | None = "int8/256",
     moments: str = "8bit",
     nonfinite: str = "skip_step",
@@ -96,7 +98,8 @@ def plan(
     Args:
         model: on the meta device, or anywhere; it is not changed, and nothing of its size is allocated.
         batch, seq: sequences of a micro-batch, and tokens of one.
-        rank: of the projected weights; None where the rule is to have the whole gradient; "quarter" of their smaller side.
+        rank: of the projected weights; None where the rule is to have the whole gradient; "quarter" of their smaller
+            side.
         weight_format: what ``quantize_`` is to make of the blocks' weights; None leaves them.  Weights that are
             quantised stay what they are.
         moments, nonfinite, max_grad_norm: of ``QGaLoreAdamW``.
@@ -152,12 +155,29 @@ def quarter(model: nn.Module, targets: Any = None) -> int:
     return max(1, max(sides, key=sides.count) // 4)
 
 
+class Trace(NamedTuple):
+    """A recording of a model.
+
+    Attributes:
+        recording: of its forward and backward.
+        layers: each parameter's layer; -1 outside of the stack.
+        depth, recorded: layers of the stack, and how many of them were recorded.
+        prefix: the stack's name, with a dot; "" for none.
+    """
+
+    recording: Recording
+    layers: dict[str, int]
+    depth: int
+    recorded: int
+    prefix: str
+
+
 class Planner:
     """Forecasts of one model under several settings: what they share is traced once."""
 
     def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         self._model, self._loss = model, loss or loss_of(model)
-        self._recordings: dict[tuple[Any, ...], tuple[Recording, dict[str, int], int, int, str]] = {}
+        self._recordings: dict[tuple[Any, ...], Trace] = {}
         self._residents: dict[str, Resident] = {}
 
     def forecast(self, settings: Settings, name: str) -> Forecast:
@@ -165,7 +185,7 @@ class Planner:
         known = self._resident(settings)
         trace = self._trace(settings)
         holdings = _holdings(known, trace)
-        treatments = treatments_of(known, trace[0], holdings, settings.batch * settings.seq, trace[1])
+        treatments = treatments_of(known, trace.recording, holdings, settings.batch * settings.seq, trace.layers)
         return self._finished(settings, name, known.bytes, treatments, trace)
 
     def rival(self, settings: Settings, rival: Rival) -> Forecast:
@@ -176,26 +196,39 @@ class Planner:
             held.update({name: size * holding.times for name, size in rival.holds(holding).items()})
         tokens, treatments = settings.batch * settings.seq, dict[str, Treatment]()
         for name, holding in _holdings(known, trace).items():
-            treatment = rival.treats(holding, tokens, trace[0].elements[name])
+            treatment = rival.treats(holding, tokens, trace.recording.elements[name])
             if treatment is not None:
-                treatments[name] = treatment._replace(layer=trace[1][name])
+                treatments[name] = treatment._replace(layer=trace.layers[name])
         return self._finished(settings, rival.name, held, treatments, trace)
 
     def checkpoints(self, settings: Settings) -> bool:
         """Whether a step with checkpointed layers compiles: torch refuses to compute random operations again within
         one graph, and takes fused attention for one, whose dropout may be 0."""
-        recording = self._trace(settings)[0]
+        recording = self._trace(settings).recording
         return not any(op.name.startswith("aten._scaled_dot_product") for op in recording.ops)
 
     def _finished(
-        self, settings: Settings, name: str, held: Bytes, treatments: Mapping[str, Treatment], trace: Any
+        self, settings: Settings, name: str, held: Bytes, treatments: Mapping[str, Treatment], trace: Trace
     ) -> Forecast:
-        recording, _, depth, recorded, prefix = trace
-        moments = timeline(recording, treatments, device=settings.device, depth=depth, recorded=recorded, prefix=prefix)
+        moments = timeline(
+            self._compiled(settings, trace),
+            treatments,
+            device=settings.device,
+            depth=trace.depth,
+            recorded=trace.recorded,
+            prefix=trace.prefix,
+        )
         tokens = 2 * 8 * settings.batch * settings.seq * settings.accumulate
-        held = held + type(held)({"other states": tokens})
-        forecast = Forecast(name, held, tuple(moments), 0)
-        return forecast.with_process(process_bytes(settings.device, depth, forecast.peak))
+        forecast = Forecast(name, held + Counter({"other states": tokens}), tuple(moments), 0)
+        return forecast.with_process(process_bytes(settings.device, trace.depth, forecast.peak))
+
+    def _compiled(self, settings: Settings, trace: Trace) -> Recording:
+        """The recording, its layers functions where they are compiled as such."""
+        known = self._resident(settings).holdings
+        projected = sum("rank" in each.group for each in known if each.name.startswith(f"{trace.prefix}1."))
+        if not is_outlined(trace.recording, settings.device, trace.depth, projected):
+            return trace.recording
+        return outlined(trace.recording)
 
     def _resident(self, settings: Settings) -> Resident:
         keys = dict(settings.keys)
@@ -212,7 +245,7 @@ class Planner:
             )
         return self._residents[place]
 
-    def _trace(self, settings: Settings) -> tuple[Recording, dict[str, int], int, int, str]:
+    def _trace(self, settings: Settings) -> Trace:
         """The recording, each parameter's layer, and of the stack its depth, the layers recorded, and its name."""
         place = settings.batch, settings.seq, settings.checkpointing
         if place not in self._recordings:
@@ -223,13 +256,13 @@ class Planner:
                 tokens, targets = (torch.zeros(settings.batch, settings.seq, dtype=torch.int64) for _ in range(2))
                 recording = record(twin.model, twin.layers, [tokens, targets], self._loss)
             layers = {name: twin.layer_of(name) for name in recording.gradients}
-            self._recordings[place] = recording, layers, twin.depth, len(twin.layers), twin.prefix
+            self._recordings[place] = Trace(recording, layers, twin.depth, len(twin.layers), twin.prefix)
         return self._recordings[place]
 
 
-def _holdings(known: Resident, trace: tuple[Recording, dict[str, int], int, int, str]) -> dict[str, Holding]:
+def _holdings(known: Resident, trace: Trace) -> dict[str, Holding]:
     """Of each recorded parameter, by its name there: of layers that were not made, the second one's."""
-    recording, layers, _, _, prefix = trace
+    recording, layers, prefix = trace.recording, trace.layers, trace.prefix
     by_name = {holding.name: holding for holding in known.holdings}
     found = {}
     for name in recording.gradients:
