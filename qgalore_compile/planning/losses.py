@@ -51,7 +51,7 @@ def _of_logits(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
 def checkpointed(layers: Sequence[nn.Module]) -> None:
     """Let each layer's forward be computed again in the backward, in place."""
     for layer in layers:
-        layer.forward = partial(_again, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_again, layer.forward)
 
 
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
     """Records all that runs while it is entered; ``segment`` is where that is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording, self.segment = Recording(), Segment("before")
         self._table = select_decomp_table()
         self._values: dict[int, int] = {}

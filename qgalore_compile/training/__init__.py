@@ -11,6 +11,7 @@ llama.py              a LLaMA in plain PyTorch
 data.py               bytes of a corpus
 telemetry.py          progress, metrics, curves
 first_step.py         the stages of the first step, as they are compiled
+forecast.py           what a run will hold, told before it starts
 schedule_plot.py      a picture of the refreshes
 checkpoint_file.py    a checkpoint, verified whole before it is believed
 saved_run.py          whether a run can go on from it
