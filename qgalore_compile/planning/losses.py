@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 """From a model, tokens and targets, (B, T) int64 each, to a loss."""
@@ -55,4 +54,6 @@ def checkpointed(layers: Sequence[nn.Module]) -> None:
 
 
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint  # loads Dynamo
+
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

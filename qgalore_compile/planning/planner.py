@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qgalore_compile._torch import FakeTensorMode
-from qgalore_compile.planning.budget import Proposal, propose
+from qgalore_compile.planning.budget import propose
 from qgalore_compile.planning.cards import amount
 from qgalore_compile.planning.forecast import Forecast, MemoryPlan
 from qgalore_compile.planning.losses import Loss, checkpointed, loss_of
@@ -126,20 +126,23 @@ def plan(
     settings.check()
     if any(isinstance(p, QuantizedWeight) for p in model.parameters()):
         settings = changed(settings, weight_format=None)
-    planner = Planner(model, loss)
+    return _planned(Planner(model, loss), settings, limit, compare)
+
+
+def _planned(planner: Planner, settings: Settings, limit: int | None, compare: bool) -> MemoryPlan:
+    """The forecast, those that it is compared with, and what keeps to the budget."""
     forecast = planner.forecast(settings, "qgalore")
     others: list[Forecast] = []
+    for name, variant in VARIANTS.items() if compare else ():
+        if variant.get("checkpointing") and not planner.checkpoints(settings):
+            continue
+        if any(getattr(settings, key) != value for key, value in variant.items()):
+            others.append(planner.forecast(changed(settings, **variant), name))
     if compare:
-        for name, variant in VARIANTS.items():
-            if variant.get("checkpointing") and not planner.checkpoints(settings):
-                continue
-            if any(getattr(settings, key) != value for key, value in variant.items()):
-                others.append(planner.forecast(changed(settings, **variant), name))
         others += [planner.rival(settings, rival) for rival in RIVALS]
-    proposals: list[Proposal] = []
-    if limit is not None and forecast.total > limit:
-        proposals = propose(settings, forecast, limit, planner)
-    return MemoryPlan(forecast, tuple(others), batch, seq, device, limit, tuple(proposals))
+    over = limit is not None and forecast.total > limit
+    proposals = propose(settings, forecast, limit, planner) if over and limit is not None else []
+    return MemoryPlan(forecast, tuple(others), settings.batch, settings.seq, settings.device, limit, tuple(proposals))
 
 
 def changed(settings: Settings, **values: Any) -> Settings:

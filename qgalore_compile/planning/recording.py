@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgalore_compile._torch import OpOverload, TorchDispatchMode, select_decomp_table, tree_leaves
+from qgalore_compile._torch import OpOverload, TorchDispatchMode, tree_leaves
 
 _POINTWISE = frozenset(
     {"prims.convert_element_type", "aten.expand", "aten.cat", "prims.iota", "aten.copy", "aten.clone"}
@@ -100,6 +100,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from qgalore_compile._torch import select_decomp_table  # loads Inductor
+
         self.recording, self.segment = Recording(), Segment("before")
         self._table = select_decomp_table()
         self._values: dict[int, int] = {}
