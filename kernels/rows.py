@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qgalore_compile._ops import define
-from qgalore_compile.kernels.ir.rows import Term
+from qgalore_compile.kernels.ir.rows import Term, shared
 
 BLOCK_BYTES = 1 << 21
 """Of a gradient that exists at a time: it stays in the second-level cache until it has been read."""
@@ -98,10 +98,8 @@ def _indexed(rows: int, values: Tensor, mask: Tensor, index: Tensor) -> Callable
 
 
 def _squares(terms: str, operands: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    parts, given, at = [_parsed(line) for line in terms.splitlines()], [], 0
-    for part in parts:
-        given.append(operands[at : at + part.tensors])
-        at += part.tensors
+    parts = [Term.parse(line) for line in terms.splitlines()]
+    given, _ = shared(parts, operands)
     if len(parts) == 1 and parts[0].kind == "product" and dtype == torch.float32:
         left, right = parts[0].matrices(given[0])
         if left.shape[1] <= min(rows, columns):
@@ -115,14 +113,6 @@ def _squares(terms: str, operands: Sequence[Tensor], rows: int, columns: int, dt
         fill(block[: last - first], first, last)
         total += block[: last - first].float().square().sum()
     return total.float()
-
-
-def _parsed(line: str) -> Term:
-    _, kind, *flags = line.split()
-    if kind == "indexed":
-        return Term("indexed")
-    left, right = (flag == "transposed" for flag in flags)
-    return Term("product", (left, right))
 
 
 def _squares_fake(terms: str, operands: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -8,5 +8,6 @@ spelling.py           how types and operations are spelled
 launch.py             compiles, caches and launches what was printed
 units.py              Inductor's own kernels, several to one run of the compiler
 gemm.py               runs a product in blocks around the library's GEMM
+rows.py               runs a program whose gradient is made by blocks of rows
 ====================  =================================================================================================
 """

@@ -41,6 +41,17 @@ class Term(NamedTuple):
         flags = ["transposed" if each else "straight" for each in self.transposed] if self.kind == "product" else []
         return " ".join(["term", self.kind, *flags])
 
+    @classmethod
+    def parse(cls, line: str) -> Term:
+        """The term that ``str`` wrote; ProgramError where it is none."""
+        words = line.split()
+        if words == ["term", "indexed"]:
+            return cls("indexed")
+        if words[:2] == ["term", "product"] and len(words) == 4:
+            left, right = (flag == "transposed" for flag in words[2:])
+            return cls("product", (left, right))
+        raise ProgramError(f"no term of a gradient: {line!r}")
+
     def matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(m, k) and (k, n) of a product."""
         left, right = (each.t() if flag else each for each, flag in zip(tensors, self.transposed, strict=True))
@@ -83,22 +94,21 @@ class RowsProgram:
         words = first.split()
         if len(words) != 4 or words[0] != "rows" or not program or not terms:
             raise ProgramError("a text of rows begins with 'rows BUFFER ROWS COLUMNS', has terms and an epilogue")
-        found = []
-        for line in terms:
-            word, kind, *flags = line.split()
-            if word != "term" or kind not in ("product", "indexed") or len(flags) != 2 * (kind == "product"):
-                raise ProgramError(f"no term of a gradient: {line!r}")
-            given = [flag == "transposed" for flag in flags] or [False, False]
-            found.append(Term("product" if kind == "product" else "indexed", (given[0], given[1])))
-        return cls(BlockProgram.parse(program), words[1], int(words[2]), int(words[3]), tuple(found))
+        rows, columns = int(words[2]), int(words[3])
+        return cls(BlockProgram.parse(program), words[1], rows, columns, tuple(map(Term.parse, terms)))
 
     def share(self, read: Sequence[T]) -> tuple[list[list[T]], list[T]]:
         """What each term reads, and what the program reads beside the gradient."""
-        found, at = [], 0
-        for term in self.terms:
-            found.append(list(read[at : at + term.tensors]))
-            at += term.tensors
-        return found, list(read[at:])
+        return shared(self.terms, read)
+
+
+def shared(terms: Sequence[Term], tensors: Sequence[T]) -> tuple[list[list[T]], list[T]]:
+    """The tensors of each term, in order, and what is left."""
+    found, at = [], 0
+    for term in terms:
+        found.append(list(tensors[at : at + term.tensors]))
+        at += term.tensors
+    return found, list(tensors[at:])
 
 
 @cache

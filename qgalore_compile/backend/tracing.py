@@ -66,7 +66,7 @@ from qgalore_compile._torch import (
     lookup_backend,
     unimplemented,
 )
-from qgalore_compile.backend import frames, sizes, strict
+from qgalore_compile.backend import frames, leavings, sizes, strict
 from qgalore_compile.optim.hyper_parameters import Group
 
 MARK = "_traced_as_qgalore"
@@ -263,9 +263,11 @@ def _compile(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
         code = kwargs["code"] if "code" in kwargs else args[0]
         with progress.compiling(frames.function_of(code)):
-            return frames.traced(
+            traced = frames.traced(
                 original, args, kwargs, current_region(), strict.refusal if is_strict(backend) else None
             )
+    leavings.give_back()
+    return traced
 
 
 def _isolated(original: Callable[..., None], self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ backward computes casts and norms' factors again, and reads what they were compu
 another one that reads the same runs with it.
 
 Numbers are those of ``torch._inductor.config`` (``realize_reads_threshold`` and its neighbours); how near this is to
-what Inductor allocates, ``tests/planning/test_forecast.py`` and ``benchmarks/plan.py`` measure.
+what Inductor allocates, ``tests/planning/test_timeline.py`` and ``benchmarks/plan.py`` measure.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ class Planner:
         known = self._resident(settings)
         trace = self._trace(settings)
         holdings = _holdings(known, trace)
-        treatments = treatments_of(known, trace.recording, holdings, settings.batch * settings.seq, trace.layers)
+        tokens = settings.batch * settings.seq
+        treatments = treatments_of(known, trace.recording, holdings, tokens, trace.layers, settings.device)
         return self._finished(settings, name, known.bytes, treatments, trace)
 
     def rival(self, settings: Settings, rival: Rival) -> Forecast:
@@ -205,10 +206,10 @@ class Planner:
         return self._finished(settings, rival.name, held, treatments, trace)
 
     def checkpoints(self, settings: Settings) -> bool:
-        """Whether a step with checkpointed layers compiles: torch refuses to compute random operations again within
-        one graph, and takes fused attention for one, whose dropout may be 0."""
+        """Whether a step with checkpointed layers compiles: nothing in them may draw random numbers, as dropout
+        does."""
         recording = self._trace(settings).recording
-        return not any(op.name.startswith("aten._scaled_dot_product") for op in recording.ops)
+        return not any("dropout" in op.name or "bernoulli" in op.name or "rand" in op.name for op in recording.ops)
 
     def _finished(
         self, settings: Settings, name: str, held: Bytes, treatments: Mapping[str, Treatment], trace: Trace

@@ -36,6 +36,8 @@ class Treatment(NamedTuple):
         forms: whether the gradient itself is formed; else ``kept`` is what the product leaves.
         while_made: bytes while it is computed.
         factors: whether the product's factors live until the update.
+        by_rows: whether the update makes the gradient block by block (pass ``row_blocks``): nor do zeros exist then
+            that rows are added to.
         waits: whether the update comes behind the whole backward.
         while_updated: bytes while the update runs, beside ``kept``.
         while_refreshed: bytes while a subspace is computed anew, in a step in which it is.
@@ -46,6 +48,7 @@ class Treatment(NamedTuple):
     forms: bool = True
     while_made: int = 0
     factors: bool = False
+    by_rows: bool = False
     waits: bool = True
     while_updated: int = 0
     while_refreshed: int = 0
@@ -153,6 +156,7 @@ def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: s
     dies: dict[int, list[int]] = defaultdict(list)
     for value, place in last.items():
         dies[place].append(value)
+    unmade = _zeros_of_rows(kernels, recording, names, treatments)
     live = _Live(recording, names, {}, Counter())
     points: list[_Point] = []
     for place, kernel in enumerate(kernels):
@@ -160,6 +164,8 @@ def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: s
         transient, refreshed, done = Counter[str](), 0, []
         for value in kernel.writes:
             if (name := names.get(value)) is None:
+                if value in unmade:
+                    continue
                 _reuse(live, kernel, dying, recording.values[value].bytes)
                 live.add(value, kernel.segment)
                 continue
@@ -182,6 +188,19 @@ def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: s
             live.drop(value)
         points.append(_Point(kernel.segment, what, during, Counter(live.total), False))
     return points, live.total
+
+
+def _zeros_of_rows(
+    kernels: list[Kernel], recording: Recording, names: Mapping[int, str], treatments: Mapping[str, Treatment]
+) -> set[int]:
+    """What an embedding's gradient would be added up in, where it is made by rows."""
+    from_nothing = {value for kernel in kernels if not kernel.reads for value in kernel.writes}
+    return {
+        read for kernel in kernels for value in kernel.writes
+        if value in names and treatments[names[value]].by_rows
+        for read in kernel.reads
+        if read in from_nothing and recording.values[read].bytes == recording.values[value].bytes
+    }  # fmt: skip
 
 
 def _reuse(live: _Live, kernel: Kernel, dying: list[int], size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from qgalore_compile.kernels.rows import BLOCK_BYTES
 from qgalore_compile.optim import layout
 from qgalore_compile.optim.rules.base import Rule
 from qgalore_compile.planning.recording import Recording
@@ -15,7 +16,12 @@ from qgalore_compile.subspace.projection import projector_shape
 
 
 def treatments_of(
-    resident: Resident, recording: Recording, holdings: Mapping[str, Holding], tokens: int, layers: Mapping[str, int]
+    resident: Resident,
+    recording: Recording,
+    holdings: Mapping[str, Holding],
+    tokens: int,
+    layers: Mapping[str, int],
+    device: str,
 ) -> dict[str, Treatment]:
     """A treatment for each parameter that has a gradient.
 
@@ -25,6 +31,7 @@ def treatments_of(
         holdings: of each recorded parameter, by its name there.
         tokens: of a micro-batch.
         layers: the recorded layer of each parameter.
+        device: "cpu" or "cuda".
     """
     waits = resident.nonfinite == "skip_step" or resident.max_grad_norm is not None
     found = {}
@@ -37,6 +44,8 @@ def treatments_of(
             treatment = treatment._replace(while_updated=_inside(rule, gradient // element))
         elif rule is not None and _is_product(recording, value):
             treatment = _projected(holdings[name], tokens, element, waits)
+        elif rule is None and device == "cpu" and _by_rows(recording, value, holdings[name], tokens):
+            treatment = Treatment(0, forms=False, factors=waits, by_rows=True, waits=waits, while_updated=BLOCK_BYTES)
         found[name] = treatment._replace(layer=layers[name])
     return found
 
@@ -49,6 +58,17 @@ def _inside(rule: Rule, elements: int) -> int:
 def _is_product(recording: Recording, value: int) -> bool:
     """Whether a gradient is one product, whose factors are then there in its place."""
     return any(value in op.writes and op.name in ("aten.mm", "aten.addmm") for op in recording.ops)
+
+
+def _by_rows(recording: Recording, value: int, holding: Holding, tokens: int) -> bool:
+    """Whether a gradient at full rank is made by blocks of rows: an embedding's or a head's, whose factors are no
+    larger (:mod:`qgalore_compile.passes.row_blocks`)."""
+    shape = tuple(holding.parameter.shape)
+    if len(shape) != 2:
+        return False
+    if _is_product(recording, value):
+        return tokens * sum(shape) <= math.prod(shape)
+    return any(value in op.writes and "index_put" in op.name for op in recording.ops) and tokens <= shape[0]
 
 
 def _projected(holding: Holding, tokens: int, element: int, waits: bool) -> Treatment:
