@@ -45,7 +45,8 @@ def treatments_of(
         elif rule is not None and _is_product(recording, value):
             treatment = _projected(holdings[name], tokens, element, waits)
         elif rule is None and device == "cpu" and _by_rows(recording, value, holdings[name], tokens):
-            treatment = Treatment(0, forms=False, factors=waits, by_rows=True, waits=waits, while_updated=BLOCK_BYTES)
+            block = min(BLOCK_BYTES, gradient)
+            treatment = Treatment(0, forms=False, factors=waits, by_rows=True, waits=waits, while_updated=block)
         found[name] = treatment._replace(layer=layers[name])
     return found
 
