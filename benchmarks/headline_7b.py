@@ -77,11 +77,8 @@ def make_model(preset: str, layers: int | None, seq: int, ends: str) -> Llama:
 
 
 def state_bytes(model: Llama, opt: torch.optim.Optimizer) -> dict[str, float]:
-    """GB of weights, quantised and not, and of the optimizer's states by name."""
-    found: dict[str, float] = {}
-    for parameter in model.parameters():
-        name = "weights, quantised" if hasattr(parameter, "dequantize") and parameter.dtype else "weights"
-        found[name] = found.get(name, 0) + parameter.nbytes / 1e9
+    """GB of weights with their scales, and of the optimizer's states by name."""
+    found = {"weights": sum(parameter.nbytes for parameter in model.parameters()) / 1e9}
     for state in opt.state.values():
         for name, tensor in state.items():
             found[name] = found.get(name, 0) + tensor.nbytes / 1e9
@@ -108,7 +105,9 @@ def main(
     started = time.perf_counter()
     model = make_model(preset, layers, seq, ends)
     print("model", memory.stage("model"), f"{time.perf_counter() - started:.1f} s", flush=True)
-    groups = qg.param_groups(model, rank=rank or known.rank, rule=rule, plain={"lr": plain_lr}, update_proj_gap=200)
+    groups = qg.param_groups(
+        model, rank=rank or known.rank, rule=rule, plain={"lr": plain_lr}, update_proj_gap=known.update_proj_gap
+    )
     opt = qg.QGaLoreAdamW(groups, lr=lr, moments=moments, nonfinite="skip_parameter")
     print("optimizer", memory.stage("optimizer"), flush=True)
 
