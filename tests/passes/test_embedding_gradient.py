@@ -96,7 +96,7 @@ def test_a_bfloat16_step_equals_the_eager_one() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(V, D), torch.nn.Linear(D, 3)).bfloat16()
     opt = qg.QGaLoreAdamW([{"params": list(model.parameters())}], lr=1e-2, moments="32bit")
-    batch, step, backend = torch.randperm(V)[:20].view(4, 5), step_of(model, opt), Interpreted()
+    batch, step, backend = torch.randperm(V)[:20].view(4, 5), step_of(model, opt), Interpreted(disable=("row_blocks",))
     before, (weights, state) = decoded(model, opt), copy.deepcopy((model.state_dict(), opt.state_dict()))
     torch.compile(step, backend=backend, fullgraph=True)(batch)
     found = decoded(model, opt)
