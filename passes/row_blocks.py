@@ -67,7 +67,7 @@ def _terms(node: fx.Node, kind: torch.dtype) -> Found | None:
         return None
     if node.target is aten.mm.default:
         return _product(kind, *arguments(node))
-    if node.target is aten.addmm.default and not {1} ^ {node.kwargs.get(key, 1) for key in ("alpha", "beta")}:
+    if node.target is aten.addmm.default and all(node.kwargs.get(key, 1) == 1 for key in ("alpha", "beta")):
         added, left, right = arguments(node)
         first, second = _terms(added, kind) if shape(added) == shape(node) else None, _product(kind, left, right)
         return None if first is None or second is None else first + second
