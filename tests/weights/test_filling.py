@@ -53,19 +53,3 @@ def test_a_value_without_an_int8_form_is_named() -> None:
     stored = filling.empty(place("int8/4", torch.float32).detach(), "cpu")
     with pytest.raises(ValueError, match=r"layers\.0\.w of shape \(7, 10\) holds NaN"):
         filling.fill_(stored, slice(None), torch.full((7, 10), torch.nan), "layers.0.w")
-
-
-def test_a_parameter_keeps_its_marks_and_whether_it_is_trained() -> None:
-    layer = nn.Linear(3, 2, device="meta")
-    layer.weight.requires_grad_(False).mark = 7  # type: ignore[attr-defined]
-    filling.put(layer, "weight", torch.ones(2, 3))
-    assert not layer.weight.requires_grad
-    assert layer.weight.mark == 7  # type: ignore[attr-defined]
-    assert isinstance(layer.weight, nn.Parameter)
-
-
-def test_a_buffer_stays_one() -> None:
-    norm = nn.BatchNorm1d(3, device="meta")
-    filling.put(norm, "running_mean", torch.ones(3))
-    assert torch.equal(norm.running_mean, torch.ones(3))  # type: ignore[arg-type]
-    assert "running_mean" in norm._buffers

@@ -35,6 +35,14 @@ def test_whoever_shared_a_tensor_shares_what_has_come_in_its_place() -> None:
     assert model.second.mask.is_meta
 
 
+def test_a_buffer_stays_one() -> None:
+    norm = nn.BatchNorm1d(3, device="meta")
+    places = Places(norm, parameters=False)
+    places.give(places.first[id(norm.running_mean)], torch.ones(3))
+    assert torch.equal(norm.running_mean, torch.ones(3))  # type: ignore[arg-type]
+    assert "running_mean" in norm._buffers
+
+
 def test_a_module_alone_is_given_what_others_have() -> None:
     model = Tied()
     places = Places(model)
