@@ -86,6 +86,17 @@ def command() -> str:
     return shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
+def process_bytes(name: str) -> int:
+    """A figure of /proc/self/status, in bytes: VmRSS is what is resident, VmHWM what was at most."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    """Let VmHWM start from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 

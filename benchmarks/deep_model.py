@@ -39,6 +39,16 @@ BATCH, SEQ = 2, 128
 STEADY = 8
 """Steps in which nothing is due."""
 SIDES = ("adamw", "qgalore", "flat")
+SMOLLM2 = dict(
+    vocab_size=49_152,
+    hidden_size=576,
+    intermediate_size=1_536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+"""SmolLM2-135M's sizes, as transformers names them."""
 
 
 def make_model(layers: int, dtype: torch.dtype) -> Any:
@@ -46,16 +56,7 @@ def make_model(layers: int, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1_536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = LlamaConfig(**SMOLLM2 | {"num_hidden_layers": layers}, use_cache=False)
     return LlamaForCausalLM(config).to(dtype)
 
 

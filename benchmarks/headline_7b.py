@@ -18,12 +18,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Batch, Layers, Out, Seq, command, machine, write_result
+from common import (
+    RESULTS,
+    Batch,
+    Layers,
+    Out,
+    Seq,
+    command,
+    forget_peak,
+    machine,
+    process_bytes,
+    training_step,
+    write_result,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,11 +55,10 @@ class Memory:
 
     def stage(self, name: str) -> dict[str, float]:
         """End a stage: GB held now, and at most since the stage before."""
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        held, peak = (int(status[key].split()[0]) * 1024 / 1e9 for key in ("VmRSS", "VmHWM"))
+        held, peak = (process_bytes(name) / 1e9 for name in ("VmRSS", "VmHWM"))
         self.highest = max(self.highest, peak)
         self.stages[name] = {"held_gb": round(held, 3), "peak_gb": round(peak, 3)}
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
+        forget_peak()
         return self.stages[name]
 
 
@@ -111,14 +121,7 @@ def main(
     opt = qg.QGaLoreAdamW(groups, lr=lr, moments=moments, nonfinite="skip_parameter")
     print("optimizer", memory.stage("optimizer"), flush=True)
 
-    def step(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        loss: Tensor = model(tokens_BT, targets_BT)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss.detach()
-
-    compiled = torch.compile(step, backend="qgalore", fullgraph=True)
+    compiled = torch.compile(training_step(model, opt), backend="qgalore", fullgraph=True)
     qg.on_progress(lambda event: print(f"  {event.seconds:6.1f} s  {event.stage} {event.name}", flush=True))
     corpus = load_corpus()
     result: dict[str, Any] = {

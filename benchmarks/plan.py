@@ -17,12 +17,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Batch, Layers, Out, Seq, command, machine, training_step, write_result
+from common import (
+    RESULTS,
+    Batch,
+    Layers,
+    Out,
+    Seq,
+    command,
+    forget_peak,
+    machine,
+    process_bytes,
+    training_step,
+    write_result,
+)
+from deep_model import SMOLLM2
 from live_bytes import measure
 from rich.console import Console
 from rich.table import Table
@@ -31,16 +43,6 @@ from train_step import set_due
 
 import qgalore_compile as qg
 from qgalore_compile.training.llama import Llama, find_preset
-
-SMOLLM2 = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 
 
 def build(preset: str, layers: int | None) -> tuple[nn.Module, int, int]:
@@ -55,20 +57,9 @@ def build(preset: str, layers: int | None) -> tuple[nn.Module, int, int]:
     return LlamaForCausalLM(config), 144, config.vocab_size
 
 
-def status(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
-
-
-def forget_peak() -> None:
-    """Let VmHWM start from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def run(preset: str, layers: int | None, batch: int, seq: int, dtype: torch.dtype) -> dict[str, Any]:
     """The measured side: bytes of tensors and of the process."""
-    start = status("VmRSS")
+    start = process_bytes("VmRSS")
     torch.manual_seed(0)
     model, rank, vocabulary = build(preset, layers)
     model = qg.quantize_(model.to(dtype))
@@ -84,13 +75,13 @@ def run(preset: str, layers: int | None, batch: int, seq: int, dtype: torch.dtyp
     set_due(schedules, False)
     step(*tokens)
     step(*tokens)
-    compiled = status("VmHWM")
+    compiled = process_bytes("VmHWM")
     steady = measure(step, tokens)
     set_due(schedules, True)
     refreshing = measure(step, tokens)
     set_due(schedules, False)
     forget_peak()
-    before = status("VmRSS")
+    before = process_bytes("VmRSS")
     step(*tokens)
     return {
         "tensors_held": held,
@@ -100,7 +91,7 @@ def run(preset: str, layers: int | None, batch: int, seq: int, dtype: torch.dtyp
         "process_at_start": start,
         "process_peak": compiled,
         "process_before_steady_step": before,
-        "process_peak_of_steady_step": status("VmHWM"),
+        "process_peak_of_steady_step": process_bytes("VmHWM"),
     }
 
 

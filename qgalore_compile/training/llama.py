@@ -216,8 +216,8 @@ class Llama(nn.Module):
         self.register_buffer("rotary_cos", cos_TK, persistent=False)
         self.register_buffer("rotary_sin", sin_TK, persistent=False)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+            if module is not self:  # whose tables are there
+                self.initialize(module)
 
     @torch.no_grad()
     def initialize(self, module: nn.Module) -> None:
