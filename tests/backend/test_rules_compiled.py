@@ -21,8 +21,16 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: f"{each['weights']}-{each['moments']}")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        pytest.param(
+            rule, each, id=f"{rule}-{each['weights']}-{each['moments']}",
+            marks=[pytest.mark.more] if (at + of) % 3 else [],  # each rule once
+        )
+        for at, rule in enumerate(RULES) for of, each in enumerate(SETTINGS)
+    ],
+)  # fmt: skip
 def test_every_layer_is_fused_without_a_gradient_and_a_step_is_the_eager_one(
     rule: str, settings: dict[str, Any]
 ) -> None:

@@ -100,7 +100,7 @@ def test_every_single_choice_trains_as_eager_does(step: UserStep) -> None:
 
 
 @pytest.mark.parametrize("respect", CHOICES)
-@times(0.3)
+@times(0.1)
 @given(data=st.data())
 def test_a_step_as_written_trains_as_eager_does(respect: str, data: st.DataObject) -> None:
     assert_as_eager_or_refused(data.draw(steps(respect)), "traced")
@@ -111,7 +111,7 @@ def test_a_number_set_in_a_step_in_pieces_trains_as_eager_does() -> None:
     assert_as_eager_or_refused(step, "traced")
 
 
-@times(0.6)
+@times(0.16)
 @example(step=UserStep(backward="retain", end="disabled", net="deep"))
 @given(step=steps())
 def test_a_step_as_written_trains_through_all_passes(step: UserStep) -> None:

@@ -225,7 +225,7 @@ WAYS = ["dynamic=True", "mark_dynamic", "another batch"]
 
 
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("int8", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_a_step_of_any_batch_size_passes_with_every_layer_as_in_one_of_a_fixed_size(how: str, int8: bool) -> None:
     report = qg.report(run(how, step_of(*small(int8=int8)), 8))
     assert report.compilations[-1].symbolic

@@ -193,17 +193,19 @@ def two_whole_steps(model: torch.nn.Module, opt: qg.QGaLoreAdamW) -> Step:
     "make",
     [
         returning_a_weight,
-        reading_a_state,
+        pytest.param(reading_a_state, marks=pytest.mark.more),
         reading_a_view,
         reading_a_schedule,
         reading_an_int8_weight,
-        stepping_twice,
+        pytest.param(stepping_twice, marks=pytest.mark.more),
         two_whole_steps,
         a_backward_of_its_own,
-        pytest.param(behind(lambda model, _: model.head.weight.clamp_(-0.1, 0.1)), id="clamping_a_weight"),
+        pytest.param(
+            behind(lambda model, _: model.head.weight.clamp_(-0.1, 0.1)), id="clamping_a_weight", marks=pytest.mark.more
+        ),
         # two inputs that hold one value from then on
         pytest.param(behind(lambda model, _: model.head.weight.copy_(model.embed.weight)), id="copying_a_weight"),
-        pytest.param(behind(copy_a_state), id="copying_a_state"),
+        pytest.param(behind(copy_a_state), id="copying_a_state", marks=pytest.mark.more),
         pytest.param(behind(write_codes), id="writing_codes"),
     ],
 )

@@ -236,10 +236,10 @@ def final(composite: bool, **settings: Any) -> tuple[Counter[str], Counter[str]]
         pytest.param({}, id="defaults"),
         pytest.param({"dtype": torch.bfloat16, "nonfinite": "skip_parameter"}, id="bfloat16"),
         pytest.param({"max_grad_norm": 1.0, "moments": "4bit", "weight_decay": 0.1}, id="4bit"),
-        pytest.param({"rule": "fira", "int8": False}, id="fira"),
+        pytest.param({"rule": "fira", "int8": False}, id="fira", marks=pytest.mark.more),
         pytest.param({"rule": "muon", "rank": None, "moments": "4bit"}, id="muon"),
         pytest.param({"rule": "factored", "moments_on_refresh": "keep"}, id="factored"),
-        pytest.param({"moments_on_refresh": "rotate"}, id="rotate"),
+        pytest.param({"moments_on_refresh": "rotate"}, id="rotate", marks=pytest.mark.more),
     ],
 )
 def test_a_step_becomes_the_graph_that_it_would_have_been(settings: dict[str, Any]) -> None:

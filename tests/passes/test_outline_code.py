@@ -28,7 +28,7 @@ def refresh_all(opt: qg.QGaLoreAdamW) -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("nonfinite", ["skip_parameter", "skip_step"])
+@pytest.mark.parametrize("nonfinite", ["skip_parameter", pytest.param("skip_step", marks=pytest.mark.more)])
 @inductor_config.patch(fx_graph_cache=False)  # the run's cache has no code to show
 def test_a_layer_is_compiled_once_and_steps_as_it_does_without(nonfinite: str) -> None:
     torch.manual_seed(0)

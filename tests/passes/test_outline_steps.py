@@ -39,7 +39,7 @@ def operations(graph: fx.Graph) -> int:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"nonfinite": "skip_step"}, id="skip-step"),
+        pytest.param({"nonfinite": "skip_step"}, id="skip-step", marks=pytest.mark.more),
         pytest.param({"nonfinite": "skip_parameter"}, id="skip-parameter"),
         pytest.param({"max_grad_norm": 0.1, "moments": "4bit", "micro_batches": 2}, id="clipped-accumulated"),
         pytest.param({"moments_on_refresh": "rotate"}, id="moments-follow"),

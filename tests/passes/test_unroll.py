@@ -113,10 +113,11 @@ def told(report: Any) -> list[dict[str, Any]]:
     ("blocks", "settings"),
     [
         pytest.param(equal_blocks, {}, id="plain"),
-        pytest.param(equal_blocks, {"micro_batches": 2, "max_grad_norm": 0.1}, id="accumulated-clipped"),
         pytest.param(two_kinds, {}, id="two-kinds"),
-        pytest.param(equal_blocks, {"recompute": True}, id="checkpointed"),
-        pytest.param(equal_blocks, {"recompute": True, "micro_batches": 2}, id="checkpointed-accumulated"),
+        pytest.param(equal_blocks, {"recompute": True}, id="checkpointed", marks=pytest.mark.more),
+        pytest.param(
+            equal_blocks, {"recompute": True, "micro_batches": 2, "max_grad_norm": 0.1}, id="checkpointed-accumulated"
+        ),
         pytest.param(equal_blocks, {"rule": "apollo"}, id="drawn projectors"),
     ],
 )

@@ -84,7 +84,9 @@ def batch_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "autocast", [pytest.param(False, marks=pytest.mark.more, id="float32"), pytest.param(True, id="autocast")]
+)
 @pytest.mark.parametrize("family", [Classifier, Modulated, Field])
 def test_a_family_is_not_called_wrong(family: Callable[[], nn.Module], autocast: bool) -> None:
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ def test_a_step_that_differs_by_its_rounding_is_right(precision: str, taken: int
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("taken", [0, 3])
+@pytest.mark.parametrize("taken", [pytest.param(0, marks=pytest.mark.more), 3])
 def test_faults_in_what_a_step_left_are_found(precision: str, taken: int) -> None:
     few = {"last column missing"} if precision == "int8 bfloat16" else set()  # which moves few codes of a column
     assert {fault for _, fault in missed(precision, taken, MOVED, USUAL)} <= few
