@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qgalore_compile.kernels.cpp import gemm as gemm_cpu
 from qgalore_compile.kernels.cpp import launch as cpu
+from qgalore_compile.kernels.cpp import loss as loss_cpu
 from qgalore_compile.kernels.cpp import rows as rows_cpu
 from qgalore_compile.kernels.ir.gemm import GemmProgram
 from qgalore_compile.kernels.ir.program import BlockProgram
@@ -47,6 +48,7 @@ class Lowering:
         run_gemm: runs a :class:`GemmProgram` with an epilogue likewise; tensors as for ``GemmProgram.share``.
         gemm: the product of one without an epilogue, from the tensors of its operands.
         run_rows: runs a :class:`RowsProgram` (its text); None where none is made for its devices.
+        run_loss: runs a :class:`LossProgram` (its text), likewise.
         passes: names of the passes that are for its devices alone.
         products: whether an epilogue may read several products.
         lengths: whether the length that a product sums over may be known only when the step runs.
@@ -61,6 +63,7 @@ class Lowering:
     run_gemm: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None]
     gemm: Callable[[str, Sequence[Tensor]], Tensor]
     run_rows: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None] | None = None
+    run_loss: Callable[[str, Sequence[Tensor], Sequence[Tensor], Sequence[int]], None] | None = None
     passes: tuple[str, ...] = ()
     products: bool = False
     lengths: bool = False
@@ -119,10 +122,14 @@ def _run_on_cpu(text: str, written: Sequence[Tensor], read: Sequence[Tensor], nu
     cpu.kernel(text).run(written, read, numbers)
 
 
+_KERNEL_OF = {"rows": rows_cpu.kernel, "loss": loss_cpu.kernel}
+"""By the first word of a text, what makes its kernel."""
+
+
 def _prepare_for_cpu(text: str) -> Sequence[Prepared]:
     if text.startswith("gemm "):
         return [each for each in gemm_cpu.kernels(text) if each is not None]
-    return [rows_cpu.kernel(text) if text.startswith("rows ") else cpu.kernel(text)]
+    return [_KERNEL_OF.get(text.partition(" ")[0], cpu.kernel)(text)]
 
 
 CPP = Lowering(
@@ -134,7 +141,8 @@ CPP = Lowering(
     run_gemm=gemm_cpu.run,
     gemm=gemm_cpu.product,
     run_rows=rows_cpu.run,
-    passes=("embedding_gradient", "row_blocks"),
+    run_loss=loss_cpu.run,
+    passes=("embedding_gradient", "row_blocks", "chunked_loss"),
     products=True,
     lengths=True,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from qgalore_compile._ops import called_directly, define, numbered
 from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
+from qgalore_compile.kernels.ir.loss import LossProgram
 from qgalore_compile.kernels.ir.program import BlockProgram
 from qgalore_compile.kernels.ir.rows import RowsProgram
 from qgalore_compile.kernels.lowering import Lowering
@@ -42,6 +43,12 @@ def _run_rows(program: str, written: Sequence[Tensor], read: Sequence[Tensor], n
     found = _lowering(written)
     assert found.run_rows is not None  # `row_blocks` asks
     found.run_rows(program, written, read, numbers)
+
+
+def _run_loss(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    found = _lowering(written)
+    assert found.run_loss is not None  # `chunked_loss` asks
+    found.run_loss(program, written, read, numbers)
 
 
 def _nothing(program: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
@@ -75,6 +82,14 @@ called_directly(run_rows, _run_rows)
 numbered(run_rows, "numbers", _run_rows, _nothing)
 
 
+run_loss = define(
+    "run_loss(str program, Tensor(a!)[] written, Tensor[] read, int[] numbers) -> ()", _run_loss, _nothing, _ROW_MAJOR
+)
+"""Run a :class:`LossProgram` (its text); tensors as for ``LossProgram.share``."""
+called_directly(run_loss, _run_loss)
+numbered(run_loss, "numbers", _run_loss, _nothing)
+
+
 def _gemm(program: str, read: Sequence[Tensor]) -> Tensor:
     return _lowering(read).gemm(program, read)
 
@@ -93,8 +108,10 @@ called_directly(gemm, _gemm)
 
 
 @cache
-def program_of(text: str) -> BlockProgram | GemmProgram | RowsProgram:
+def program_of(text: str) -> BlockProgram | GemmProgram | RowsProgram | LossProgram:
     """The program that an operator's first argument spells; one a process."""
     if text.startswith("rows "):
         return RowsProgram.parse(text)
+    if text.startswith("loss "):
+        return LossProgram.parse(text)
     return parsed(text) if text.startswith("gemm ") else BlockProgram.parse(text)

@@ -13,6 +13,7 @@ gemm_dtype.py         rounding  takes products of a float32 model in bfloat16, w
 embedding_gradient.py rounding  sums an embedding's gradient over the batch's tokens, not over the vocabulary
 dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
+chunked_loss.py       rounding  computes a loss over a vocabulary by rows of logits, down to their gradient
 row_blocks.py         rounding  makes the gradient of an embedding or a head as its update reads it, block by block
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
 opaque.py             exact     makes updates and products with a quantised matrix one op each, shared by equal layers
@@ -27,6 +28,7 @@ context.py                      what passes share and tell, and how one node tak
 nodes.py                        facts about single nodes; how a pass makes a new one
 mutation.py                     one view of a call that changes tensors
 kernel_calls.py                 one view of a call of a generated kernel
+losses.py                       losses over a vocabulary: what is part of one, as matrices
 launch.py                       puts a call of a generated kernel in the place of nodes
 decoding.py                     which operands are decoded from integers, and by which nodes
 sections.py                     sections of a graph that do the same
@@ -64,6 +66,7 @@ product types      products have the types that they will be computed in
 whole gradients    gradients of what is not projected are computed as they will be
 live allocations   every allocation has a reader
 update calls       updates that a generated kernel takes are calls of it
+losses             a loss that a generated kernel takes is a call of it
 gradients read     gradients at full rank exist where they are read, or as a whole
 product calls      so are products with a quantised operand
 functions          what is left of both is a call of a function each
@@ -76,6 +79,7 @@ calls              kernels are called as their device calls them
 
 from __future__ import annotations
 
+from qgalore_compile.passes.chunked_loss import chunked_loss
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.dead_allocations import dead_allocations
 from qgalore_compile.passes.decode_first import decode_first
@@ -111,7 +115,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("embedding_gradient", "rounding", embedding_gradient, (), ("whole gradients",)),
     Pass("dead_allocations", "exact", dead_allocations, (), ("live allocations",)),
     Pass("fuse", "rounding", fuse, ("updates", "product types", "whole gradients"), ("update calls",)),
-    Pass("row_blocks", "rounding", row_blocks, ("update calls",), ("gradients read",)),
+    Pass("chunked_loss", "rounding", chunked_loss, ("projections", "product types", "update calls"), ("losses",)),
+    Pass("row_blocks", "rounding", row_blocks, ("update calls", "losses"), ("gradients read",)),
     Pass("fuse_products", "rounding", fuse_products, ("product types", "update calls"), ("product calls",)),
     Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
     Pass("unroll", "exact", unroll, ("updates", "update calls", "product calls", "functions"), ("layers",)),

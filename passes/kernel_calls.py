@@ -1,6 +1,6 @@
 """One view of a call of a generated kernel, whichever of the two forms it has in a graph.
 
-auto_functionalized_v2(run_program, program="…", read=[%r, …], …)       and run_gemm, run_rows: it changes tensors
+auto_functionalized_v2(run_program, program="…", read=[%r, …], …)       and run_gemm, …: it changes tensors
 gemm("…", [%x, %codes, …])                                              a product that is read
 """
 
@@ -31,7 +31,7 @@ class KernelCall:
     @classmethod
     def of(cls, node: fx.Node) -> KernelCall | None:
         """The view of a node; None where it calls no generated kernel."""
-        mutation = Mutation.of(node, ops.run_program, ops.run_gemm, ops.run_rows)
+        mutation = Mutation.of(node, ops.run_program, ops.run_gemm, ops.run_rows, ops.run_loss)
         return cls(node, mutation) if mutation or node.target is ops.gemm else None
 
     @property

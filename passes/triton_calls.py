@@ -26,6 +26,7 @@ from torch import fx
 from qgalore_compile._torch import kernel_side_table
 from qgalore_compile.kernels import lowering, ops
 from qgalore_compile.kernels.ir.gemm import GemmProgram, parsed
+from qgalore_compile.kernels.ir.loss import LossProgram
 from qgalore_compile.kernels.ir.rows import RowsProgram
 from qgalore_compile.kernels.triton import kernels as triton_kernels
 from qgalore_compile.kernels.triton.kernels import Kernel
@@ -65,7 +66,7 @@ class _Made:
         """Replace a call that changes tensors; the node is left without readers."""
         text, reads, device = old.text, old.reads, old.device
         program = ops.program_of(text)
-        assert not isinstance(program, RowsProgram)  # `row_blocks` makes none for a GPU
+        assert not isinstance(program, (RowsProgram, LossProgram))  # their passes make none for a GPU
         sizes: tuple[Any, Any] = (1, 1)
         with self.graph.inserting_before(old.node):
             if isinstance(program, GemmProgram):

@@ -36,8 +36,11 @@ from qgalore_compile.kernels.ir.program import (
 _CHEAP = {"load", "constant", *TYPES, *OF_GROUPS}
 """Element instructions that are run again in a later phase rather than kept."""
 
-_PHILOX, _DYNAMIC8, _ROTATE = (
-    (Path(__file__).parent / f"{name}.inc").read_text() for name in ("philox", "dynamic8", "rotate")
+_ON_STACK = 1 << 13
+"""Elements of a group up to which values of it are kept on the stack; a row of a vocabulary may be a megabyte."""
+
+_PHILOX, _DYNAMIC8, _ROTATE, _EXP = (
+    (Path(__file__).parent / f"{name}.inc").read_text() for name in ("philox", "dynamic8", "rotate", "exp")
 )
 
 
@@ -146,9 +149,12 @@ class _Printer:
         """The program as a comment, and the functions and tables that it uses."""
         formats = {buffer.memory for buffer in self.program.buffers}
         operations = {each.operation for each in self.program.instructions}
-        half = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
+        more = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
+        more += "#include <memory>\n" if self.space.width > _ON_STACK else ""
         yield from (f"// {line}" for line in self.program.pretty().splitlines())
-        yield PRELUDE.format(half=half) + (_PHILOX if self.random else "")
+        yield PRELUDE.format(half=more) + (_PHILOX if self.random else "")
+        if "exp" in operations:
+            yield _EXP
         if operations & DYNAMIC8:
             yield _DYNAMIC8
         if "rotate" in operations:
@@ -177,7 +183,11 @@ class _Printer:
         room = -(-self.space.width // 64) * 64  # for whole runs of what is called
         for number in sorted(self.kept):
             kind = CPP_TYPES[self.program.instructions[number].type]
-            yield f"        {kind} kept_{number}[{room}];"
+            if room <= _ON_STACK:
+                yield f"        {kind} kept_{number}[{room}];"
+            else:
+                yield f"        static thread_local std::unique_ptr<{kind}[]> room_{number}(new {kind}[{room}]);"
+                yield f"        {kind}* __restrict__ kept_{number} = room_{number}.get();"
         for number in self.calls:
             kind = {"f32": "float", "i32": "uint8_t"}[self.program.instructions[number].type]
             yield f"        {kind} given_{number}[{room}];"

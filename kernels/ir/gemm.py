@@ -158,6 +158,6 @@ def named(
 ) -> Named:
     """Tensors by buffer, from those that the program writes and those that it only reads, each in the order of the
     buffers; without ``leave``."""
-    writes = [buffer.name for buffer in program.written()]
+    writes = [buffer.name for buffer in program.written() if buffer.name not in leave]
     reads = [buffer.name for buffer in program.buffers if buffer.access == "in" and buffer.name not in leave]
     return dict(zip([*writes, *reads], [*written, *read], strict=True))

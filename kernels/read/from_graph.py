@@ -342,7 +342,7 @@ class _Reader(Atoms):
         if source.dims is None or len(axes) != 1 or source.dims[axes[0]] != ("lane",):
             raise RefusedError(Refusal.REDUCTION, node)
         operation = REDUCTIONS[node.target]
-        if dtype(node) != torch.float32:
+        if not dtype(node).is_floating_point or dtype(node) == torch.float64:
             raise RefusedError(Refusal.DTYPE, node)
         if self.short and operation == "group_sum":
             raise RefusedError(Refusal.PADDING, node)
@@ -354,7 +354,7 @@ class _Reader(Atoms):
             number = self.program.emit("div", (number, self.program.constant(self.space.width)))
         axis = axes[0]
         left = (*source.dims[:axis], *([()] if keep else []), *source.dims[axis + 1 :])
-        self.values[node] = Read(number, left)
+        self.values[node] = Read(self._rounded(number, node), left)
 
     def _random_bits(self, node: fx.Node) -> None:
         step, sizes, seed, param = arguments(node)

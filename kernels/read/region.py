@@ -32,6 +32,8 @@ class Refusal(Enum):
     STRIDES = "a tensor that is not contiguous"
     SIZE = "a size that is not known before the step runs"
     DRAWS = "an operand that draws random bits as it is decoded, which products would do once for each block of theirs"
+    READ = "something that reads more of it than a number a row"
+    LATE = "a value that follows from what the program is to compute"
     TILE = "groups that are too wide for any tile of this GPU; a smaller group size is fused"
 
 

@@ -219,6 +219,9 @@ def _program(program: dict[str, Any]) -> Iterator[str]:
         )
     if narrow := program.get("products_in_bfloat16"):
         yield f'\n{narrow} products in bfloat16, since the option gemm is "bf16"'
+    for loss in program.get("losses", ()):
+        how = "some rows of them at a time" if loss["how"] == "by rows" else "in their place"
+        yield f"\nA loss over {loss['rows']:,} × {loss['columns']:,} logits, down to their gradient {how}"
     if live := program.get("live_bytes"):
         for when in ("before", "after"):
             at = live[when]

@@ -24,14 +24,14 @@ from qgalore_compile.subspace.refresh import REFRESHES
 
 PRODUCT = "gemm product\nleft straight\nright straight\n"
 OPERATOR = r"torch\.ops\.qgalore\.(refresh_|run_program|run_gemm|gemm)\.default\("
-NAMES = {"refresh_", "refresh__moments", "run_program", "run_gemm", "run_rows", "gemm"}
+NAMES = {"refresh_", "refresh__moments", "run_program", "run_gemm", "run_rows", "run_loss", "gemm"}
 
 
 def test_the_operators_of_every_step_have_functions_and_so_have_those_that_take_numbers_as_tensors() -> None:
-    every = (*REFRESHES, ops.run_program, ops.run_gemm, ops.run_rows, ops.gemm)
+    every = (*REFRESHES, ops.run_program, ops.run_gemm, ops.run_rows, ops.run_loss, ops.gemm)
     assert {DIRECT[op] for op in every} == NAMES
     overloads = {NUMBERED[op].overload for op in every if op in NUMBERED}
-    assert len(overloads) == 5
+    assert len(overloads) == 6
     assert set(DIRECT) == {*every, *overloads}
     assert set(vars(calls)) == set(DIRECT.values())
 

@@ -12,9 +12,11 @@ from qgalore_compile.kernels import lowering
 from qgalore_compile.kernels.cpp import launch as cpu
 from qgalore_compile.kernels.ir.evaluate import evaluate
 from qgalore_compile.kernels.ir.gemm import VALUE, GemmProgram, Operand, named
+from qgalore_compile.kernels.ir.loss import LossProgram
 from qgalore_compile.kernels.ir.memory import MEMORY
 from qgalore_compile.kernels.ir.program import BlockProgram, Buffer, Space
 from qgalore_compile.kernels.ir.rows import RowsProgram
+from qgalore_compile.kernels.loss import in_blocks
 from qgalore_compile.kernels.lowering import Lowering
 from qgalore_compile.kernels.rows import filling
 
@@ -164,15 +166,28 @@ def evaluate_rows(text: str, written: Sequence[Tensor], read: Sequence[Tensor], 
     Evaluated(str(made.program))({**own, made.gradient: gradient}, numbers)
 
 
+def evaluate_loss(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """A loss, its logits as a whole."""
+    made = LossProgram.parse(text)
+    _, results, _, rest = made.share(written, read)
+    own = named(made.program, results, rest, leave=[made.logits])
+
+    def finish(logits: Tensor, first: int) -> None:
+        assert (first, len(logits)) == (0, made.program.space.rows)
+        Evaluated(str(made.program))({**own, made.logits: logits}, numbers)
+
+    in_blocks(made, written, read, finish)
+
+
 def prepare_evaluation(text: str) -> list[Evaluated]:
-    """What is begun for a region; a product, and a program of rows, is evaluated when it is called."""
-    return [] if text.startswith(("gemm ", "rows ")) else [Evaluated(text)]
+    """What is begun for a region; what is more than one is evaluated when it is called."""
+    return [] if text.startswith(("gemm ", "rows ", "loss ")) else [Evaluated(text)]
 
 
 EVALUATOR = Lowering(
     "evaluator", ("cpu",), accepts=lambda program, read, device: None, prepare=prepare_evaluation,
     run_program=evaluate_region, run_gemm=evaluate_gemm, gemm=evaluate_product, passes=lowering.CPP.passes,
-    products=True, lengths=True, run_rows=evaluate_rows,
+    products=True, lengths=True, run_rows=evaluate_rows, run_loss=evaluate_loss,
 )  # fmt: skip
 
 

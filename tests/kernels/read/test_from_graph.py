@@ -167,6 +167,14 @@ def test_bf16_states_round_where_eager_pytorch_rounds() -> None:
     check(step, m, v.abs(), g.float(), w.float())  # mixed: float32 results of bf16 states
 
 
+def test_a_bf16_reduction_is_taken_in_float32_and_rounded_once() -> None:
+    def step(x: Tensor) -> None:
+        blocks = x.view(5, 3, 8)
+        aten.copy_.default(x, ((blocks - blocks.amax(-1, keepdim=True)) * blocks.sum(-1, keepdim=True)).view(5, 24))
+
+    check(step, torch.randn(5, 24).bfloat16(), exact=True)
+
+
 def test_rows_columns_and_scalars_broadcast_also_where_the_matrix_is_square() -> None:
     def step(w: Tensor, by_row: Tensor, by_column: Tensor, one: Tensor) -> Tensor:
         return w * by_row.unsqueeze(1) + by_column * one.reshape(1, 1)
@@ -280,7 +288,7 @@ REFUSED: dict[str, tuple[Refusal, object, Callable[..., Any], tuple[Tensor, ...]
     "a reduction in another type": (
         Refusal.DTYPE, aten.amax.default,
         lambda x: (x.view(5, 3, 8) - x.view(5, 3, 8).amax(-1, keepdim=True)).view(5, 24),
-        (torch.ones(5, 24).bfloat16(),),
+        (torch.ones(5, 24).to(torch.int32),),
     ),
     "another matrix": (Refusal.SHAPE, "placeholder", lambda x, y: x * y[:5, :21], (X, torch.ones(7, 40))),
     "rows cut apart": (Refusal.SHAPE, aten.view.default, lambda x, c: (x * c, x.view(7, 15) * 2), (X, torch.ones(21))),
@@ -332,6 +340,7 @@ def test_a_symbolic_size_is_refused() -> None:
 def test_every_refusal_is_provoked_by_some_test() -> None:
     seen = {refusal for refusal, *_ in REFUSED.values()} | {Refusal.STRIDES, Refusal.SIZE}
     seen |= {Refusal.DRAWS, Refusal.TILE}  # of products and GPUs: tests/passes/test_fuse_products.py, test_tiles.py
+    seen |= {Refusal.READ, Refusal.LATE}  # of losses: tests/passes/test_losses.py
     assert seen == set(Refusal)
 
 
