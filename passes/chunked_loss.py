@@ -12,7 +12,7 @@ Requires  logits that a softmax over the vocabulary is taken of, and nobody else
 Tier      rounding: sums over the vocabulary, and over blocks of rows, in another order.
 
 16 × 256 tokens and a vocabulary of 49,152 make logits of 0.81 GB, in float32, and the graph keeps two tensors of that
-size.  Here a block of 32 MiB exists where the gradient of the head is smaller than its factors, and is made; else the
+size.  Here a block of 64 MiB exists where the gradient of the head is smaller than its factors, and is made; else the
 logits alone, which become their gradient in place (:mod:`qgalore_compile.passes.row_blocks` then makes the head's).
 """
 

@@ -36,6 +36,10 @@ from qgalore_compile.kernels.ir.program import (
 _CHEAP = {"load", "constant", *TYPES, *OF_GROUPS}
 """Element instructions that are run again in a later phase rather than kept."""
 
+_LIGHT = _CHEAP | {
+    "add", "sub", "mul", "neg", "abs", "where", "and", "or", "not", "eq", "ne", "lt", "le", "gt", "ge", "minimum", "maximum"
+}  # fmt: skip
+"""The same where a group does not stay in the first-level cache: arithmetic is done again sooner than it is read back."""
 _ON_STACK = 1 << 13
 """Elements of a group up to which values of it are kept on the stack; a row of a vocabulary may be a megabyte."""
 
@@ -91,7 +95,8 @@ class _Printer:
     def _is_repeated(self, number: int) -> bool:
         """Whether an instruction is run again where it is needed, which costs no more than a load."""
         each = self.program.instructions[number]
-        return each.extent == "column" or (each.extent == "element" and each.operation in _CHEAP)
+        again = _CHEAP if self.space.width <= _ON_STACK else _LIGHT
+        return each.extent == "column" or (each.extent == "element" and each.operation in again)
 
     def _in_bf16(self) -> set[int]:
         """Values that bfloat16 holds as they are: rounding takes eight operations a vector, cutting one."""
