@@ -123,7 +123,7 @@ def main(
     for side in SIDES:
         print(f"{side}: {cell(seconds[side], '.2f')} s, {cell(peaks[side], '.0f')} MB; {errors[side]}")
     print(
-        f"chunked ÷ unchunked: {cell(result['seconds_ratio'], '.3f')} of the time, {result['peak_ratio']:.3f} of the peak"
+        f"chunked ÷ unchunked: {cell(result['seconds_ratio'], '.3f')} of the seconds, {result['peak_ratio']:.3f} of MB"
     )
 
 

@@ -37,9 +37,10 @@ _CHEAP = {"load", "constant", *TYPES, *OF_GROUPS}
 """Element instructions that are run again in a later phase rather than kept."""
 
 _LIGHT = _CHEAP | {
-    "add", "sub", "mul", "neg", "abs", "where", "and", "or", "not", "eq", "ne", "lt", "le", "gt", "ge", "minimum", "maximum"
+    "add", "sub", "mul", "neg", "abs", "where", "and", "or", "not", "eq", "ne", "lt", "le", "gt", "ge", "minimum",
+    "maximum",
 }  # fmt: skip
-"""The same where a group does not stay in the first-level cache: arithmetic is done again sooner than it is read back."""
+"""The same where a group leaves the first-level cache: arithmetic is done again sooner than it is read back."""
 _ON_STACK = 1 << 13
 """Elements of a group up to which values of it are kept on the stack; a row of a vocabulary may be a megabyte."""
 
