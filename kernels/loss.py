@@ -10,6 +10,8 @@ from torch import Tensor
 from qgalore_compile._ops import define
 from qgalore_compile.kernels.ir.loss import LossProgram
 
+SMALL = 1 << 20
+"""Logits, by elements, below which a loss stays with Inductor."""
 BLOCK_BYTES = 1 << 26
 """Of logits that exist at a time.  Of 4,096 × 49,152 on two EPYC cores half of it takes 8 % longer; twice as much is no
 faster."""

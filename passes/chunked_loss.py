@@ -27,6 +27,7 @@ from torch import fx
 from qgalore_compile.kernels import ops
 from qgalore_compile.kernels.ir.loss import GRADIENTS, LossProgram
 from qgalore_compile.kernels.ir.program import Space
+from qgalore_compile.kernels.loss import SMALL
 from qgalore_compile.kernels.lowering import runs
 from qgalore_compile.kernels.read.from_graph import from_graph
 from qgalore_compile.kernels.read.region import Output, Refusal, RefusedError, Region
@@ -52,9 +53,6 @@ from qgalore_compile.passes.nodes import (
     value,
 )
 from qgalore_compile.passes.placement import move_behind
-
-SMALL = 1 << 20
-"""Logits, by elements, that stay with Inductor."""
 
 
 def chunked_loss(graph: fx.Graph, record: PassRecord, context: Context) -> None:

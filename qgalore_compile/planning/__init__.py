@@ -13,6 +13,7 @@ buffers.py     which values a compiled step stores: a model of Inductor's choice
 outlined.py    layers as functions, which compute casts and gates again in the backward
 timeline.py    bytes over the step, call by call and by category, of all layers
 treatments.py  what this project makes of each gradient; ``refreshes.py`` what a new subspace takes
+vocabulary.py  logits that exist some rows at a time
 rivals.py      AdamW, 8-bit Adam, GaLore, LoRA and QLoRA, by formulas
 process.py     what a process holds beside tensors: an estimate
 cards.py       sizes of GPUs, and budgets in words

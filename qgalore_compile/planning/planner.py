@@ -23,6 +23,7 @@ from qgalore_compile.planning.states import Bytes, Holding, Resident, resident
 from qgalore_compile.planning.timeline import Treatment, recorded_layers, timeline
 from qgalore_compile.planning.treatments import treatments_of
 from qgalore_compile.planning.twin import fake, twin_of
+from qgalore_compile.planning.vocabulary import by_rows
 from qgalore_compile.weights import QuantizedWeight, select_linears
 
 QUARTER = "quarter"
@@ -190,7 +191,7 @@ class Planner:
         holdings = _holdings(known, trace)
         tokens = settings.batch * settings.seq
         treatments = treatments_of(known, trace.recording, holdings, tokens, trace.layers, settings.device)
-        return self._finished(settings, name, known.bytes, treatments, trace)
+        return self._finished(settings, name, known.bytes, treatments, trace, chunks=settings.device == "cpu")
 
     def rival(self, settings: Settings, rival: Rival) -> Forecast:
         """What another method's step holds, of the same forward and backward."""
@@ -212,15 +213,18 @@ class Planner:
         return not any("dropout" in op.name or "bernoulli" in op.name or "rand" in op.name for op in recording.ops)
 
     def _finished(
-        self, settings: Settings, name: str, held: Bytes, treatments: Mapping[str, Treatment], trace: Trace
-    ) -> Forecast:
+        self, settings: Settings, name: str, held: Bytes, treatments: Mapping[str, Treatment], trace: Trace,
+        chunks: bool = False,
+    ) -> Forecast:  # fmt: skip
+        compiled = self._compiled(settings, trace)
         moments = timeline(
-            self._compiled(settings, trace),
+            compiled,
             treatments,
             device=settings.device,
             depth=trace.depth,
             recorded=trace.recorded,
             prefix=trace.prefix,
+            by_rows=by_rows(compiled) if chunks else {},
         )
         tokens = 2 * 8 * settings.batch * settings.seq * settings.accumulate
         forecast = Forecast(name, held + Counter({"other states": tokens}), tuple(moments), 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qgalore_compile.planning.buffers import Kernel, fused, kernels_of
@@ -132,6 +133,7 @@ def timeline(
     depth: int,
     recorded: int,
     prefix: str = "",
+    by_rows: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Moment]:
     """The moments of a step.
 
@@ -141,13 +143,16 @@ def timeline(
         device: "cpu" or "cuda".
         depth, recorded: equal layers of the model, and of the recording.
         prefix: the name of their list, with a dot.
+        by_rows: values that exist some rows at a time, with the bytes that do.
     """
-    points, total = _walked(recording, treatments, device)
+    points, total = _walked(recording, treatments, device, by_rows)
     moments, more = _unrolled(points, depth - recorded, prefix)
     return moments + _updates(treatments, _sum(total, more), (depth - recorded) // PERIOD)
 
 
-def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: str) -> tuple[list[_Point], Bytes]:
+def _walked(
+    recording: Recording, treatments: Mapping[str, Treatment], device: str, by_rows: Mapping[int, int]
+) -> tuple[list[_Point], Bytes]:
     """Each call of the recording's forward and backward, and what lives behind the last one."""
     wanted = [recording.gradients[name] for name in treatments]
     kernels = fused(kernels_of(recording, device, [recording.loss, *wanted]), recording, {recording.loss, *wanted})
@@ -156,12 +161,15 @@ def _walked(recording: Recording, treatments: Mapping[str, Treatment], device: s
     dies: dict[int, list[int]] = defaultdict(list)
     for value, place in last.items():
         dies[place].append(value)
-    unmade = _zeros_of_rows(kernels, recording, names, treatments)
+    unmade = _zeros_of_rows(kernels, recording, names, treatments) | by_rows.keys()
     live = _Live(recording, names, {}, Counter())
     points: list[_Point] = []
     for place, kernel in enumerate(kernels):
         dying = dies[place]
         transient, refreshed, done = Counter[str](), 0, []
+        transient["logits and loss"] = max(
+            (by_rows.get(each, 0) for each in (*kernel.reads, *kernel.writes)), default=0
+        )
         for value in kernel.writes:
             if (name := names.get(value)) is None:
                 if value in unmade:
