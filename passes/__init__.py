@@ -13,6 +13,7 @@ gemm_dtype.py         rounding  takes products of a float32 model in bfloat16, w
 embedding_gradient.py rounding  sums an embedding's gradient over the batch's tokens, not over the vocabulary
 dead_allocations.py   exact     erases allocations that nobody reads
 fuse.py               rounding  turns updates into generated kernels that work in place
+row_slices.py         rounding  multiplies the rows of logits that a loss reads, and no others
 chunked_loss.py       rounding  computes a loss over a vocabulary by rows of logits, down to their gradient
 row_blocks.py         rounding  makes the gradient of an embedding or a head as its update reads it, block by block
 fuse_products.py      rounding  decodes a quantised operand of a product where the product loads it
@@ -66,6 +67,7 @@ product types      products have the types that they will be computed in
 whole gradients    gradients of what is not projected are computed as they will be
 live allocations   every allocation has a reader
 update calls       updates that a generated kernel takes are calls of it
+rows read          a product of many elements has the rows that are read
 losses             a loss that a generated kernel takes is a call of it
 gradients read     gradients at full rank exist where they are read, or as a whole
 product calls      so are products with a quantised operand
@@ -96,6 +98,7 @@ from qgalore_compile.passes.outline import outline
 from qgalore_compile.passes.reassociate import reassociate
 from qgalore_compile.passes.refresh import refresh
 from qgalore_compile.passes.row_blocks import row_blocks
+from qgalore_compile.passes.row_slices import row_slices
 from qgalore_compile.passes.triton_calls import triton_calls
 from qgalore_compile.passes.unpad import unpad
 from qgalore_compile.passes.unroll import unroll
@@ -115,7 +118,14 @@ PASSES: tuple[Pass, ...] = (
     Pass("embedding_gradient", "rounding", embedding_gradient, (), ("whole gradients",)),
     Pass("dead_allocations", "exact", dead_allocations, (), ("live allocations",)),
     Pass("fuse", "rounding", fuse, ("updates", "product types", "whole gradients"), ("update calls",)),
-    Pass("chunked_loss", "rounding", chunked_loss, ("projections", "product types", "update calls"), ("losses",)),
+    Pass("row_slices", "rounding", row_slices, ("projections", "product types"), ("rows read",)),
+    Pass(
+        "chunked_loss",
+        "rounding",
+        chunked_loss,
+        ("projections", "product types", "update calls", "rows read"),
+        ("losses",),
+    ),
     Pass("row_blocks", "rounding", row_blocks, ("update calls", "losses"), ("gradients read",)),
     Pass("fuse_products", "rounding", fuse_products, ("product types", "update calls"), ("product calls",)),
     Pass("opaque", "exact", opaque, ("update calls", "product calls"), ("functions",)),
