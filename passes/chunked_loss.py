@@ -106,23 +106,29 @@ def _replace(graph: fx.Graph, context: Context, loss: Loss) -> dict[str, object]
     else:
         call, stored = launch(graph, context, region, matrices.inside)
         results = {node: stored[output] for node, output in zip((loss.gradient, *loss.results), outputs, strict=True)}
-    _hand_over(graph, context, call, results)
+    _hand_over(graph, context, call, results, products.added if products is not None and by_rows else {})
     erase(graph, sorted({*results, *loss.inside}))
     matrices.erase()
     return {"rows": rows, "columns": columns, "dtype": str(dtype(loss.logits)).removeprefix("torch."),
             "how": "by rows" if by_rows else "in place"}  # fmt: skip
 
 
-def _hand_over(graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node]) -> None:
-    """Give readers what a call left, in the shapes that they know."""
+def _hand_over(
+    graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node], added: dict[str, fx.Node]
+) -> None:
+    """Give readers what a call left, in the shapes that they know, or added to what it was."""
     last = max(results.values())
     handed = []
     for old, new in results.items():
         if shape(old) != shape(new):
             with graph.inserting_before(last.next):
                 last = new = make(graph, aten.reshape.default, new, list(shape(old)))
-        context.replace(graph, old, new)
         handed.append(new)
+        if old.target is aten.addmm.default and arguments(old)[0] in added.values():
+            # where it was: what it is added to may follow from the call (a tied weight's other part does)
+            with graph.inserting_before(old):
+                new = make(graph, aten.add.Tensor, arguments(old)[0], new)
+        context.replace(graph, old, new)
     move_behind(call, sorted(handed))
 
 
@@ -221,7 +227,7 @@ def _call(graph: fx.Graph, loss: Loss, region: Region, products: _Products) -> t
     old = [*products.gradients.values(), *(old_of[buffer.name] for buffer in written)]
     sizes = [shape(each) for each in products.gradients.values()] + [(shape(loss.logits)[0], 1) for _ in written]
     read = [region.buffers[buffer.name] for buffer in region.program.buffers if buffer.access == "in"]
-    with graph.inserting_before(max([*loss.inside, *read, *products.operands, *products.added.values()]).next):
+    with graph.inserting_before(max([*loss.inside, *read, *products.operands]).next):
         bases = [
             make(graph, aten.empty.memory_format, list(size), dtype=dtype(each), device=value(each).device,
                  pin_memory=False)
@@ -229,8 +235,4 @@ def _call(graph: fx.Graph, loss: Loss, region: Region, products: _Products) -> t
         ]  # fmt: skip
         reads = [contiguous(graph, each) for each in [*products.operands, *read]]
         call, stored = functionalized(graph, ops.run_loss, str(made), bases, reads, list(region.numbers.values()))
-        results = dict(zip(old, stored, strict=True))
-        for whose, other in products.added.items():
-            summed = products.gradients[whose]
-            results[summed] = make(graph, aten.add.Tensor, other, results[summed])
-    return call, results
+    return call, dict(zip(old, stored, strict=True))
