@@ -8,8 +8,8 @@
 
 Requires  a product of many elements that is read through one slice of its rows; of a gradient that is zero elsewhere,
           no readers but products and its sum over the rows.
-Tier      rounding: a library may multiply fewer rows in another order.  A NaN in a row that nobody reads stays there; its
-          product with a gradient of zero was a NaN.
+Tier      rounding: a library may multiply fewer rows in another order.  A NaN in a row that nobody reads stays there;
+          its product with a gradient of zero was a NaN.
 
 Logits and labels that are shifted by one within the model's loss are a copy of the logits, and of their gradient, that
 this leaves out; :mod:`qgalore_compile.passes.chunked_loss` then finds a loss of all rows.
