@@ -89,6 +89,9 @@ def _replace(graph: fx.Graph, context: Context, loss: Loss) -> dict[str, object]
     if dtype(loss.gradient) != dtype(loss.logits):
         raise RefusedError(Refusal.DTYPE, loss.gradient)
     matrices = Matrices(graph, loss)
+    every = loss.results
+    old_of = {matrices.of[old]: old for old in reversed(every)}  # a view of a result has its copy
+    loss = loss._replace(results=[old for old in every if old_of[matrices.of[old]] is old])
     try:
         outputs = [
             Output(matrices.of[loss.gradient], loss.logits),
@@ -106,7 +109,9 @@ def _replace(graph: fx.Graph, context: Context, loss: Loss) -> dict[str, object]
     else:
         call, stored = launch(graph, context, region, matrices.inside)
         results = {node: stored[output] for node, output in zip((loss.gradient, *loss.results), outputs, strict=True)}
-    _hand_over(graph, context, call, results, products.added if products is not None and by_rows else {})
+    results |= {old: results[old_of[matrices.of[old]]] for old in every}
+    sums = {products.gradients[whose] for whose in products.added} if products is not None and by_rows else set()
+    _hand_over(graph, context, call, results, sums)
     erase(graph, sorted({*results, *loss.inside}))
     matrices.erase()
     return {"rows": rows, "columns": columns, "dtype": str(dtype(loss.logits)).removeprefix("torch."),
@@ -114,7 +119,7 @@ def _replace(graph: fx.Graph, context: Context, loss: Loss) -> dict[str, object]
 
 
 def _hand_over(
-    graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node], added: dict[str, fx.Node]
+    graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node], sums: set[fx.Node]
 ) -> None:
     """Give readers what a call left, in the shapes that they know, or added to what it was."""
     last = max(results.values())
@@ -124,7 +129,7 @@ def _hand_over(
             with graph.inserting_before(last.next):
                 last = new = make(graph, aten.reshape.default, new, list(shape(old)))
         handed.append(new)
-        if old.target is aten.addmm.default and arguments(old)[0] in added.values():
+        if old in sums:
             # where it was: what it is added to may follow from the call (a tied weight's other part does)
             with graph.inserting_before(old):
                 new = make(graph, aten.add.Tensor, arguments(old)[0], new)

@@ -47,7 +47,7 @@ def _is_viewable(node: fx.Node) -> bool:
     )
     try:
         meta.view([hint(size) for size in value(node).shape])
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # which of them, depends on what the view is asked of
         return False
     return True
 

@@ -51,7 +51,7 @@ def loss_of(logits: fx.Node) -> Loss | None:
         return None
     if len(ends) > 1:
         raise RefusedError(Refusal.READ, ends[1])
-    inside = set(behind([*ends, *filter(_reduces, local)], local.__contains__))
+    inside = set(behind([*ends, *(node for node in local if _reduces(node, logits))], local.__contains__))
     inside.update(_made_for(inside, logits))
     results = []
     for node in (logits, *sorted(inside)):
@@ -77,7 +77,9 @@ def _row_by_row(logits: fx.Node) -> dict[fx.Node, None]:
     while pending:
         node = min(pending)
         pending.remove(node)
-        if not (node.target in _LOCAL or _reduces(node)) or not all(isinstance(size, int) for size in shape(node)):
+        if not (node.target in _LOCAL or _reduces(node, logits)) or not all(
+            isinstance(size, int) for size in shape(node)
+        ):
             continue
         if is_whole(node, logits) or math.prod(shape(node)) == rows:
             found[node] = None
@@ -85,13 +87,14 @@ def _row_by_row(logits: fx.Node) -> dict[fx.Node, None]:
     return found
 
 
-def _reduces(node: fx.Node) -> bool:
-    """Whether it has one number for each row of what it reads: reduces over its last dimension, or picks from there."""
+def _reduces(node: fx.Node, logits: fx.Node) -> bool:
+    """Whether it has one number for each row of what is of the logits' size: reduces over the columns, or picks one."""
     if node.target not in _REDUCTIONS:
         return False
     source, axes = arguments(node)[:2]
     rank = len(shape(source))
-    return [axis % rank for axis in ([axes] if isinstance(axes, int) else axes or [])] == [rank - 1]
+    last = [axis % rank for axis in ([axes] if isinstance(axes, int) else axes or []) if rank] == [rank - 1]
+    return last and is_whole(source, logits)
 
 
 def _leaves(node: fx.Node) -> bool:
@@ -105,9 +108,9 @@ def _made_for(inside: set[fx.Node], logits: fx.Node) -> Iterator[fx.Node]:
     pending, seen = sorted(inside), set(inside)
     while pending:
         node = pending.pop()
-        sums = [user for user in node.users if _reduces(user)] if is_whole(node, logits) else []
+        sums = [user for user in node.users if _reduces(user, logits)] if is_whole(node, logits) else []
         for each in [*node.all_input_nodes, *sums]:
-            whole = is_whole(each, logits) or (_reduces(each) and is_whole(each.all_input_nodes[0], logits))
+            whole = is_whole(each, logits) or _reduces(each, logits)
             if each.op != "call_function" or each in seen or each is logits:
                 continue
             if whole or (each.target in _CONSTANTS and not shape(each)):
@@ -171,14 +174,13 @@ class Matrices:
             whole = [self.rows, self.columns if is_whole(node, self.loss.logits) else 1]
             return taken if list(shape(taken)) == whole else self._add(target, taken, whole)
         if target is aten.gather.default:
-            return self._add(aten.sum.dim_IntList, self._at(node, args[2], self._taken(args[0], node)), [1], True)
+            chosen = self._at(node, args[2], self._taken(args[0], node), shape(args[0]))
+            return self._add(aten.sum.dim_IntList, chosen, [1], True)
         if target in _PUTS:
-            zeros = args[0].target is aten.full.default and arguments(args[0])[1] == 0
-            if not zeros or args[1] % len(shape(node)) != len(shape(node)) - 1:
-                raise RefusedError(Refusal.OPERATION, node)
-            put = self._taken(args[3], node) if isinstance(args[3], fx.Node) else self._constant(args[3], node)
-            return self._at(node, args[2], put)
+            return self._put(node)
         if target in _ANY:  # Inductor asks so whether a row of scaled logits is finite
+            if dtype(args[0]) != torch.bool:
+                raise RefusedError(Refusal.DTYPE, node)
             ones = self._add(prims.convert_element_type.default, self._taken(args[0], node), torch.float32)
             return self._add(aten.ne.Scalar, self._add(aten.amax.default, ones, [1], True), 0)
         if target is aten.mul.Tensor and dtype(node) == torch.bool:
@@ -193,9 +195,22 @@ class Matrices:
     def _constant(self, fill: Any, like: fx.Node) -> fx.Node:
         return self._add(aten.full.default, [], fill, dtype=dtype(like), device=value(like).device)
 
-    def _at(self, node: fx.Node, index: fx.Node, chosen: fx.Node) -> fx.Node:
-        """(T, V): what is chosen in the column that an index names, 0 elsewhere."""
-        if math.prod(shape(index)) != self.rows:
+    def _put(self, node: fx.Node) -> fx.Node:
+        """A number a row, put into zeros."""
+        zeros, axis, index, given = arguments(node)
+        empty = zeros.target is aten.full.default and arguments(zeros)[1] == 0
+        last = axis % max(len(shape(node)), 1) == len(shape(node)) - 1
+        if not empty or not last or not is_whole(node, self.loss.logits):
+            raise RefusedError(Refusal.OPERATION, node)
+        if isinstance(given, fx.Node) and shape(given) != shape(index):
+            raise RefusedError(Refusal.SHAPE, node)
+        put = self._taken(given, node) if isinstance(given, fx.Node) else self._constant(given, node)
+        return self._at(node, index, put, shape(node))
+
+    def _at(self, node: fx.Node, index: fx.Node, chosen: fx.Node, sizes: Sequence[int]) -> fx.Node:
+        """(T, V): what is chosen in the column that an index names, 0 elsewhere; ``sizes`` are those of what it is an
+        index of, and it has one for each row."""
+        if tuple(shape(index)) != (*sizes[:-1], 1):
             raise RefusedError(Refusal.SHAPE, node)
         places = self._make(
             self._outside, prims.iota.default, self.columns, start=0, step=1, dtype=torch.int64,
@@ -232,6 +247,7 @@ class Matrices:
             raise RefusedError(Refusal.BROADCAST, reader)
         if list(sizes) != rows:
             source = self._make(self._outside, aten.expand.default, source, rows)
+            source = self._make(self._outside, aten.clone.default, source, memory_format=torch.contiguous_format)
         return self._make(self._outside, aten.reshape.default, source, [self.rows, 1])
 
 

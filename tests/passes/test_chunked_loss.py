@@ -193,6 +193,73 @@ def test_a_step_of_a_model_is_the_eager_one(tied: bool, micro_batches: int, disa
     assert targets(backend.graphs[-1].graph).count(run_loss) == micro_batches
 
 
+PERM = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))
+
+
+def each(z: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(z, y, reduction="none")
+
+
+def several(z: Tensor, y: Tensor) -> Tensor:
+    return -(torch.zeros(TOKENS, V).scatter(1, y.view(-1, 2), 1.0) * log_softmax(z, -1)).sum(-1).mean()
+
+
+def from_the_first_columns(z: Tensor, y: Tensor) -> Tensor:
+    return -(torch.zeros(TOKENS, V).scatter_add(1, y[:, None], z.softmax(-1).detach()) * log_softmax(z, -1)).sum()
+
+
+def put_into_rows(z: Tensor, y: Tensor) -> Tensor:
+    return (each(z, y) * torch.zeros(TOKENS).scatter_add(0, y % TOKENS, each(z, y).detach())).mean()
+
+
+def a_number_a_batch(z: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy((z.view(4, -1, V) / torch.arange(1.0, 5).view(4, 1, 1)).view(-1, V), y)
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        pytest.param(lambda z, y: (each(z, y) * each(z, y).detach().gather(0, PERM).sigmoid()).mean(), id="of rows"),
+        several,
+        from_the_first_columns,
+        pytest.param(lambda z, y: (each(z, y) * torch.where((-z.relu()).any(-1), 2.0, 1.0)).mean(), id="any of floats"),
+        put_into_rows,
+        a_number_a_batch,
+    ],
+)
+def test_picking_and_putting_otherwise_is_eagers(loss_of: LossOf) -> None:
+    rewritten(loss_of, labels())
+
+
+def test_a_number_of_rows_and_a_view_of_it_are_both_results() -> None:
+    net, x, y = Net(FEW, False, torch.float32), torch.randn(TOKENS, FEW), labels()
+
+    def step() -> tuple[Tensor, ...]:
+        z = net.head(net.first(x))
+        lse = z.logsumexp(-1, keepdim=True)
+        loss = cross_entropy(z, y) + 0.1 * lse.squeeze(-1).square().mean()
+        loss.backward()
+        return loss.detach(), lse.detach(), lse.detach().squeeze(-1)
+
+    for one, other in zip(compiled(step)[0](), step(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_logits_of_something_with_itself_have_both_gradients() -> None:
+    weight, x, y = nn.Parameter(torch.randn(2, 5)), torch.randn(TOKENS, 5), (torch.arange(TOKENS) + 1) % TOKENS
+
+    def step() -> Tensor:
+        keys = x @ weight.t()
+        loss = cross_entropy(keys @ keys.t(), y)
+        loss.backward()
+        return loss.detach()
+
+    step()
+    expected, weight.grad = weight.grad, None
+    compiled(step)[0]()
+    torch.testing.assert_close(weight.grad, expected)
+
+
 def accuracy(z: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(z, y) + 0 * (z.argmax(-1) == y).float().mean()
 
