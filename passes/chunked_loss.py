@@ -35,6 +35,7 @@ from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.facts import Facts
 from qgalore_compile.passes.launch import (
     contiguous,
+    empty_like,
     erase,
     functionalized,
     launch,
@@ -48,7 +49,9 @@ from qgalore_compile.passes.nodes import (
     aten,
     dtype,
     is_gemm,
+    is_plain,
     make,
+    operands,
     shape,
     value,
 )
@@ -75,9 +78,7 @@ def chunked_loss(graph: fx.Graph, record: PassRecord, context: Context) -> None:
 def _may_be_logits(node: fx.Node) -> bool:
     if not is_gemm(node) or len(shape(node)) != 2 or node._erased or not runs("chunked_loss", value(node).device):
         return False
-    if node.target is aten.addmm.default and any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta")):
-        return False
-    return all(isinstance(size, int) for size in shape(node)) and math.prod(shape(node)) >= SMALL
+    return is_plain(node) and all(isinstance(size, int) for size in shape(node)) and math.prod(shape(node)) >= SMALL
 
 
 # -- in its place -----------------------------------------------------------------------------------------------------
@@ -89,38 +90,30 @@ def _replace(graph: fx.Graph, context: Context, loss: Loss) -> dict[str, object]
     if dtype(loss.gradient) != dtype(loss.logits):
         raise RefusedError(Refusal.DTYPE, loss.gradient)
     matrices = Matrices(graph, loss)
-    every = loss.results
-    old_of = {matrices.of[old]: old for old in reversed(every)}  # a view of a result has its copy
-    loss = loss._replace(results=[old for old in every if old_of[matrices.of[old]] is old])
+    outputs = [Output(matrices.of[loss.gradient], loss.logits)]
+    outputs += [Output(copy) for copy in dict.fromkeys(matrices.of[each] for each in loss.results)]
     try:
-        outputs = [
-            Output(matrices.of[loss.gradient], loss.logits),
-            *(Output(matrices.of[each]) for each in loss.results),
-        ]
         region = from_graph(matrices.inside, outputs, [Space(rows, columns, columns)])
         refuse_without_kernel(region.program, [], loss.logits)
     except RefusedError:
         matrices.erase()
         raise
     products = _products(loss, context.facts(graph))
-    by_rows = products is not None and products.smaller
-    if products is not None and by_rows:
-        call, results = _call(graph, loss, region, products)
-    else:
+    if products is None:
         call, stored = launch(graph, context, region, matrices.inside)
-        results = {node: stored[output] for node, output in zip((loss.gradient, *loss.results), outputs, strict=True)}
-    results |= {old: results[old_of[matrices.of[old]]] for old in every}
-    sums = {products.gradients[whose] for whose in products.added} if products is not None and by_rows else set()
-    _hand_over(graph, context, call, results, sums)
+        results = {loss.gradient: stored[outputs[0]]}
+    else:
+        call, results, stored = _call(graph, loss, region, products)
+    left = {output.node: result for output, result in stored.items()}
+    results |= {each: left[matrices.of[each]] for each in loss.results}
+    _hand_over(graph, context, call, results)
     erase(graph, sorted({*results, *loss.inside}))
     matrices.erase()
     return {"rows": rows, "columns": columns, "dtype": str(dtype(loss.logits)).removeprefix("torch."),
-            "how": "by rows" if by_rows else "in place"}  # fmt: skip
+            "how": "by rows" if products else "in place"}  # fmt: skip
 
 
-def _hand_over(
-    graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node], sums: set[fx.Node]
-) -> None:
+def _hand_over(graph: fx.Graph, context: Context, call: fx.Node, results: dict[fx.Node, fx.Node]) -> None:
     """Give readers what a call left, in the shapes that they know, or added to what it was."""
     last = max(results.values())
     handed = []
@@ -129,7 +122,7 @@ def _hand_over(
             with graph.inserting_before(last.next):
                 last = new = make(graph, aten.reshape.default, new, list(shape(old)))
         handed.append(new)
-        if old in sums:
+        if old.target is aten.addmm.default:
             # where it was: what it is added to may follow from the call (a tied weight's other part does)
             with graph.inserting_before(old):
                 new = make(graph, aten.add.Tensor, arguments(old)[0], new)
@@ -144,41 +137,37 @@ class _Products(NamedTuple):
         operands: hidden (T, d), weight (d, V) and perhaps a bias; tensors, and
         transposed: whether the first two are their transposes.
         gradients: by whose, the node.
-        added: by whose, what a gradient is added to where it is computed.
-        smaller: whether all that takes less memory than the logits.
     """
 
     operands: list[fx.Node]
     transposed: tuple[bool, bool]
     gradients: dict[str, fx.Node]
-    added: dict[str, fx.Node]
-    smaller: bool
 
 
 def _products(loss: Loss, facts: Facts) -> _Products | None:
-    """The products that read a loss's gradient; None where something else does."""
+    """The products that read a loss's gradient; None where something else does, or what they make takes no less memory
+    than the logits."""
     *bias, left, right = arguments(loss.logits)
     (hidden, first), (weight, second) = through_transposes(left), through_transposes(right)
     if bias and shape(bias[0]) != shape(loss.logits)[1:]:
         return None
-    gradients, added = dict[str, fx.Node](), dict[str, fx.Node]()
+    gradients = dict[str, fx.Node]()
     for user, flipped in _readers(loss.gradient):
         whose = _whose(user, flipped, loss.gradient, (hidden, first), (weight, second), facts)
         if whose is None or whose in gradients or dtype(user) != dtype(loss.logits):
             return None
         gradients[whose] = user
-        if user.target is aten.addmm.default:
-            added[whose] = arguments(user)[0]
-    # what is summed over blocks is summed in float32; a decoded weight is there as a whole
-    size = dtype(loss.logits).itemsize
-    sizes = {whose: size if whose == "hidden" else 4 for whose in gradients}
-    made = sum(math.prod(shape(each)) * sizes[whose] for whose, each in gradients.items())
-    made += sum(math.prod(shape(gradients[whose])) * size for whose in added)
-    if weight.op != "placeholder":
+    size, made = dtype(loss.logits).itemsize, 0
+    for whose, each in gradients.items():
+        # what is summed over blocks is summed in float32, and exists beside what it is added to
+        made += math.prod(shape(each)) * (size if whose == "hidden" else 4)
+        made += math.prod(shape(each)) * size * (each.target is aten.addmm.default)
+    if weight.op != "placeholder":  # a decoded one is there as a whole
         made += math.prod(shape(weight)) * size
+    if made >= size * math.prod(shape(loss.logits)):
+        return None
     ordered = {whose: gradients[whose] for whose in GRADIENTS if whose in gradients}
-    smaller = made < size * math.prod(shape(loss.logits))
-    return _Products([hidden, weight, *bias], (first, second), ordered, added, smaller)
+    return _Products([hidden, weight, *bias], (first, second), ordered)
 
 
 def _readers(node: fx.Node, flipped: bool = False) -> Iterator[tuple[fx.Node, bool]]:
@@ -198,10 +187,9 @@ def _whose(
     if user.target is aten.sum.dim_IntList:
         axes = list(arguments(user)[1] or [])
         return "bias" if axes == ([1] if flipped else [0]) and math.prod(shape(user)) == shape(gradient)[1] else None
-    plain = all(user.kwargs.get(key, 1) == 1 for key in ("alpha", "beta"))
-    if not is_gemm(user) or not plain or len(shape(user)) != 2:
+    if not is_gemm(user) or not is_plain(user) or len(shape(user)) != 2:
         return None
-    (left, turned), (right, other) = map(through_transposes, arguments(user)[-2:])
+    (left, turned), (right, other) = map(through_transposes, operands(user))
     if left is not gradient or (len(user.args) == 3 and shape(arguments(user)[0]) != shape(user)):
         return None
     if not turned and other != weight[1] and _is_same(right, weight[0], facts):
@@ -220,24 +208,21 @@ def _is_same(one: fx.Node, other: fx.Node, facts: Facts) -> bool:
     )
 
 
-def _call(graph: fx.Graph, loss: Loss, region: Region, products: _Products) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
-    """Call the loss and its products by rows: the call, and what now stands for each product and result."""
-    names = {node: name for name, node in region.buffers.items()}
+def _call(
+    graph: fx.Graph, loss: Loss, region: Region, products: _Products
+) -> tuple[fx.Node, dict[fx.Node, fx.Node], dict[Output, fx.Node]]:
+    """Call the loss and its products by rows: the call, and what now stands for each product and for each output."""
+    name_of = {node: name for name, node in region.buffers.items()}
+    output_of = {name: output for output, name in region.outputs.items()}
     made = LossProgram(
-        region.program, names[loss.logits], products.transposed, len(products.operands) > 2, tuple(products.gradients)
+        region.program, name_of[loss.logits], products.transposed, len(products.operands) > 2, tuple(products.gradients)
     )
-    order = [name for output, name in region.outputs.items() if output.target is None]
-    old_of = dict(zip(order, loss.results, strict=True))
-    written = [buffer for buffer in region.program.buffers if buffer.access == "out"]
-    old = [*products.gradients.values(), *(old_of[buffer.name] for buffer in written)]
-    sizes = [shape(each) for each in products.gradients.values()] + [(shape(loss.logits)[0], 1) for _ in written]
+    gradients = list(products.gradients.values())
+    outputs = [output_of[buffer.name] for buffer in region.program.buffers if buffer.access == "out"]
     read = [region.buffers[buffer.name] for buffer in region.program.buffers if buffer.access == "in"]
     with graph.inserting_before(max([*loss.inside, *read, *products.operands]).next):
-        bases = [
-            make(graph, aten.empty.memory_format, list(size), dtype=dtype(each), device=value(each).device,
-                 pin_memory=False)
-            for each, size in zip(old, sizes, strict=True)
-        ]  # fmt: skip
+        bases = [empty_like(graph, each) for each in (*gradients, *(output.node for output in outputs))]
         reads = [contiguous(graph, each) for each in [*products.operands, *read]]
         call, stored = functionalized(graph, ops.run_loss, str(made), bases, reads, list(region.numbers.values()))
-    return call, dict(zip(old, stored, strict=True))
+    count = len(gradients)
+    return call, dict(zip(gradients, stored, strict=False)), dict(zip(outputs, stored[count:], strict=True))

@@ -119,7 +119,7 @@ def launch(
     results: dict[Output, fx.Node] = {}
     with graph.inserting_before(last):
         bases = [
-            region.buffers.get(buffer.name) or _empty(graph, output_of[buffer.name].node)
+            region.buffers.get(buffer.name) or empty_like(graph, output_of[buffer.name].node)
             for buffer in program.written()
         ]  # fmt: skip
         reads = [region.buffers[b.name] for b in program.buffers if b.access == "in" and b.name not in products]
@@ -151,7 +151,8 @@ def _hand_over(graph: fx.Graph, context: Context, call: fx.Node, results: dict[O
         context.replace(graph, output.node, result, where=lambda user: user is not call)
 
 
-def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
+def empty_like(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    """An allocation of a node's shape, type and device."""
     fake = value(like)
     return make(
         graph, aten.empty.memory_format, list(fake.shape), dtype=fake.dtype, device=fake.device, pin_memory=False

@@ -77,6 +77,11 @@ def is_gemm(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in GEMMS
 
 
+def is_plain(gemm: fx.Node) -> bool:
+    """Whether a product, and what is added to it, is not scaled."""
+    return all(gemm.kwargs.get(key, 1) == 1 for key in ("alpha", "beta"))
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a matrix product, of PyTorch's or of a generated kernel."""
     return is_gemm(node) or node.target is ops.gemm

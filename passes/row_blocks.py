@@ -30,7 +30,7 @@ from qgalore_compile.kernels.rows import squares, sum_rows
 from qgalore_compile.passes.context import Context, PassRecord
 from qgalore_compile.passes.kernel_calls import KernelCall, kernel_calls
 from qgalore_compile.passes.launch import contiguous, erase, functionalized, through_transposes
-from qgalore_compile.passes.nodes import arguments, aten, dtype, erase_dead, hint, make, prims, shape
+from qgalore_compile.passes.nodes import arguments, aten, dtype, erase_dead, hint, is_plain, make, prims, shape
 
 Found = list[tuple[Term, list[fx.Node]]]
 """The terms of a gradient, each with its operands."""
@@ -67,7 +67,7 @@ def _terms(node: fx.Node, kind: torch.dtype) -> Found | None:
         return None
     if node.target is aten.mm.default:
         return _product(kind, *arguments(node))
-    if node.target is aten.addmm.default and all(node.kwargs.get(key, 1) == 1 for key in ("alpha", "beta")):
+    if node.target is aten.addmm.default and is_plain(node):
         added, left, right = arguments(node)
         first, second = _terms(added, kind) if shape(added) == shape(node) else None, _product(kind, left, right)
         return None if first is None or second is None else first + second

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
@@ -159,6 +159,33 @@ class Kernel:
     def __call__(self, tensors: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> None:
         """Run the program on its whole space, given one contiguous tensor for each buffer by its name."""
         self.run([tensors[self.program.buffers[place].name] for place in self.order], (), numbers)
+
+
+class BlockByBlock:
+    """A kernel to one of whose buffers a block of rows is handed in at a time, shifted to where the whole would begin.
+
+    Args:
+        kernel: launched on some rows and groups.
+        buffer: name of the one; each of its rows has ``columns`` elements.
+    """
+
+    def __init__(self, kernel: Kernel, buffer: str, columns: int) -> None:
+        self.kernel, self.columns = kernel, columns
+        names = [each.name for each in kernel.program.buffers]
+        self.place = names.index(buffer)
+        self.order = [place for place in kernel.order if place != self.place]
+        self.pitches: Any = (ctypes.c_int64 * len(names))(*kernel.pitches)
+
+    def on(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Callable[..., None]:
+        """What launches it on a block (rows, columns), given its first row and the bounds of the launch; ``tensors``
+        are those of the other buffers, those that are written before those that are read."""
+        addresses, held = self.kernel.addresses(self.order, tensors), packed(numbers)
+
+        def launch(block: Tensor, first: int, *bounds: int) -> None:
+            addresses[self.place] = block.data_ptr() - first * self.columns * block.element_size()
+            self.kernel.launch(self.kernel.pack(*addresses), self.pitches, held, *bounds)
+
+        return launch
 
 
 def packed(numbers: Sequence[int]) -> bytes | None:

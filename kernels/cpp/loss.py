@@ -3,10 +3,8 @@ their gradient."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 
@@ -22,38 +20,18 @@ def kernel(text: str) -> cpu.Kernel:
 
 def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: Sequence[int]) -> None:
     """Run a :class:`LossProgram` (its text); tensors as for its ``share``."""
-    plan = _plan(text)
-    _, results, _, rest = plan.program.share(written, read)
-    addresses, held = plan.kernel.addresses(plan.order, [*results, *rest]), cpu.packed(numbers)
+    program = parsed(text)
+    _, results, _, rest = program.share(written, read)
+    launch = _block_by_block(text).on([*results, *rest], numbers)
 
     def finish(logits: Tensor, first: int) -> None:
-        addresses[plan.place] = logits.data_ptr() - first * logits.shape[1] * logits.element_size()
-        plan.kernel.launch(plan.kernel.pack(*addresses), plan.pitches, held, first, first + len(logits), 0, plan.groups)
+        launch(logits, first, first, first + len(logits), 0, program.program.space.groups)
 
-    in_blocks(plan.program, written, read, finish)
-
-
-class _Plan:
-    """What the calls of a text have in common.
-
-    Attributes:
-        program, kernel: the text's.
-        place: of the logits among the program's buffers; ``order`` has those of the other ones.
-        pitches: of all buffers, as a launch takes them.
-        groups: of a row.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.program = parsed(text)
-        self.kernel = kernel(text)
-        names = [buffer.name for buffer in self.program.program.buffers]
-        self.place = names.index(self.program.logits)
-        self.order = [place for place in self.kernel.order if place != self.place]
-        self.pitches: Any = (ctypes.c_int64 * len(names))(*self.kernel.pitches)
-        self.groups = self.program.program.space.groups
+    in_blocks(program, written, read, finish)
 
 
 @cache
-def _plan(text: str) -> _Plan:
-    """Of a text, one a process."""
-    return _Plan(text)
+def _block_by_block(text: str) -> cpu.BlockByBlock:
+    """The kernel of a text's program, its logits handed in block by block; one a process."""
+    program = parsed(text)
+    return cpu.BlockByBlock(kernel(text), program.logits, program.program.space.columns)

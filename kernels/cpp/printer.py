@@ -158,7 +158,7 @@ class _Printer:
         more = "#include <c10/util/Half.h>\n" if "f16" in formats or "round_f16" in operations else ""
         more += "#include <memory>\n" if self.space.width > _ON_STACK else ""
         yield from (f"// {line}" for line in self.program.pretty().splitlines())
-        yield PRELUDE.format(half=more) + (_PHILOX if self.random else "")
+        yield PRELUDE.format(more=more) + (_PHILOX if self.random else "")
         if "exp" in operations:
             yield _EXP
         if operations & DYNAMIC8:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
 from math import gcd
-from typing import Any
 
 from torch import Tensor
 
@@ -28,12 +26,11 @@ def run(text: str, written: Sequence[Tensor], read: Sequence[Tensor], numbers: S
     plan = _plan(text, rows.BLOCK_BYTES)
     operands, rest = plan.program.share(read)
     fill = rows.filling(plan.program.terms, operands, plan.program.rows)
-    addresses, held = plan.kernel.addresses(plan.order, [*written, *rest]), cpu.packed(numbers)
+    launch = plan.kernel.on([*written, *rest], numbers)
     for first, last, bounds in plan.blocks:
         block = gemm.scratch("gradient", (last - first, plan.program.columns), plan.dtype)
         fill(block, first, last)
-        addresses[plan.place] = block.data_ptr() - first * plan.program.columns * plan.dtype.itemsize
-        plan.kernel.launch(plan.kernel.pack(*addresses), plan.pitches, held, *bounds)
+        launch(block, first, *bounds)
 
 
 class _Plan:
@@ -41,20 +38,14 @@ class _Plan:
 
     Attributes:
         program, kernel: the text's.
-        place: of the gradient among the program's buffers; ``order`` has those of the other ones.
         dtype: of the gradient.
-        pitches: of all buffers, as a launch takes them.
         blocks: first row and last but one, and the bounds of the launch on them.
     """
 
     def __init__(self, text: str, block_bytes: int) -> None:
         self.program: RowsProgram = parsed(text)
-        self.kernel = kernel(text)
-        names = [buffer.name for buffer in self.program.program.buffers]
-        self.place = names.index(self.program.gradient)
-        self.order = [place for place in self.kernel.order if place != self.place]
-        self.dtype = MEMORY[self.program.program.buffers[self.place].memory].dtype
-        self.pitches: Any = (ctypes.c_int64 * len(names))(*self.kernel.pitches)
+        self.kernel = cpu.BlockByBlock(kernel(text), self.program.gradient, self.program.columns)
+        self.dtype = MEMORY[self.program.program.buffer(self.program.gradient).memory].dtype
         step = max(1, block_bytes // (self.program.columns * self.dtype.itemsize))
         unit = self._unit()
         step = max(step // unit, 1) * unit

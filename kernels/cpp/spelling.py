@@ -45,7 +45,7 @@ PRELUDE = """\
 #include <cstdint>
 #include <cstring>
 #include <limits>
-{half}
+{more}
 static inline float load_bf16(uint16_t bits) {{
     uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
